@@ -1,0 +1,11 @@
+//! Kernels, a reference model and a trainer for agents that remember.
+
+pub mod backend;
+pub mod batch;
+pub mod model;
+#[cfg(feature = "trainer")]
+pub mod tasks;
+#[cfg(feature = "trainer")]
+pub mod train;
+#[cfg(feature = "trainer")]
+pub mod verify;

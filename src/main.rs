@@ -1,0 +1,2 @@
+//! The `dtmem` command.
+fn main() {}
