@@ -1,1 +1,342 @@
-//! TODO
+//! Packed batches: what a backend computes on. Nothing here knows what a task is.
+
+use thiserror::Error;
+
+/// Which tokens stand for one time step (SPEC section 1).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum TokenLayout {
+    /// o_t, a_t: AttentionTuner, behaviour cloning.
+    ObsAction,
+    /// R_t, o_t, a_t: Decision Transformer, DT-Mem.
+    ReturnObsAction,
+}
+
+impl TokenLayout {
+    /// Tokens of one complete time step.
+    pub fn tokens_per_step(self) -> usize {
+        match self {
+            Self::ObsAction => 2,
+            Self::ReturnObsAction => 3,
+        }
+    }
+
+    /// Where the observation stands among the tokens of its step.
+    pub fn observation_offset(self) -> usize {
+        self.tokens_per_step() - 2
+    }
+}
+
+/// What a token holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum TokenKind {
+    /// An observation.
+    Observation,
+    /// An action.
+    Action,
+    /// A return to go.
+    Return,
+}
+
+/// Whole or partial trajectories, one after another, without padding.
+///
+/// Token arrays have one entry per packed token; `observations`, `actions` and `returns` have one
+/// row per token of that kind, in packed order.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct PackedBatch {
+    /// Token offsets of the sequences [B + 1].
+    pub cu_seqlens: Vec<i32>,
+    /// Token offsets of all segments [S + 1]; a segment never crosses a sequence.
+    pub segment_offsets: Vec<i32>,
+    /// Segment offsets of the sequences [B + 1].
+    pub sequence_segments: Vec<i32>,
+    /// [`TokenKind`] of each token.
+    pub token_kind: Vec<u8>,
+    /// Row of each token among the tokens of its kind.
+    pub token_row: Vec<i32>,
+    /// Time step of each token.
+    pub token_time: Vec<i32>,
+    /// Observation codes [observations, fields].
+    pub observations: Vec<u8>,
+    /// Packed token of each observation.
+    pub observation_tokens: Vec<i32>,
+    /// Action to predict at each observation; −1 where there is none (acting).
+    pub targets: Vec<i32>,
+    /// Action codes of the action tokens.
+    pub actions: Vec<u8>,
+    /// Packed token of each action.
+    pub action_tokens: Vec<i32>,
+    /// Return to go of each return token.
+    pub returns: Vec<f32>,
+    /// Packed token of each return.
+    pub return_tokens: Vec<i32>,
+    /// CSR offsets of the annotated pairs over packed tokens [tokens + 1].
+    pub pair_offsets: Vec<i32>,
+    /// Recalled tokens of each token, relative to the start of its sequence, ascending.
+    pub pair_keys: Vec<i32>,
+    /// For each sequence: 1 takes part in the memory loss, 0 does not.
+    pub annotated: Vec<u8>,
+}
+
+impl PackedBatch {
+    /// Number of packed tokens.
+    pub fn tokens(&self) -> usize {
+        self.token_kind.len()
+    }
+
+    /// Number of sequences.
+    pub fn sequences(&self) -> usize {
+        self.annotated.len()
+    }
+
+    /// Number of segments of all sequences.
+    pub fn segments(&self) -> usize {
+        self.segment_offsets.len().saturating_sub(1)
+    }
+}
+
+/// Why a sequence cannot be packed.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub enum BatchError {
+    /// An observation has the wrong number of codes.
+    #[error("an observation has {found} codes, expected {expected}")]
+    Fields {
+        /// Codes passed.
+        found: usize,
+        /// Codes of the observation space.
+        expected: usize,
+    },
+    /// A pair does not point from a later (or equal) step to an earlier one of the same sequence.
+    #[error(
+        "pair ({query}, {key}) of a sequence of {steps} steps: expected key <= query < {steps}"
+    )]
+    Pair {
+        /// Recalling step.
+        query: u32,
+        /// Recalled step.
+        key: u32,
+        /// Length of the sequence.
+        steps: usize,
+    },
+    /// Arrays of one trajectory differ in length.
+    #[error("`{argument}` has {found} steps, expected {expected}")]
+    Steps {
+        /// Which array.
+        argument: &'static str,
+        /// Its length.
+        found: usize,
+        /// Length of the observations.
+        expected: usize,
+    },
+}
+
+/// One trajectory as the trainer knows it.
+#[derive(Debug, Clone, Copy)]
+pub struct Trajectory<'a> {
+    /// Codes [steps, fields].
+    pub observations: &'a [u8],
+    /// Actions [steps]: input of the action tokens and target of the observations.
+    pub actions: &'a [u8],
+    /// Returns to go [steps], already scaled; only read by [`TokenLayout::ReturnObsAction`].
+    pub returns: &'a [f32],
+    /// (recalling step, recalled step), sorted, without duplicates.
+    pub pairs: &'a [(u32, u32)],
+    /// Whether the sequence takes part in the memory loss.
+    pub annotated: bool,
+}
+
+/// Fills a [`PackedBatch`], reusing its memory.
+#[derive(Debug, Clone)]
+pub struct Packer {
+    layout: TokenLayout,
+    fields: usize,
+    segment_steps: usize,
+    batch: PackedBatch,
+    sequence_start: usize,
+    segment: Option<i32>,
+}
+
+impl Packer {
+    /// A packer for observations of `fields` codes. `segment_steps` is the length of a segment in
+    /// time steps; segment boundaries lie at multiples of it. `None`: one segment per sequence.
+    pub fn new(layout: TokenLayout, fields: usize, segment_steps: Option<usize>) -> Self {
+        let mut packer = Self {
+            layout,
+            fields,
+            segment_steps: segment_steps.unwrap_or(usize::MAX).max(1),
+            batch: PackedBatch::default(),
+            sequence_start: 0,
+            segment: None,
+        };
+        packer.clear();
+        packer
+    }
+
+    /// Starts an empty batch.
+    pub fn clear(&mut self) {
+        let PackedBatch {
+            cu_seqlens,
+            segment_offsets,
+            sequence_segments,
+            token_kind,
+            token_row,
+            token_time,
+            observations,
+            observation_tokens,
+            targets,
+            actions,
+            action_tokens,
+            returns,
+            return_tokens,
+            pair_offsets,
+            pair_keys,
+            annotated,
+        } = &mut self.batch;
+        for offsets in [cu_seqlens, segment_offsets, sequence_segments, pair_offsets] {
+            offsets.clear();
+            offsets.push(0);
+        }
+        for list in [
+            token_row,
+            token_time,
+            observation_tokens,
+            targets,
+            action_tokens,
+            return_tokens,
+            pair_keys,
+        ] {
+            list.clear();
+        }
+        for bytes in [token_kind, observations, actions, annotated] {
+            bytes.clear();
+        }
+        returns.clear();
+        self.sequence_start = 0;
+        self.segment = None;
+    }
+
+    /// The batch so far. Complete after [`Self::end_sequence`] or [`Self::push_trajectory`].
+    pub fn batch(&self) -> &PackedBatch {
+        &self.batch
+    }
+
+    /// Appends a whole trajectory, every step of it with its action.
+    pub fn push_trajectory(&mut self, trajectory: Trajectory) -> Result<(), BatchError> {
+        let steps = trajectory.actions.len();
+        if trajectory.observations.len() != steps * self.fields {
+            return Err(BatchError::Steps {
+                argument: "observations",
+                found: trajectory.observations.len() / self.fields.max(1),
+                expected: steps,
+            });
+        }
+        let with_returns = self.layout == TokenLayout::ReturnObsAction;
+        if with_returns && trajectory.returns.len() != steps {
+            return Err(BatchError::Steps {
+                argument: "returns",
+                found: trajectory.returns.len(),
+                expected: steps,
+            });
+        }
+        if let Some(&(query, key)) = trajectory
+            .pairs
+            .iter()
+            .find(|(query, key)| key > query || *query as usize >= steps)
+        {
+            return Err(BatchError::Pair { query, key, steps });
+        }
+        let mut pairs = trajectory.pairs.iter().peekable();
+        let per_step = self.layout.tokens_per_step() as i32;
+        let offset = self.layout.observation_offset() as i32;
+        for step in 0..steps {
+            let time = step as i32;
+            if with_returns {
+                self.push_return(trajectory.returns[step], time);
+            }
+            let observation = &trajectory.observations[step * self.fields..][..self.fields];
+            self.push_observation(observation, time, Some(trajectory.actions[step]))?;
+            while let Some(&&(_, key)) = pairs.peek().filter(|pair| pair.0 as usize == step) {
+                self.batch.pair_keys.push(key as i32 * per_step + offset);
+                pairs.next();
+            }
+            *self.batch.pair_offsets.last_mut().unwrap_or(&mut 0) =
+                self.batch.pair_keys.len() as i32;
+            self.push_action(trajectory.actions[step], time);
+        }
+        self.end_sequence(trajectory.annotated);
+        Ok(())
+    }
+
+    /// Appends a return-to-go token to the current sequence.
+    pub fn push_return(&mut self, value: f32, time: i32) {
+        self.push_token(TokenKind::Return, self.batch.returns.len(), time);
+        self.batch.returns.push(value);
+        self.batch
+            .return_tokens
+            .push(self.batch.tokens() as i32 - 1);
+    }
+
+    /// Appends an observation token, with the action to predict there if it is known.
+    pub fn push_observation(
+        &mut self,
+        codes: &[u8],
+        time: i32,
+        target: Option<u8>,
+    ) -> Result<(), BatchError> {
+        if codes.len() != self.fields {
+            return Err(BatchError::Fields {
+                found: codes.len(),
+                expected: self.fields,
+            });
+        }
+        self.push_token(
+            TokenKind::Observation,
+            self.batch.observation_tokens.len(),
+            time,
+        );
+        self.batch.observations.extend_from_slice(codes);
+        self.batch
+            .observation_tokens
+            .push(self.batch.tokens() as i32 - 1);
+        self.batch.targets.push(target.map_or(-1, i32::from));
+        Ok(())
+    }
+
+    /// Appends an action token to the current sequence.
+    pub fn push_action(&mut self, action: u8, time: i32) {
+        self.push_token(TokenKind::Action, self.batch.actions.len(), time);
+        self.batch.actions.push(action);
+        self.batch
+            .action_tokens
+            .push(self.batch.tokens() as i32 - 1);
+    }
+
+    /// Ends the current sequence; an empty one is kept as an empty sequence.
+    pub fn end_sequence(&mut self, annotated: bool) {
+        let tokens = self.batch.tokens() as i32;
+        if self.segment.take().is_some() {
+            self.batch.segment_offsets.push(tokens);
+        }
+        self.batch
+            .sequence_segments
+            .push(self.batch.segments() as i32);
+        self.batch.cu_seqlens.push(tokens);
+        self.batch.annotated.push(u8::from(annotated));
+        self.sequence_start = self.batch.tokens();
+    }
+
+    fn push_token(&mut self, kind: TokenKind, row: usize, time: i32) {
+        let segment = (time as usize / self.segment_steps) as i32;
+        if self.segment.is_some_and(|current| current != segment) {
+            self.batch.segment_offsets.push(self.batch.tokens() as i32);
+        }
+        self.segment = Some(segment);
+        self.batch.token_kind.push(kind as u8);
+        self.batch.token_row.push(row as i32);
+        self.batch.token_time.push(time);
+        self.batch
+            .pair_offsets
+            .push(self.batch.pair_keys.len() as i32);
+    }
+}

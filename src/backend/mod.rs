@@ -1,1 +1,678 @@
-//! TODO
+//! The operations that a model is written over, and who carries them out.
+//!
+//! A backend owns memory ([`Backend::Buffer`]) and computes on it. Buffers are flat; an operation
+//! is told the number of rows, and [`In`] and [`Out`] say where in a wider row its columns stand,
+//! so a fused projection is read and written in place. Parameters and their gradients are one
+//! buffer each; [`Span`] names a part of it. Nothing here allocates after set-up.
+
+pub mod cpu;
+
+use std::fmt::Debug;
+
+pub use dtmem_reference::activation::Activation;
+use dtmem_reference::attention::{Denominator, Mask};
+use dtmem_reference::content_memory::ContentMemory;
+use dtmem_reference::convolution::Grid;
+pub use dtmem_reference::optimiser::AdamW;
+use dtmem_reference::{Scalar, dropout};
+use thiserror::Error;
+
+use crate::batch::PackedBatch;
+pub use cpu::Cpu;
+
+/// Why a backend could not do what it was asked.
+#[derive(Debug, Clone, PartialEq, Error)]
+pub enum BackendError {
+    /// An operation refused its arguments.
+    #[error("{operation}: {source}")]
+    Operation {
+        /// Name of the operation.
+        operation: &'static str,
+        /// What was wrong.
+        source: dtmem_reference::Error,
+    },
+    /// A buffer is shorter than an operation needs.
+    #[error("{operation}: a buffer holds {found} numbers, {expected} are needed")]
+    Buffer {
+        /// Name of the operation.
+        operation: &'static str,
+        /// Its length.
+        found: usize,
+        /// The length that the shapes ask for.
+        expected: usize,
+    },
+}
+
+/// Result of a backend operation.
+pub type Result<T> = std::result::Result<T, BackendError>;
+
+/// A part of a flat buffer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Span {
+    /// Index of the first number.
+    pub offset: usize,
+    /// How many.
+    pub len: usize,
+}
+
+impl Span {
+    /// The index range.
+    pub fn range(self) -> std::ops::Range<usize> {
+        self.offset..self.offset + self.len
+    }
+
+    /// From the start of this span to the end of `last`; both lie in one buffer, this one first.
+    pub fn through(self, last: Span) -> Span {
+        Span {
+            offset: self.offset,
+            len: (last.offset + last.len).saturating_sub(self.offset),
+        }
+    }
+}
+
+/// Rows to read: row r, column c is `buffer[r·stride + start + c]`.
+#[derive(Debug)]
+pub struct In<'a, B> {
+    /// Where the rows stand.
+    pub buffer: &'a B,
+    /// Distance of two rows.
+    pub stride: usize,
+    /// First column.
+    pub start: usize,
+}
+
+impl<B> Clone for In<'_, B> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<B> Copy for In<'_, B> {}
+
+impl<'a, B> In<'a, B> {
+    /// Rows that fill the buffer.
+    pub fn rows(buffer: &'a B, width: usize) -> Self {
+        Self::columns(buffer, width, 0)
+    }
+
+    /// Columns from `start` of rows that are `stride` wide.
+    pub fn columns(buffer: &'a B, stride: usize, start: usize) -> Self {
+        Self {
+            buffer,
+            stride,
+            start,
+        }
+    }
+}
+
+/// Rows to write, as [`In`].
+#[derive(Debug)]
+pub struct Out<'a, B> {
+    /// Where the rows stand.
+    pub buffer: &'a mut B,
+    /// Distance of two rows.
+    pub stride: usize,
+    /// First column.
+    pub start: usize,
+}
+
+impl<'a, B> Out<'a, B> {
+    /// Rows that fill the buffer.
+    pub fn rows(buffer: &'a mut B, width: usize) -> Self {
+        Self::columns(buffer, width, 0)
+    }
+
+    /// Columns from `start` of rows that are `stride` wide.
+    pub fn columns(buffer: &'a mut B, stride: usize, start: usize) -> Self {
+        Self {
+            buffer,
+            stride,
+            start,
+        }
+    }
+}
+
+/// A low-rank update of some consecutive outputs of a [`Linear`].
+#[derive(Debug, Clone, PartialEq)]
+pub struct Adapter {
+    /// First output that it changes.
+    pub output: usize,
+    /// Number of outputs that it changes.
+    pub outputs: usize,
+    /// A [rank, inputs].
+    pub a: Span,
+    /// B [outputs, rank].
+    pub b: Span,
+    /// r.
+    pub rank: usize,
+    /// α / r.
+    pub scaling: f64,
+}
+
+/// A linear map y = x·Wᵀ + b, or y = x·W where `transposed`, with its adapters.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Linear {
+    /// W [outputs, inputs], or [inputs, outputs] where `transposed`.
+    pub weight: Span,
+    /// b [outputs].
+    pub bias: Option<Span>,
+    /// Columns of x.
+    pub inputs: usize,
+    /// Columns of y.
+    pub outputs: usize,
+    /// W is used untransposed: y = x·W. An adapter's A and B still describe W, so its A takes y's
+    /// place and its B that of x.
+    pub transposed: bool,
+    /// Whether gradients of W and b are wanted.
+    pub trainable: bool,
+    /// Low-rank updates, ascending by output.
+    pub adapters: Vec<Adapter>,
+}
+
+impl Linear {
+    /// Σ of the adapters' ranks: the width of the buffer that keeps x·Aᵀ.
+    pub fn ranks(&self) -> usize {
+        self.adapters.iter().map(|adapter| adapter.rank).sum()
+    }
+}
+
+/// A layer normalisation.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct LayerNorm {
+    /// Weight [width].
+    pub weight: Span,
+    /// Bias [width].
+    pub bias: Span,
+    /// Columns.
+    pub width: usize,
+    /// ε.
+    pub epsilon: f64,
+    /// Whether gradients of weight and bias are wanted.
+    pub trainable: bool,
+}
+
+/// A linear map of one-hot codes.
+#[derive(Debug, Clone, PartialEq)]
+pub struct OneHot {
+    /// W [inputs, width], one row per one-hot input.
+    pub weight: Span,
+    /// b [width].
+    pub bias: Span,
+    /// First input of each field.
+    pub offsets: Vec<usize>,
+    /// Number of inputs.
+    pub inputs: usize,
+    /// Columns of the result.
+    pub width: usize,
+    /// Whether gradients are wanted.
+    pub trainable: bool,
+}
+
+/// Two 3×3 convolutions, each followed by ReLU, on one-hot cells.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Convolutions {
+    /// The cells.
+    pub grid: Grid,
+    /// W₁ [channels·9, middle], input-major.
+    pub weight1: Span,
+    /// b₁ [middle].
+    pub bias1: Span,
+    /// W₂ [out, middle·9].
+    pub weight2: Span,
+    /// b₂ [out].
+    pub bias2: Span,
+    /// Channels after the first.
+    pub middle: usize,
+    /// Channels after the second.
+    pub out: usize,
+    /// Whether gradients are wanted.
+    pub trainable: bool,
+}
+
+/// Which codes of a batch a [`OneHot`] reads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Codes {
+    /// One row per observation token.
+    Observations,
+    /// One row per action token, one field.
+    Actions,
+}
+
+/// What is added to the tokens by their time step.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Positions {
+    /// Rows [steps, width] of the constants.
+    Constant(Span),
+    /// Rows [steps, width] of the parameters.
+    Learned(Span),
+}
+
+/// What attention sees of a batch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Extent {
+    /// The whole sequence.
+    Sequence,
+    /// The token's own segment.
+    Segment,
+}
+
+/// Supervised heads of an attention layer.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Supervised {
+    /// Heads, from 0, ascending.
+    pub heads: Vec<usize>,
+    /// What the loss is divided by.
+    pub denominator: Denominator,
+}
+
+/// Causal attention over a fused q-k-v buffer [tokens, 3·heads·head_width].
+#[derive(Debug, Clone, PartialEq)]
+pub struct Attention {
+    /// H.
+    pub heads: usize,
+    /// d.
+    pub head_width: usize,
+    /// What a query sees.
+    pub extent: Extent,
+    /// The attention-BCE, on the layer that has it.
+    pub supervised: Option<Supervised>,
+}
+
+impl Attention {
+    /// The mask of every model here.
+    pub const MASK: Mask<'static> = Mask::Causal;
+
+    /// H·d.
+    pub fn width(&self) -> usize {
+        self.heads * self.head_width
+    }
+
+    /// 1/√d.
+    pub fn scale(&self) -> f64 {
+        1.0 / (self.head_width as f64).sqrt()
+    }
+}
+
+/// A memory layer's parameters and variant.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Memory {
+    /// The variant.
+    pub variant: ContentMemory,
+    /// N.
+    pub slots: usize,
+    /// D.
+    pub width: usize,
+    /// M₀ [slots, width].
+    pub initial: Span,
+    /// b of the sigmoid strength.
+    pub strength_bias: Option<Span>,
+    /// Whether gradients of M₀ and b are wanted.
+    pub trainable: bool,
+}
+
+/// The inputs of a memory layer, one row per token.
+#[derive(Debug)]
+pub struct MemoryInputs<'a, B> {
+    /// a [tokens, D].
+    pub address_key: In<'a, B>,
+    /// s [tokens, D].
+    pub strength_key: In<'a, B>,
+    /// v [tokens, D].
+    pub value: In<'a, B>,
+    /// κ [tokens], for cosine addressing.
+    pub key_strength: Option<&'a B>,
+}
+
+/// Their gradients: overwritten.
+#[derive(Debug)]
+pub struct MemoryGradients<'a, B> {
+    /// [tokens, D]: address key, strength key and value side by side.
+    pub keys: &'a mut B,
+    /// [tokens].
+    pub key_strength: Option<&'a mut B>,
+}
+
+/// Where a memory starts.
+#[derive(Debug)]
+pub enum MemoryStart<'a, B> {
+    /// Every sequence at the learned M₀.
+    Learned,
+    /// Sequence b at row `slots[b]` of a state [rows, N·D].
+    State(&'a B, &'a [usize]),
+}
+
+/// Keys and values of tokens before the batch's, for acting.
+#[derive(Debug)]
+pub struct KeyValueCache<B> {
+    /// Keys [rows, capacity, width].
+    pub keys: B,
+    /// Values [rows, capacity, width].
+    pub values: B,
+    /// Tokens per row.
+    pub capacity: usize,
+}
+
+/// Index of each number in the metrics buffer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Metric {
+    /// Σ of the action losses of all targets.
+    ActionLoss,
+    /// Number of right predictions.
+    Correct,
+    /// The attention-BCE, already averaged.
+    MemoryLoss,
+}
+
+/// Length of the metrics buffer.
+pub const METRICS: usize = 3;
+
+/// Operations on buffers. All shapes are row-major; `rows` counts packed tokens unless said
+/// otherwise. Input gradients are overwritten, parameter gradients (`gradients`) added to.
+pub trait Backend {
+    /// Type of one number as it travels to and from the host.
+    type Element: Scalar;
+    /// Floating-point memory.
+    type Buffer: Debug;
+    /// A batch in the backend's memory.
+    type Batch;
+
+    /// Short name for messages: `cpu`.
+    fn name(&self) -> &'static str;
+
+    /// A buffer of `len` numbers. Its content is not defined.
+    fn buffer(&self, len: usize) -> Result<Self::Buffer>;
+
+    /// Copies from the host.
+    fn upload(&self, from: &[Self::Element], to: &mut Self::Buffer, offset: usize) -> Result<()>;
+
+    /// Copies to the host.
+    fn download(&self, from: &Self::Buffer, offset: usize, to: &mut [Self::Element]) -> Result<()>;
+
+    /// Brings a batch to the backend.
+    fn stage(&self, batch: &PackedBatch) -> Result<Self::Batch>;
+
+    /// buffer\[span\] = 0.
+    fn zero(&self, buffer: &mut Self::Buffer, span: Span) -> Result<()>;
+
+    /// Copies `len` numbers from the start of one buffer to that of another.
+    fn copy(&self, from: &Self::Buffer, to: &mut Self::Buffer, len: usize) -> Result<()>;
+
+    /// Sums of weight rows: `out` [rows of that kind, width].
+    fn one_hot(
+        &self,
+        batch: &Self::Batch,
+        codes: Codes,
+        map: &OneHot,
+        parameters: &Self::Buffer,
+        out: &mut Self::Buffer,
+    ) -> Result<()>;
+
+    /// Gradients of [`Self::one_hot`].
+    fn one_hot_backward(
+        &self,
+        batch: &Self::Batch,
+        codes: Codes,
+        map: &OneHot,
+        grad_out: &Self::Buffer,
+        gradients: &mut Self::Buffer,
+    ) -> Result<()>;
+
+    /// Both convolutions with their ReLU: `middle` and `out` [observations, channels·positions].
+    fn convolutions(
+        &self,
+        batch: &Self::Batch,
+        front_end: &Convolutions,
+        parameters: &Self::Buffer,
+        middle: &mut Self::Buffer,
+        out: &mut Self::Buffer,
+    ) -> Result<()>;
+
+    /// Gradients of [`Self::convolutions`]; `grad_out` is overwritten, `grad_middle` is scratch.
+    fn convolutions_backward(
+        &self,
+        batch: &Self::Batch,
+        front_end: &Convolutions,
+        parameters: &Self::Buffer,
+        middle: &Self::Buffer,
+        out: &Self::Buffer,
+        grad_out: &mut Self::Buffer,
+        grad_middle: &mut Self::Buffer,
+        gradients: &mut Self::Buffer,
+    ) -> Result<()>;
+
+    /// The batch's returns to go as a column [return tokens, 1].
+    fn returns(&self, batch: &Self::Batch, out: &mut Self::Buffer) -> Result<()>;
+
+    /// Token rows: the embedding of the token's kind plus the position of its time step.
+    /// `returns` is read only if the batch has return tokens.
+    fn assemble_tokens(
+        &self,
+        batch: &Self::Batch,
+        width: usize,
+        observations: &Self::Buffer,
+        actions: &Self::Buffer,
+        returns: &Self::Buffer,
+        positions: Positions,
+        table: &Self::Buffer,
+        out: &mut Self::Buffer,
+    ) -> Result<()>;
+
+    /// Gradients of [`Self::assemble_tokens`]: embeddings are overwritten, learned positions are
+    /// added to `gradients`.
+    fn assemble_tokens_backward(
+        &self,
+        batch: &Self::Batch,
+        width: usize,
+        grad_out: &Self::Buffer,
+        grad_observations: &mut Self::Buffer,
+        grad_actions: &mut Self::Buffer,
+        grad_returns: &mut Self::Buffer,
+        positions: Positions,
+        gradients: &mut Self::Buffer,
+    ) -> Result<()>;
+
+    /// out = rows of x at the observation tokens [observations, width].
+    fn gather_observations(
+        &self,
+        batch: &Self::Batch,
+        width: usize,
+        x: &Self::Buffer,
+        out: &mut Self::Buffer,
+    ) -> Result<()>;
+
+    /// Gradient of [`Self::gather_observations`]: rows of other tokens become 0.
+    fn scatter_observations(
+        &self,
+        batch: &Self::Batch,
+        width: usize,
+        grad_out: &Self::Buffer,
+        grad_x: &mut Self::Buffer,
+    ) -> Result<()>;
+
+    /// y = x·Wᵀ + b + adapters. `adapted` [rows, Σ rank] keeps x̃·Aᵀ for the backward pass;
+    /// `dropout` applies to the adapters' input alone, drawn for [rows, inputs].
+    fn linear(
+        &self,
+        rows: usize,
+        map: &Linear,
+        parameters: &Self::Buffer,
+        x: In<Self::Buffer>,
+        adapted: &mut Self::Buffer,
+        dropout: Option<dropout::Mask>,
+        y: Out<Self::Buffer>,
+    ) -> Result<()>;
+
+    /// Gradients of [`Self::linear`]. `grad_x` is overwritten, or added to where `accumulate`.
+    fn linear_backward(
+        &self,
+        rows: usize,
+        map: &Linear,
+        parameters: &Self::Buffer,
+        x: In<Self::Buffer>,
+        adapted: &Self::Buffer,
+        dropout: Option<dropout::Mask>,
+        grad_y: In<Self::Buffer>,
+        grad_x: Option<Out<Self::Buffer>>,
+        accumulate: bool,
+        gradients: &mut Self::Buffer,
+    ) -> Result<()>;
+
+    /// y = f(x) on [rows, width].
+    fn activation(
+        &self,
+        activation: Activation,
+        len: usize,
+        x: &Self::Buffer,
+        y: &mut Self::Buffer,
+    ) -> Result<()>;
+
+    /// dy ← dy·f′(x), given y = f(x).
+    fn activation_backward(
+        &self,
+        activation: Activation,
+        len: usize,
+        x: &Self::Buffer,
+        y: &Self::Buffer,
+        grad: &mut Self::Buffer,
+    ) -> Result<()>;
+
+    /// x ← dropout(x); also its own gradient.
+    fn dropout(&self, len: usize, mask: dropout::Mask, x: &mut Self::Buffer) -> Result<()>;
+
+    /// out = x + y.
+    fn add(
+        &self,
+        len: usize,
+        x: &Self::Buffer,
+        y: &Self::Buffer,
+        out: &mut Self::Buffer,
+    ) -> Result<()>;
+
+    /// x += y.
+    fn add_assign(&self, len: usize, y: &Self::Buffer, x: &mut Self::Buffer) -> Result<()>;
+
+    /// y = LayerNorm(x); `statistics` [2, rows] keeps mean and rstd.
+    fn layer_norm(
+        &self,
+        rows: usize,
+        norm: &LayerNorm,
+        parameters: &Self::Buffer,
+        x: &Self::Buffer,
+        y: &mut Self::Buffer,
+        statistics: &mut Self::Buffer,
+    ) -> Result<()>;
+
+    /// Gradients of [`Self::layer_norm`].
+    fn layer_norm_backward(
+        &self,
+        rows: usize,
+        norm: &LayerNorm,
+        parameters: &Self::Buffer,
+        x: &Self::Buffer,
+        statistics: &Self::Buffer,
+        grad_y: &Self::Buffer,
+        grad_x: &mut Self::Buffer,
+        gradients: &mut Self::Buffer,
+    ) -> Result<()>;
+
+    /// Packed causal attention; `out` [tokens, width], `lse` [tokens, heads]. A supervised layer
+    /// writes [`Metric::MemoryLoss`].
+    fn attention(
+        &self,
+        batch: &Self::Batch,
+        attention: &Attention,
+        qkv: &Self::Buffer,
+        out: &mut Self::Buffer,
+        lse: &mut Self::Buffer,
+        metrics: &mut Self::Buffer,
+    ) -> Result<()>;
+
+    /// Gradients of Σ grad_out·out + grad_memory_loss·memory_loss.
+    fn attention_backward(
+        &self,
+        batch: &Self::Batch,
+        attention: &Attention,
+        qkv: &Self::Buffer,
+        out: &Self::Buffer,
+        lse: &Self::Buffer,
+        grad_out: &Self::Buffer,
+        grad_memory_loss: f64,
+        grad_qkv: &mut Self::Buffer,
+    ) -> Result<()>;
+
+    /// Acting: the batch's tokens follow `prefix` cached ones. Writes their keys and values to the
+    /// cache behind the prefix; sequence b uses cache row `rows[b]`.
+    fn attention_cached(
+        &self,
+        batch: &Self::Batch,
+        attention: &Attention,
+        qkv: &Self::Buffer,
+        cache: &mut KeyValueCache<Self::Buffer>,
+        rows: &[usize],
+        prefix: usize,
+        out: &mut Self::Buffer,
+        lse: &mut Self::Buffer,
+    ) -> Result<()>;
+
+    /// The chain over the segments of each sequence. `states` [segments, N·D] keeps the memory
+    /// after each segment; `read` [tokens, D].
+    fn memory(
+        &self,
+        batch: &Self::Batch,
+        memory: &Memory,
+        parameters: &Self::Buffer,
+        start: MemoryStart<Self::Buffer>,
+        inputs: MemoryInputs<Self::Buffer>,
+        states: &mut Self::Buffer,
+        read: &mut Self::Buffer,
+    ) -> Result<()>;
+
+    /// Gradients of [`Self::memory`] from the learned start. `grad_states` [2·sequences, N·D] is
+    /// scratch.
+    fn memory_backward(
+        &self,
+        batch: &Self::Batch,
+        memory: &Memory,
+        parameters: &Self::Buffer,
+        inputs: MemoryInputs<Self::Buffer>,
+        states: &Self::Buffer,
+        grad_read: &Self::Buffer,
+        input_gradients: MemoryGradients<Self::Buffer>,
+        grad_states: &mut Self::Buffer,
+        gradients: &mut Self::Buffer,
+    ) -> Result<()>;
+
+    /// Acting: rows `slots[b]` of `to` [.., N·D] become the last state of sequence b.
+    fn commit_memory(
+        &self,
+        batch: &Self::Batch,
+        memory: &Memory,
+        states: &Self::Buffer,
+        slots: &[usize],
+        to: &mut Self::Buffer,
+    ) -> Result<()>;
+
+    /// Mean cross-entropy of the batch's targets: writes [`Metric::ActionLoss`] (the sum),
+    /// [`Metric::Correct`] and dlogits [observations, actions] of the mean.
+    fn cross_entropy(
+        &self,
+        batch: &Self::Batch,
+        actions: usize,
+        logits: &Self::Buffer,
+        grad_logits: &mut Self::Buffer,
+        metrics: &mut Self::Buffer,
+    ) -> Result<()>;
+
+    /// √Σ g² over the spans.
+    fn norm(&self, gradients: &Self::Buffer, spans: &[Span]) -> Result<f64>;
+
+    /// One AdamW step on a span of the four arenas.
+    fn adamw(
+        &self,
+        hyper: &AdamW,
+        span: Span,
+        gradients: &Self::Buffer,
+        parameters: &mut Self::Buffer,
+        first_moment: &mut Self::Buffer,
+        second_moment: &mut Self::Buffer,
+    ) -> Result<()>;
+}

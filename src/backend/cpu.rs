@@ -1,0 +1,2 @@
+//! The CPU backend: the reference, threaded.
+pub struct Cpu;

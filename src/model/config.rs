@@ -1,0 +1,210 @@
+//! What a model is made of.
+
+use serde::{Deserialize, Serialize};
+
+use crate::batch::TokenLayout;
+
+/// Where the layer normalisations of a block stand (SPEC section 2).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Block {
+    /// x = LN(x + f(x)), ReLU: AttentionTuner.
+    PostLn,
+    /// x += f(LN x), GELU, a last LN: Decision Transformer, DT-Mem.
+    PreLn,
+}
+
+/// How an observation becomes a row (SPEC section 6).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FrontEnd {
+    /// Two 3×3 convolutions, then a linear map and tanh. Needs a grid of cells.
+    Convolution,
+    /// One linear map of the one-hot codes, then tanh.
+    Linear,
+}
+
+/// What attention sees.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum AttentionSpan {
+    /// The episode so far.
+    Episode,
+    /// The current segment so far: only the memory crosses segments.
+    Segment,
+}
+
+/// Slot score (SPEC section 4).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum AddressingKind {
+    /// Cosine with key strength.
+    Cosine,
+    /// Scaled dot product (the paper).
+    Dot,
+}
+
+/// Write strength (SPEC section 4).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum StrengthKind {
+    /// Sigmoid with a learned bias.
+    Sigmoid,
+    /// Softmax over slots (the paper).
+    Softmax,
+}
+
+/// Erase rule (SPEC section 4).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum EraseKind {
+    /// Erase where you write.
+    Coupled,
+    /// Erase where you address and do not write (the paper).
+    Paper,
+}
+
+/// Order of reading and writing (SPEC section 4).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OrderKind {
+    /// Read the memory as it was before the segment.
+    ReadThenWrite,
+    /// Read what the segment has written (the paper).
+    WriteThenRead,
+}
+
+/// The memory layer of every block.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct MemoryConfig {
+    /// N.
+    pub slots: usize,
+    /// Slot score.
+    pub addressing: AddressingKind,
+    /// Only the k best slots per token are addressed; 0: all.
+    pub top_k: usize,
+    /// Write strength.
+    pub strength: StrengthKind,
+    /// Start of b of the sigmoid strength.
+    pub strength_bias: f64,
+    /// Erase rule.
+    pub erase: EraseKind,
+    /// Order of reading and writing.
+    pub order: OrderKind,
+}
+
+impl Default for MemoryConfig {
+    fn default() -> Self {
+        Self {
+            slots: 64,
+            addressing: AddressingKind::Cosine,
+            top_k: 0,
+            strength: StrengthKind::Sigmoid,
+            strength_bias: 0.0,
+            erase: EraseKind::Coupled,
+            order: OrderKind::ReadThenWrite,
+        }
+    }
+}
+
+/// Low-rank adapters on the memory's projections (SPEC section 5). With them, everything else is
+/// frozen.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct AdapterConfig {
+    /// r.
+    pub rank: usize,
+    /// α; the update is scaled by α/r.
+    pub alpha: f64,
+    /// Dropout on the adapters' input.
+    pub dropout: f64,
+}
+
+impl Default for AdapterConfig {
+    fn default() -> Self {
+        Self {
+            rank: 8,
+            alpha: 16.0,
+            dropout: 0.0,
+        }
+    }
+}
+
+/// A model, apart from the task's sizes.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ModelConfig {
+    /// Block kind.
+    pub block: Block,
+    /// Token layout.
+    pub layout: TokenLayout,
+    /// Observation front end.
+    pub front_end: FrontEnd,
+    /// D.
+    pub width: usize,
+    /// Number of blocks.
+    pub layers: usize,
+    /// H; D/H is the head width.
+    pub heads: usize,
+    /// Width of the feed-forward layer.
+    pub feed_forward: usize,
+    /// Dropout on the token embeddings and on the feed-forward output.
+    pub dropout: f64,
+    /// Scale of the observation map's initial weights: std g/√(active inputs); 0: PyTorch's default.
+    pub observation_gain: f64,
+    /// What attention sees.
+    pub attention: AttentionSpan,
+    /// Time steps of a segment (memory writes, segment attention); 0: the whole episode.
+    pub segment_steps: usize,
+    /// The memory layer; without it blocks have attention and feed-forward only.
+    pub memory: Option<MemoryConfig>,
+    /// Adapters; with them only they are trained.
+    pub adapter: Option<AdapterConfig>,
+}
+
+impl Default for ModelConfig {
+    fn default() -> Self {
+        Self {
+            block: Block::PostLn,
+            layout: TokenLayout::ObsAction,
+            front_end: FrontEnd::Convolution,
+            width: 512,
+            layers: 4,
+            heads: 2,
+            feed_forward: 2048,
+            dropout: 0.1,
+            observation_gain: 0.0,
+            attention: AttentionSpan::Episode,
+            segment_steps: 0,
+            memory: None,
+            adapter: None,
+        }
+    }
+}
+
+/// What a task asks of a model.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Spaces {
+    /// Shape of an observation, e.g. [7, 7, 3]; the last axis are the fields of a cell.
+    pub observation: Vec<usize>,
+    /// Number of values of each field of the last axis, e.g. [11, 6, 3].
+    pub cardinalities: Vec<usize>,
+    /// Number of actions.
+    pub actions: usize,
+    /// Longest episode in time steps.
+    pub steps: usize,
+}
+
+/// The memory loss of AttentionTuner.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SupervisionConfig {
+    /// λ.
+    pub lambda: f64,
+    /// Supervised layer, from 0.
+    pub layer: usize,
+    /// Supervised heads, from 0, ascending.
+    pub heads: Vec<usize>,
+    /// What the loss is divided by.
+    pub denominator: dtmem_reference::attention::Denominator,
+}
