@@ -18,6 +18,7 @@ pub mod convolution;
 pub mod cross_entropy;
 pub mod dropout;
 mod error;
+mod lanes;
 pub mod layer_norm;
 pub mod linear;
 pub mod lora_linear;
