@@ -477,7 +477,7 @@ impl<'a> Pairs<'a> {
 }
 
 impl<'a> Head<'a> {
-    /// Forward of one head: `q` [T_q, d], `k`, `v` [T_k, d], `out` [T_q, d], `lse` [T_q].
+    /// Forward of one head: `q [T_q, d]`, `k` and `v [T_k, d]`, `out [T_q, d]`, `lse [T_q]`.
     /// Returns the numerator of the memory loss, −Σ (E log A + (1−E) log(1−A)) over the visible
     /// keys, 0 without pairs.
     pub fn forward<T: Scalar>(
