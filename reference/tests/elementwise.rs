@@ -6,6 +6,7 @@ mod common;
 use common::{Fixture, Random, assert_close, finite_difference, poisoned};
 use dtmem_reference::activation::{self, Activation};
 use dtmem_reference::cross_entropy::{self, Sums};
+use dtmem_reference::dropout::{self, Mask};
 use dtmem_reference::optimiser::{self, AdamW};
 use dtmem_reference::{Error, Scalar, layer_norm};
 use ndarray::{Array1, Array2, Axis, Slice, arr2};
@@ -371,6 +372,90 @@ fn cross_entropy_of_no_rows_is_zero() {
     assert_eq!(sums, Ok(Sums::default()));
 }
 
+#[test]
+fn philox_gives_the_published_known_answers() {
+    let cases = [
+        (
+            [0; 4],
+            [0; 2],
+            [0x6627_e8d5, 0xe169_c58d, 0xbc57_ac4c, 0x9b00_dbd8],
+        ),
+        (
+            [0xffff_ffff; 4],
+            [0xffff_ffff; 2],
+            [0x408f_276d, 0x41c8_3b0e, 0xa20b_c7c6, 0x6d54_51fd],
+        ),
+        (
+            [0x243f_6a88, 0x85a3_08d3, 0x1319_8a2e, 0x0370_7344],
+            [0xa409_3822, 0x299f_31d0],
+            [0xd16c_fe09, 0x94fd_cceb, 0x5001_e420, 0x2412_6ea1],
+        ),
+    ];
+    for (counter, key, expected) in cases {
+        assert_eq!(dropout::philox(counter, key), expected);
+    }
+}
+
+#[test]
+fn dropout_compares_the_documented_word_of_the_documented_counter() {
+    // The block of counters crosses from one high word to the next.
+    let mask = Mask::new(0x0123_4567_89ab_cdef, 7, 3, 0.4).expect("a mask");
+    let first = 4 * (0x5_ffff_ffff_u64 - 20);
+    let mut x = vec![2.0_f64; 163];
+    dropout::apply(mask, first, &mut x).expect("apply");
+    for (element, x) in (first..).zip(x) {
+        let (low, high) = ((element / 4) as u32, ((element / 4) >> 32) as u32);
+        let words = dropout::philox([low, 7, 3, high], [0x89ab_cdef, 0x0123_4567]);
+        let dropped = f64::from(words[(element % 4) as usize]) < 0.4 * 2.0_f64.powi(32);
+        let expected = if dropped { 0.0 } else { 2.0 / 0.6 };
+        assert!(
+            (x - expected).abs() < 1e-8,
+            "element {element}: {x}, expected {expected}"
+        );
+    }
+}
+
+#[test]
+fn dropout_sets_its_share_to_zero_and_keeps_the_mean() {
+    for p in [0.1, 0.5, 0.9] {
+        let mut x = vec![1.0_f32; 100_000];
+        dropout::apply(Mask::new(1, 2, 3, p).expect("a mask"), 0, &mut x).expect("apply");
+        let zeros = x.iter().filter(|&&x| x == 0.0).count() as f64 / 1e5;
+        assert!((zeros - p).abs() < 0.01, "{zeros} of {p}");
+        let mean = x.iter().map(|&x| f64::from(x)).sum::<f64>() / 1e5;
+        assert!((mean - 1.0).abs() < 0.05, "{mean} at {p}");
+    }
+}
+
+#[test]
+fn dropout_of_nothing_changes_nothing() {
+    let mut x = [1.0_f32, -0.0, f32::INFINITY, 1e-40];
+    dropout::apply(Mask::new(1, 2, 3, 0.0).expect("a mask"), 0, &mut x).expect("apply");
+    assert_eq!(
+        x.map(f32::to_bits),
+        [1.0, -0.0, f32::INFINITY, 1e-40].map(f32::to_bits)
+    );
+    dropout::apply(
+        Mask::new(1, 2, 3, 0.5).expect("a mask"),
+        0,
+        &mut [0.0_f32; 0],
+    )
+    .expect("apply");
+}
+
+#[test]
+fn dropout_refuses_a_share_of_one_and_a_start_inside_of_a_counter() {
+    for p in [1.0, -0.1, 2.0, f64::NAN] {
+        assert_eq!(refused(Mask::new(0, 0, 0, p)), "p");
+    }
+    let almost_all = Mask::new(0, 0, 0, 1.0 - 1e-15).expect("a mask");
+    assert_eq!(almost_all.threshold, u32::MAX);
+    assert_eq!(
+        refused(dropout::apply(almost_all, 2, &mut [0.0_f32; 4])),
+        "first"
+    );
+}
+
 const HYPER: AdamW = AdamW {
     learning_rate: 0.01,
     beta1: 0.9,
@@ -586,6 +671,21 @@ proptest! {
             expected.slice_axis_mut(Axis(1), columns).assign(&whole.slice_axis(Axis(1), columns));
             prop_assert_eq!(part, expected);
         }
+    }
+
+    #[test]
+    fn dropout_is_the_same_however_it_is_split(
+        seed: u64, step: u32, site: u32, first in 0_u64..1 << 40, length in 0_usize..600, cut in 0.0..1.0,
+    ) {
+        let mask = Mask::new(seed, step, site, 0.3)?;
+        let x: Array1<f32> = Random::new(seed).array([length]);
+        let (mut whole, mut parts) = (x.to_vec(), x.to_vec());
+        dropout::apply(mask, 4 * first, &mut whole)?;
+        let cut = (length as f64 * cut) as usize / 4 * 4;
+        let (head, tail) = parts.split_at_mut(cut);
+        dropout::apply(mask, 4 * first, head)?;
+        dropout::apply(mask, 4 * first + cut as u64, tail)?;
+        prop_assert_eq!(whole, parts);
     }
 
     #[test]
