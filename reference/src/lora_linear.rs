@@ -1,9 +1,14 @@
 //! Linear maps with a low-rank adapter (SPEC section 5): y = x·Wᵀ + b + s·(x̃·Aᵀ)·Bᵀ, s = α/r,
 //! where x̃ is x after the adapter's dropout (x itself outside of training).
+//!
+//! [`forward_adapter`] and [`backward_adapter`] are the adapter's share alone and take x̃;
+//! [`forward`] and [`backward`] are several whole projections of one x, without dropout.
 
+use ndarray::linalg::general_mat_mul;
 use ndarray::{ArrayView1, ArrayView2, ArrayViewMut1, ArrayViewMut2};
 
-use crate::{Result, Scalar};
+use crate::error::check_shape;
+use crate::{Error, Result, Scalar, linear};
 
 /// A low-rank update s·B·A of a weight [out, in].
 #[derive(Debug, Clone, Copy)]
@@ -27,19 +32,51 @@ pub struct Projection<'a, T> {
     pub adapter: Option<Adapter<'a, T>>,
 }
 
+/// Where the gradients of one [`Projection`] are added. Without a place none is computed; an
+/// adapter always has one.
+#[derive(Debug)]
+pub struct ProjectionGradients<'a, T> {
+    /// Of W.
+    pub weight: Option<ArrayViewMut2<'a, T>>,
+    /// Of b.
+    pub bias: Option<ArrayViewMut1<'a, T>>,
+    /// Of A and B.
+    pub adapter: Option<(ArrayViewMut2<'a, T>, ArrayViewMut2<'a, T>)>,
+}
+
+impl<T: Scalar> Adapter<'_, T> {
+    /// r.
+    fn rank(&self) -> usize {
+        self.a.nrows()
+    }
+
+    /// Checks that A·x and B·(A·x) exist for a map of this size.
+    fn check(&self, inputs: usize, outputs: usize) -> Result<()> {
+        let rank = self.rank();
+        check_shape("adapter.a", self.a.shape(), &[rank, inputs])?;
+        check_shape("adapter.b", self.b.shape(), &[outputs, rank])
+    }
+}
+
 /// The adapter's share alone: xa = x̃·Aᵀ (kept for [`backward_adapter`]), y += s·xa·Bᵀ.
 /// `x` [rows, in]; `xa` [rows, rank]; `y` [rows, out].
 pub fn forward_adapter<T: Scalar>(
     x: ArrayView2<T>,
     adapter: Adapter<T>,
-    xa: ArrayViewMut2<T>,
-    y: ArrayViewMut2<T>,
+    mut xa: ArrayViewMut2<T>,
+    mut y: ArrayViewMut2<T>,
 ) -> Result<()> {
-    let _ = (x, adapter, xa, y);
-    todo!()
+    let (rows, inputs) = x.dim();
+    let outputs = y.ncols();
+    adapter.check(inputs, outputs)?;
+    check_shape("xa", xa.shape(), &[rows, adapter.rank()])?;
+    check_shape("y", y.shape(), &[rows, outputs])?;
+    general_mat_mul(T::one(), &x, &adapter.a.t(), T::zero(), &mut xa);
+    general_mat_mul(adapter.scaling, &xa, &adapter.b.t(), T::one(), &mut y);
+    Ok(())
 }
 
-/// Gradients of [`forward_adapter`]: dxa = s·dy·B; da += dxaᵀ·x; db += s·dyᵀ·xa;
+/// Gradients of [`forward_adapter`]: dxa = s·dy·B; da += dxaᵀ·x̃; db += s·dyᵀ·xa;
 /// dx += dxa·A (added, since the frozen weight's share is already there).
 /// `dxa` [rows, rank] is scratch.
 pub fn backward_adapter<T: Scalar>(
@@ -47,21 +84,132 @@ pub fn backward_adapter<T: Scalar>(
     xa: ArrayView2<T>,
     adapter: Adapter<T>,
     dy: ArrayView2<T>,
-    dxa: ArrayViewMut2<T>,
+    mut dxa: ArrayViewMut2<T>,
     dx: Option<ArrayViewMut2<T>>,
-    da: ArrayViewMut2<T>,
-    db: ArrayViewMut2<T>,
+    mut da: ArrayViewMut2<T>,
+    mut db: ArrayViewMut2<T>,
 ) -> Result<()> {
-    let _ = (x, xa, adapter, dy, dxa, dx, da, db);
-    todo!()
+    let (rows, inputs) = x.dim();
+    let (outputs, rank) = (dy.ncols(), adapter.rank());
+    adapter.check(inputs, outputs)?;
+    check_shape("xa", xa.shape(), &[rows, rank])?;
+    check_shape("dy", dy.shape(), &[rows, outputs])?;
+    check_shape("dxa", dxa.shape(), &[rows, rank])?;
+    check_shape("da", da.shape(), &[rank, inputs])?;
+    check_shape("db", db.shape(), &[outputs, rank])?;
+    if let Some(dx) = &dx {
+        check_shape("dx", dx.shape(), &[rows, inputs])?;
+    }
+    general_mat_mul(adapter.scaling, &dy, &adapter.b, T::zero(), &mut dxa);
+    general_mat_mul(T::one(), &dxa.t(), &x, T::one(), &mut da);
+    general_mat_mul(adapter.scaling, &dy.t(), &xa, T::one(), &mut db);
+    if let Some(mut dx) = dx {
+        general_mat_mul(T::one(), &dxa, &adapter.a, T::one(), &mut dx);
+    }
+    Ok(())
+}
+
+/// Several projections of one input: output_p = x·W_pᵀ + b_p + s_p·(x·A_pᵀ)·B_pᵀ.
+///
+/// `x` [rows, in]; `outputs`, one per projection, [rows, out_p]; `xa`, one per projection, [rows,
+/// rank_p] (no column where there is no adapter), is kept for [`backward`].
+pub fn forward<T: Scalar>(
+    x: ArrayView2<T>,
+    projections: &[Projection<T>],
+    xa: &mut [ArrayViewMut2<T>],
+    outputs: &mut [ArrayViewMut2<T>],
+) -> Result<()> {
+    check_shape("xa", &[xa.len()], &[projections.len()])?;
+    check_shape("outputs", &[outputs.len()], &[projections.len()])?;
+    for ((projection, xa), y) in projections.iter().zip(xa).zip(outputs) {
+        linear::forward(
+            x,
+            projection.weight,
+            projection.bias,
+            T::zero(),
+            y.view_mut(),
+        )?;
+        match projection.adapter {
+            Some(adapter) => forward_adapter(x, adapter, xa.view_mut(), y.view_mut())?,
+            None => check_shape("xa", xa.shape(), &[x.nrows(), 0])?,
+        }
+    }
+    Ok(())
+}
+
+/// Gradients of [`forward`]: dx is overwritten with the sum over the projections, what stands in
+/// `gradients` is added to.
+///
+/// `dy`, one per projection, [rows, out_p]; `xa` as [`forward`] left it; `dxa`, of the same shapes,
+/// is scratch.
+pub fn backward<T: Scalar>(
+    x: ArrayView2<T>,
+    projections: &[Projection<T>],
+    xa: &[ArrayView2<T>],
+    dy: &[ArrayView2<T>],
+    dxa: &mut [ArrayViewMut2<T>],
+    mut dx: ArrayViewMut2<T>,
+    gradients: &mut [ProjectionGradients<T>],
+) -> Result<()> {
+    check_shape("xa", &[xa.len()], &[projections.len()])?;
+    check_shape("dy", &[dy.len()], &[projections.len()])?;
+    check_shape("dxa", &[dxa.len()], &[projections.len()])?;
+    check_shape("gradients", &[gradients.len()], &[projections.len()])?;
+    check_shape("dx", dx.shape(), x.shape())?;
+    dx.fill(T::zero());
+    let kept = xa.iter().zip(dxa).zip(dy);
+    for ((projection, ((xa, dxa), dy)), gradients) in projections.iter().zip(kept).zip(gradients) {
+        linear::backward_input(*dy, projection.weight, T::one(), dx.view_mut())?;
+        if let Some(dweight) = &mut gradients.weight {
+            linear::backward_weight(*dy, x, dweight.view_mut())?;
+        }
+        if let Some(dbias) = &mut gradients.bias {
+            linear::backward_bias(*dy, dbias.view_mut())?;
+        }
+        match (projection.adapter, &mut gradients.adapter) {
+            (Some(adapter), Some((da, db))) => backward_adapter(
+                x,
+                *xa,
+                adapter,
+                *dy,
+                dxa.view_mut(),
+                Some(dx.view_mut()),
+                da.view_mut(),
+                db.view_mut(),
+            )?,
+            (None, None) => {}
+            (adapter, place) => {
+                let having = |yes: bool| if yes { "an adapter" } else { "no adapter" };
+                return Err(Error::value(
+                    "gradients",
+                    having(place.is_some()),
+                    having(adapter.is_some()),
+                ));
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Merges: `merged` = W + s·B·A. Unmerging is using `weight` again: it was never changed.
+///
+/// `weight`, `merged` [out, in]. Computed in `T`: widen a bf16 weight to f32 first and round the
+/// result, or small updates are lost.
 pub fn merge<T: Scalar>(
     weight: ArrayView2<T>,
     adapter: Adapter<T>,
-    merged: ArrayViewMut2<T>,
+    mut merged: ArrayViewMut2<T>,
 ) -> Result<()> {
-    let _ = (weight, adapter, merged);
-    todo!()
+    let (outputs, inputs) = weight.dim();
+    adapter.check(inputs, outputs)?;
+    check_shape("merged", merged.shape(), &[outputs, inputs])?;
+    merged.assign(&weight);
+    general_mat_mul(
+        adapter.scaling,
+        &adapter.b,
+        &adapter.a,
+        T::one(),
+        &mut merged,
+    );
+    Ok(())
 }

@@ -2,9 +2,10 @@
 
 mod common;
 
-use common::{Random, assert_close, cast, finite_difference, poisoned};
-use dtmem_reference::{Error, Scalar, linear};
-use ndarray::{Array1, Array2, ArrayView2, Axis, Slice};
+use common::{Fixture, Random, assert_close, cast, finite_difference, poisoned};
+use dtmem_reference::lora_linear::{Adapter, Projection, ProjectionGradients};
+use dtmem_reference::{Error, Scalar, linear, lora_linear};
+use ndarray::{Array1, Array2, ArrayView2, ArrayViewMut2, Axis, Slice};
 use proptest::prelude::*;
 
 /// x·weightᵀ by its definition, in f64.
@@ -165,4 +166,359 @@ fn wrong_shapes_are_refused_by_name() {
         refused(linear::backward_bias(dy.view(), dbias.view_mut())),
         "dbias"
     );
+}
+
+/// Arrays of one projection with an adapter.
+struct Adapted<T> {
+    weight: Array2<T>,
+    bias: Array1<T>,
+    a: Array2<T>,
+    b: Array2<T>,
+    scaling: T,
+}
+
+impl<T: Scalar> Adapted<T> {
+    fn random(random: &mut Random, inputs: usize, outputs: usize, rank: usize) -> Self {
+        Self {
+            weight: random.array([outputs, inputs]),
+            bias: random.array([outputs]),
+            a: random.array([rank, inputs]),
+            b: random.array([outputs, rank]),
+            scaling: T::from_f64(random.normal()),
+        }
+    }
+
+    fn adapter(&self) -> Adapter<'_, T> {
+        Adapter {
+            a: self.a.view(),
+            b: self.b.view(),
+            scaling: self.scaling,
+        }
+    }
+
+    fn projection(&self) -> Projection<'_, T> {
+        Projection {
+            weight: self.weight.view(),
+            bias: Some(self.bias.view()),
+            adapter: Some(self.adapter()),
+        }
+    }
+
+    fn merged(&self) -> Array2<T> {
+        let mut merged = poisoned(self.weight.raw_dim());
+        lora_linear::merge(self.weight.view(), self.adapter(), merged.view_mut()).expect("merge");
+        merged
+    }
+}
+
+/// The outputs of all projections, and xa.
+fn project<T: Scalar>(
+    x: &Array2<T>,
+    projections: &[Projection<T>],
+) -> (Vec<Array2<T>>, Vec<Array2<T>>) {
+    let widths = projections.iter().map(|p| p.weight.nrows());
+    let ranks = projections
+        .iter()
+        .map(|p| p.adapter.map_or(0, |adapter| adapter.a.nrows()));
+    let mut outputs: Vec<_> = widths.map(|width| poisoned([x.nrows(), width])).collect();
+    let mut xa: Vec<_> = ranks.map(|rank| poisoned([x.nrows(), rank])).collect();
+    lora_linear::forward(
+        x.view(),
+        projections,
+        &mut views_mut(&mut xa),
+        &mut views_mut(&mut outputs),
+    )
+    .expect("forward");
+    (outputs, xa)
+}
+
+fn views<T>(arrays: &[Array2<T>]) -> Vec<ArrayView2<'_, T>> {
+    arrays.iter().map(|array| array.view()).collect()
+}
+
+fn views_mut<T>(arrays: &mut [Array2<T>]) -> Vec<ArrayViewMut2<'_, T>> {
+    arrays.iter_mut().map(|array| array.view_mut()).collect()
+}
+
+fn lora_agrees_with_the_fixtures<T: Scalar>(tolerance: f64) {
+    for (name, fixture) in Fixture::all("lora_") {
+        let close = |tensor: &str, found: &Array2<T>, expected: &str| {
+            assert_close(
+                &format!("{name} {tensor}"),
+                found,
+                &fixture.array(expected),
+                tolerance,
+            );
+        };
+        let x: Array2<T> = fixture.array("input.x");
+        let adapted = Adapted {
+            weight: fixture.array("input.weight"),
+            bias: fixture.array("input.bias"),
+            a: fixture.array("input.lora_a"),
+            b: fixture.array("input.lora_b"),
+            scaling: T::from_f64(fixture.number("scaling")),
+        };
+        close("merged", &adapted.merged(), "output.merged_weight");
+        let (outputs, xa) = project(&x, &[adapted.projection()]);
+        close("y", &outputs[0], "output.y");
+        let dy: Array2<T> = fixture.array("grad_output.y");
+        let mut dx = poisoned(x.raw_dim());
+        let mut dxa = vec![poisoned(xa[0].raw_dim())];
+        let mut dweight = Array2::zeros(adapted.weight.raw_dim());
+        let mut dbias = Array1::zeros(adapted.bias.len());
+        let mut da = Array2::zeros(adapted.a.raw_dim());
+        let mut db = Array2::zeros(adapted.b.raw_dim());
+        let mut gradients = [ProjectionGradients {
+            weight: Some(dweight.view_mut()),
+            bias: Some(dbias.view_mut()),
+            adapter: Some((da.view_mut(), db.view_mut())),
+        }];
+        lora_linear::backward(
+            x.view(),
+            &[adapted.projection()],
+            &views(&xa),
+            &[dy.view()],
+            &mut views_mut(&mut dxa),
+            dx.view_mut(),
+            &mut gradients,
+        )
+        .expect("backward");
+        close("dx", &dx, "grad_input.x");
+        close("dweight", &dweight, "grad_input.weight");
+        close("da", &da, "grad_input.lora_a");
+        close("db", &db, "grad_input.lora_b");
+        assert_close(
+            "dbias",
+            &dbias,
+            &fixture.array("grad_input.bias"),
+            tolerance,
+        );
+    }
+}
+
+#[test]
+fn lora_agrees_with_the_fixtures_in_f64() {
+    lora_agrees_with_the_fixtures::<f64>(1e-10);
+}
+
+#[test]
+fn lora_agrees_with_the_fixtures_in_f32() {
+    lora_agrees_with_the_fixtures::<f32>(2e-5);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+
+    #[test]
+    fn merged_and_unmerged_projections_agree_and_the_weight_stays(
+        seed: u64, rows in 0_usize..9, inputs in 1_usize..40, outputs in 0_usize..40, rank in 0_usize..9,
+    ) {
+        let mut random = Random::new(seed);
+        let adapted = Adapted::<f32>::random(&mut random, inputs, outputs, rank);
+        let before = adapted.weight.clone();
+        let merged = adapted.merged();
+        prop_assert_eq!(&adapted.weight, &before);
+        let x: Array2<f32> = random.array([rows, inputs]);
+        let (apart, _) = project(&x, &[adapted.projection()]);
+        let whole = Projection { weight: merged.view(), adapter: None, ..adapted.projection() };
+        let (together, _) = project(&x, &[whole]);
+        assert_close("merged", &together[0], &cast(&apart[0]), 2e-5);
+        // B = 0, as it is initialised: bit by bit the plain map.
+        let fresh = Adapted { b: Array2::zeros([outputs, rank]), ..adapted };
+        prop_assert_eq!(fresh.merged(), before.clone());
+        let plain = Projection { adapter: None, ..fresh.projection() };
+        prop_assert_eq!(&project(&x, &[fresh.projection()]).0, &project(&x, &[plain]).0);
+    }
+
+    #[test]
+    fn gradients_of_several_projections_are_the_finite_differences(
+        seed: u64, rows in 0_usize..4, inputs in 0_usize..5, outputs in 0_usize..5,
+        rank in 0_usize..4,
+    ) {
+        let mut random = Random::new(seed);
+        let mut first = Adapted::<f64>::random(&mut random, inputs, outputs, rank);
+        let second = Adapted::<f64>::random(&mut random, inputs, outputs + 1, rank + 1);
+        // The first trains its adapter only, the second has none and trains its weight, the third
+        // trains everything.
+        let third = Adapted::<f64>::random(&mut random, inputs, 2, 1);
+        let x: Array2<f64> = random.array([rows, inputs]);
+        let dy: Vec<Array2<f64>> =
+            [outputs, outputs + 1, 2].map(|width| random.array([rows, width])).into();
+        let projections = |first: &Adapted<f64>| -> Vec<(Array2<f64>, Array2<f64>)> {
+            let plain = Projection { adapter: None, ..second.projection() };
+            let (y, _) = project(&x, &[first.projection(), plain, third.projection()]);
+            y.into_iter().zip(dy.clone()).collect()
+        };
+        let loss = |first: &Adapted<f64>| -> f64 {
+            projections(first).iter().map(|(y, dy)| (y * dy).sum()).sum()
+        };
+
+        let plain = Projection { adapter: None, ..second.projection() };
+        let all = [first.projection(), plain, third.projection()];
+        let (_, xa) = project(&x, &all);
+        let mut dxa: Vec<_> = xa.iter().map(|xa| poisoned(xa.raw_dim())).collect();
+        let mut dx = poisoned(x.raw_dim());
+        let old_a: Array2<f64> = random.array([rank, inputs]);
+        let old_b: Array2<f64> = random.array([outputs, rank]);
+        let (mut da, mut db) = (old_a.clone(), old_b.clone());
+        let mut dweight2 = Array2::zeros(second.weight.raw_dim());
+        let mut dbias2 = Array1::zeros(second.bias.len());
+        let mut dweight3 = Array2::zeros(third.weight.raw_dim());
+        let (mut da3, mut db3) = (Array2::zeros([1, inputs]), Array2::zeros([2, 1]));
+        let mut gradients = [
+            ProjectionGradients {
+                weight: None,
+                bias: None,
+                adapter: Some((da.view_mut(), db.view_mut())),
+            },
+            ProjectionGradients {
+                weight: Some(dweight2.view_mut()),
+                bias: Some(dbias2.view_mut()),
+                adapter: None,
+            },
+            ProjectionGradients {
+                weight: Some(dweight3.view_mut()),
+                bias: None,
+                adapter: Some((da3.view_mut(), db3.view_mut())),
+            },
+        ];
+        lora_linear::backward(
+            x.view(), &all, &views(&xa), &views(&dy), &mut views_mut(&mut dxa), dx.view_mut(),
+            &mut gradients,
+        )?;
+
+        let expected = finite_difference(&x, |x| {
+            let (y, _) = project(x, &all);
+            y.iter().zip(&dy).map(|(y, dy)| (y * dy).sum()).sum()
+        });
+        assert_close("dx", &dx, &expected, 1e-8);
+        assert_close("dweight of the second", &dweight2, &dy[1].t().dot(&x), 1e-12);
+        assert_close("dbias of the second", &dbias2, &dy[1].sum_axis(Axis(0)), 1e-12);
+        assert_close("dweight of the third", &dweight3, &dy[2].t().dot(&x), 1e-12);
+        let expected = third.b.t().dot(&dy[2].t().dot(&x)) * third.scaling;
+        assert_close("da of the third", &da3, &expected, 1e-11);
+        let expected = dy[2].t().dot(&x).dot(&third.a.t()) * third.scaling;
+        assert_close("db of the third", &db3, &expected, 1e-11);
+        let kept = first.a.clone();
+        let expected = finite_difference(&kept, |a| {
+            first.a.assign(a);
+            loss(&first)
+        });
+        first.a.assign(&kept);
+        assert_close("da", &da, &(old_a + expected), 1e-8);
+        let kept = first.b.clone();
+        let expected = finite_difference(&kept, |b| {
+            first.b.assign(b);
+            loss(&first)
+        });
+        assert_close("db", &db, &(old_b + expected), 1e-8);
+    }
+}
+
+#[test]
+fn wrong_adapters_are_refused_by_name() {
+    let a = |rows, columns| Array2::<f32>::zeros([rows, columns]);
+    let x = a(2, 3);
+    // Right: A [1, 3], B [4, 1], y [2, 4].
+    let forward = |lora_a: Array2<f32>, b: Array2<f32>, mut xa: Array2<f32>, mut y: Array2<f32>| {
+        let adapter = Adapter {
+            a: lora_a.view(),
+            b: b.view(),
+            scaling: 1.0,
+        };
+        refused(lora_linear::forward_adapter(
+            x.view(),
+            adapter,
+            xa.view_mut(),
+            y.view_mut(),
+        ))
+    };
+    assert_eq!(forward(a(1, 2), a(4, 1), a(2, 1), a(2, 4)), "adapter.a");
+    assert_eq!(forward(a(1, 3), a(4, 2), a(2, 1), a(2, 4)), "adapter.b");
+    assert_eq!(forward(a(1, 3), a(4, 1), a(2, 2), a(2, 4)), "xa");
+    assert_eq!(forward(a(1, 3), a(4, 1), a(2, 1), a(1, 4)), "y");
+    let (lora_a, b) = (a(1, 3), a(4, 1));
+    let adapter = Adapter {
+        a: lora_a.view(),
+        b: b.view(),
+        scaling: 1.0,
+    };
+    let backward = |shapes: [[usize; 2]; 6]| {
+        let [xa, dy, mut dxa, mut dx, mut da, mut db] = shapes.map(Array2::<f32>::zeros);
+        refused(lora_linear::backward_adapter(
+            x.view(),
+            xa.view(),
+            adapter,
+            dy.view(),
+            dxa.view_mut(),
+            Some(dx.view_mut()),
+            da.view_mut(),
+            db.view_mut(),
+        ))
+    };
+    let right = [[2, 1], [2, 4], [2, 1], [2, 3], [1, 3], [4, 1]];
+    for (wrong, name) in ["xa", "adapter.b", "dxa", "dx", "da", "db"]
+        .into_iter()
+        .enumerate()
+    {
+        let mut shapes = right;
+        shapes[wrong] = [2, 5];
+        assert_eq!(backward(shapes), name);
+    }
+    let weight = a(4, 3);
+    let mut merged = a(3, 4);
+    let result = lora_linear::merge(weight.view(), adapter, merged.view_mut());
+    assert_eq!(refused(result), "merged");
+    let result = lora_linear::merge(merged.view(), adapter, a(3, 4).view_mut());
+    assert_eq!(refused(result), "adapter.a");
+}
+
+#[test]
+fn lists_that_do_not_match_the_projections_are_refused_by_name() {
+    let mut random = Random::new(3);
+    let adapted = Adapted::<f32>::random(&mut random, 3, 4, 1);
+    let x: Array2<f32> = random.array([2, 3]);
+    let all = [adapted.projection()];
+    let forward = |xa: usize, outputs: usize| {
+        let mut xa = vec![Array2::zeros([2, 1]); xa];
+        let mut outputs = vec![Array2::zeros([2, 4]); outputs];
+        let result = lora_linear::forward(
+            x.view(),
+            &all,
+            &mut views_mut(&mut xa),
+            &mut views_mut(&mut outputs),
+        );
+        refused(result)
+    };
+    assert_eq!(forward(0, 1), "xa");
+    assert_eq!(forward(1, 2), "outputs");
+    let backward = |[xa, dy, dxa, gradients]: [usize; 4], dx: usize| {
+        let (xa, mut dxa) = (
+            vec![Array2::zeros([2, 1]); xa],
+            vec![Array2::zeros([2, 1]); dxa],
+        );
+        let dy = vec![Array2::zeros([2, 4]); dy];
+        let empty = || ProjectionGradients {
+            weight: None,
+            bias: None,
+            adapter: None,
+        };
+        let mut gradients: Vec<_> = (0..gradients).map(|_| empty()).collect();
+        refused(lora_linear::backward(
+            x.view(),
+            &all,
+            &views(&xa),
+            &views(&dy),
+            &mut views_mut(&mut dxa),
+            Array2::zeros([2, dx]).view_mut(),
+            &mut gradients,
+        ))
+    };
+    assert_eq!(backward([0, 1, 1, 1], 3), "xa");
+    assert_eq!(backward([1, 0, 1, 1], 3), "dy");
+    assert_eq!(backward([1, 1, 2, 1], 3), "dxa");
+    assert_eq!(backward([1, 1, 1, 0], 3), "gradients");
+    assert_eq!(backward([1, 1, 1, 1], 2), "dx");
+    // An adapter without a place for its gradients.
+    assert_eq!(backward([1, 1, 1, 1], 3), "gradients");
 }
