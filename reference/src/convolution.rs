@@ -3,7 +3,7 @@
 //! Feature maps are [channels, positions] per sample (channel-major), position = vx·height + vy,
 //! so flattening is free.
 
-use ndarray::{Array2, ArrayView1, ArrayView2, ArrayViewMut1, ArrayViewMut2};
+use ndarray::{ArrayView1, ArrayView2, ArrayViewMut1, ArrayViewMut2};
 
 use crate::{Result, Scalar};
 
@@ -65,7 +65,7 @@ pub fn forward<T: Scalar>(
     weight: ArrayView2<T>,
     bias: ArrayView1<T>,
     y: ArrayViewMut2<T>,
-    columns: &mut Array2<T>,
+    columns: &mut Vec<T>,
 ) -> Result<()> {
     let _ = (grid, x, weight, bias, y, columns);
     todo!()
@@ -80,7 +80,7 @@ pub fn backward<T: Scalar>(
     dx: ArrayViewMut2<T>,
     dweight: ArrayViewMut2<T>,
     dbias: ArrayViewMut1<T>,
-    columns: &mut Array2<T>,
+    columns: &mut Vec<T>,
 ) -> Result<()> {
     let _ = (grid, x, weight, dy, dx, dweight, dbias, columns);
     todo!()

@@ -325,8 +325,10 @@ pub struct MemoryInputs<'a, B> {
 /// Their gradients: overwritten.
 #[derive(Debug)]
 pub struct MemoryGradients<'a, B> {
-    /// [tokens, D]: address key, strength key and value side by side.
+    /// [tokens, 2·D]: address key and strength key side by side.
     pub keys: &'a mut B,
+    /// [tokens, D].
+    pub value: Out<'a, B>,
     /// [tokens].
     pub key_strength: Option<&'a mut B>,
 }
@@ -373,7 +375,7 @@ pub trait Backend {
     /// Floating-point memory.
     type Buffer: Debug;
     /// A batch in the backend's memory.
-    type Batch;
+    type Batch: Default;
 
     /// Short name for messages: `cpu`.
     fn name(&self) -> &'static str;
@@ -387,8 +389,8 @@ pub trait Backend {
     /// Copies to the host.
     fn download(&self, from: &Self::Buffer, offset: usize, to: &mut [Self::Element]) -> Result<()>;
 
-    /// Brings a batch to the backend.
-    fn stage(&self, batch: &PackedBatch) -> Result<Self::Batch>;
+    /// Brings a batch to the backend, reusing the memory of `to`.
+    fn stage(&self, batch: &PackedBatch, to: &mut Self::Batch) -> Result<()>;
 
     /// buffer\[span\] = 0.
     fn zero(&self, buffer: &mut Self::Buffer, span: Span) -> Result<()>;
@@ -456,8 +458,8 @@ pub trait Backend {
         out: &mut Self::Buffer,
     ) -> Result<()>;
 
-    /// Gradients of [`Self::assemble_tokens`]: embeddings are overwritten, learned positions are
-    /// added to `gradients`.
+    /// Gradients of [`Self::assemble_tokens`]: embeddings are overwritten; positions, where they are
+    /// trained, are added to that span of `gradients`.
     fn assemble_tokens_backward(
         &self,
         batch: &Self::Batch,
@@ -466,7 +468,7 @@ pub trait Backend {
         grad_observations: &mut Self::Buffer,
         grad_actions: &mut Self::Buffer,
         grad_returns: &mut Self::Buffer,
-        positions: Positions,
+        positions: Option<Span>,
         gradients: &mut Self::Buffer,
     ) -> Result<()>;
 

@@ -1,6 +1,469 @@
-//! The models: parameters in one arena, blocks, forward and backward over the [`crate::backend`].
-//!
-//! API skeleton; bodies follow.
+//! The models: parameters in one arena with named parts, both block kinds, the memory layer and
+//! its adapters, forward and backward written once over [`crate::backend::Backend`].
 
+mod acting;
+mod activations;
 mod config;
+mod forward;
+mod network;
+mod parameters;
+mod training;
+
+use dtmem_reference::Scalar;
+use ndarray::Array2;
+use thiserror::Error;
+
+pub use acting::Actor;
+pub use activations::Capacity;
 pub use config::*;
+pub use parameters::{Parameter, Parameters, Start};
+pub use training::{OptimiserStep, StepMetrics, Training};
+
+use crate::backend::{Backend, BackendError, Positions};
+use crate::batch::{BatchError, PackedBatch, Packer};
+use activations::Activations;
+use forward::{Counts, Masks};
+use network::Network;
+
+/// Why a model cannot be made or run.
+#[derive(Debug, Clone, PartialEq, Error)]
+pub enum ModelError {
+    /// A setting does not fit the others or the task.
+    #[error("model setting `{setting}` is {found}, expected {expected}")]
+    Setting {
+        /// Name of the setting.
+        setting: &'static str,
+        /// Its value.
+        found: String,
+        /// What would fit.
+        expected: String,
+    },
+    /// A batch is larger than the buffers were made for.
+    #[error("a batch has {found} {what}, the buffers hold {capacity}")]
+    Capacity {
+        /// What there are too many of.
+        what: &'static str,
+        /// How many.
+        found: usize,
+        /// How many fit.
+        capacity: usize,
+    },
+    /// Values of another model.
+    #[error("{found} values for a model of {expected} parameters")]
+    Values {
+        /// Number of values.
+        found: usize,
+        /// Number of parameters.
+        expected: usize,
+    },
+    /// A batch cannot be built.
+    #[error(transparent)]
+    Batch(#[from] BatchError),
+    /// The backend failed.
+    #[error(transparent)]
+    Backend(#[from] BackendError),
+    /// An operation refused its arguments.
+    #[error(transparent)]
+    Operation(#[from] dtmem_reference::Error),
+}
+
+impl ModelError {
+    fn setting(setting: &'static str, found: impl ToString, expected: impl ToString) -> Self {
+        Self::Setting {
+            setting,
+            found: found.to_string(),
+            expected: expected.to_string(),
+        }
+    }
+}
+
+/// A model: its parameters on a backend and the operations that use them.
+#[derive(Debug)]
+pub struct Model<B: Backend> {
+    backend: B,
+    config: ModelConfig,
+    spaces: Spaces,
+    supervision: Option<SupervisionConfig>,
+    parameters: Parameters,
+    network: Network,
+    values: B::Buffer,
+    /// Sinusoidal positions [steps, width], where they are used.
+    constants: B::Buffer,
+}
+
+impl<B: Backend> Model<B> {
+    /// A model with undefined parameters: call [`Self::initialise`] or [`Self::set_values`].
+    pub fn new(
+        backend: B,
+        config: ModelConfig,
+        spaces: Spaces,
+        supervision: Option<SupervisionConfig>,
+    ) -> Result<Self, ModelError> {
+        validate(&config, &spaces, supervision.as_ref())?;
+        let (parameters, network) = Parameters::plan(|declare| {
+            Network::declare(declare, &config, &spaces, supervision.as_ref())
+        });
+        let values = backend.buffer(parameters.len())?;
+        let table = match network.positions {
+            Positions::Constant(_) => sinusoids(spaces.steps, config.width),
+            Positions::Learned(_) => Vec::new(),
+        };
+        let mut constants = backend.buffer(table.len())?;
+        backend.upload(&table, &mut constants, 0)?;
+        Ok(Self {
+            backend,
+            config,
+            spaces,
+            supervision,
+            parameters,
+            network,
+            values,
+            constants,
+        })
+    }
+
+    /// Sets the initial values of a seed.
+    pub fn initialise(&mut self, seed: u64) -> Result<(), ModelError> {
+        let values = self.parameters.initial(seed);
+        self.set_values(&values)
+    }
+
+    /// All parameters, by name.
+    pub fn parameters(&self) -> &[Parameter] {
+        self.parameters.list()
+    }
+
+    /// Number of parameters.
+    pub fn parameter_count(&self) -> usize {
+        self.parameters.len()
+    }
+
+    /// Number of parameters that training changes.
+    pub fn trained_count(&self) -> usize {
+        self.parameters.trained()
+    }
+
+    /// The whole arena; [`Parameter::span`] says what stands where.
+    pub fn values(&self) -> Result<Vec<B::Element>, ModelError> {
+        let mut values = vec![B::Element::default(); self.parameters.len()];
+        self.backend.download(&self.values, 0, &mut values)?;
+        Ok(values)
+    }
+
+    /// Replaces the whole arena.
+    pub fn set_values(&mut self, values: &[B::Element]) -> Result<(), ModelError> {
+        if values.len() != self.parameters.len() {
+            return Err(ModelError::Values {
+                found: values.len(),
+                expected: self.parameters.len(),
+            });
+        }
+        Ok(self.backend.upload(values, &mut self.values, 0)?)
+    }
+
+    /// The settings that the model was made from.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// What the task asks of it.
+    pub fn spaces(&self) -> &Spaces {
+        &self.spaces
+    }
+
+    /// A packer for this model's batches.
+    pub fn packer(&self) -> Packer {
+        let segment = Some(self.config.segment_steps).filter(|&steps| steps > 0);
+        Packer::new(self.config.layout, self.fields(), segment)
+    }
+
+    /// Codes of one observation.
+    pub fn fields(&self) -> usize {
+        self.spaces.observation.iter().product()
+    }
+
+    /// Action logits at every observation of a batch of whole episodes [observations, actions].
+    pub fn logits(&self, batch: &PackedBatch) -> Result<Vec<B::Element>, ModelError> {
+        let acts = self.evaluate(batch)?;
+        let len = batch.observation_tokens.len() * self.spaces.actions;
+        let mut logits = vec![B::Element::default(); len];
+        self.backend.download(&acts.logits, 0, &mut logits)?;
+        Ok(logits)
+    }
+
+    /// A forward pass without dropout, in buffers of its own.
+    fn evaluate(&self, batch: &PackedBatch) -> Result<Activations<B>, ModelError> {
+        let counts = Counts::from(batch);
+        let capacity = Capacity {
+            tokens: counts.tokens,
+            observations: counts.observations,
+            sequences: batch.sequences(),
+            segments: batch.segments(),
+        };
+        self.check(batch, capacity)?;
+        let mut acts = Activations::new(&self.backend, &self.network, &self.config, capacity)?;
+        let mut staged = B::Batch::default();
+        self.backend.stage(batch, &mut staged)?;
+        self.forward(&staged, counts, Masks::default(), None, &mut acts)?;
+        Ok(acts)
+    }
+
+    /// Attention probabilities of one head, counted from 0, over the first sequence of a batch:
+    /// [T, T], zero where a query does not look.
+    pub fn attention_map(
+        &self,
+        batch: &PackedBatch,
+        layer: usize,
+        head: usize,
+    ) -> Result<Array2<f64>, ModelError> {
+        if layer >= self.config.layers {
+            return Err(ModelError::setting(
+                "layer",
+                layer,
+                format!("< {}", self.config.layers),
+            ));
+        }
+        if head >= self.config.heads {
+            return Err(ModelError::setting(
+                "head",
+                head,
+                format!("< {}", self.config.heads),
+            ));
+        }
+        let counts = Counts::from(batch);
+        let acts = self.evaluate(batch)?;
+        let (width, heads) = (self.config.width, self.config.heads);
+        let head_width = width / heads;
+        let mut qkv = vec![B::Element::default(); counts.tokens * 3 * width];
+        let mut lse = vec![B::Element::default(); counts.tokens * heads];
+        self.backend
+            .download(&acts.blocks[layer].qkv, 0, &mut qkv)?;
+        self.backend
+            .download(&acts.blocks[layer].lse, 0, &mut lse)?;
+        let tokens = batch.cu_seqlens.get(1).map_or(0, |&end| end as usize);
+        let by_segment = self.config.attention == AttentionSpan::Segment;
+        let scale = self.network.blocks[layer].attention.scale();
+        let row = |token: usize, part: usize| {
+            &qkv[token * 3 * width + part * width + head * head_width..][..head_width]
+        };
+        let mut map = Array2::zeros((tokens, tokens));
+        let mut start = 0;
+        for query in 0..tokens {
+            if by_segment && batch.segment_offsets.contains(&(query as i32)) {
+                start = query;
+            }
+            for key in start..=query {
+                let score: f64 = row(query, 0)
+                    .iter()
+                    .zip(row(key, 1))
+                    .map(|(q, k)| q.to_f64() * k.to_f64())
+                    .sum();
+                map[[query, key]] = (scale * score - lse[query * heads + head].to_f64()).exp();
+            }
+        }
+        Ok(map)
+    }
+
+    /// Checks a batch against buffers and spaces before it is computed on.
+    fn check(&self, batch: &PackedBatch, capacity: Capacity) -> Result<(), ModelError> {
+        for (what, found, capacity) in [
+            ("tokens", batch.tokens(), capacity.tokens),
+            (
+                "observations",
+                batch.observation_tokens.len(),
+                capacity.observations,
+            ),
+            ("actions", batch.action_tokens.len(), capacity.observations),
+            ("returns", batch.return_tokens.len(), capacity.observations),
+            ("sequences", batch.sequences(), capacity.sequences),
+            ("segments", batch.segments(), capacity.segments),
+            (
+                "time steps",
+                batch
+                    .token_time
+                    .iter()
+                    .max()
+                    .map_or(0, |&time| time as usize + 1),
+                self.spaces.steps,
+            ),
+        ] {
+            if found > capacity {
+                return Err(ModelError::Capacity {
+                    what,
+                    found,
+                    capacity,
+                });
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Sinusoidal positions (Vaswani et al. 2017): sin(t·ω_i), cos(t·ω_i) in turn, ω_i = 10000^(−2i/D).
+fn sinusoids<T: Scalar>(steps: usize, width: usize) -> Vec<T> {
+    let mut table = Vec::with_capacity(steps * width);
+    for step in 0..steps {
+        for column in 0..width {
+            let exponent = (column - column % 2) as f64 / width as f64;
+            let angle = step as f64 / 10_000f64.powf(exponent);
+            table.push(T::from_f64(if column % 2 == 0 {
+                angle.sin()
+            } else {
+                angle.cos()
+            }));
+        }
+    }
+    table
+}
+
+/// Checks settings against each other and against the task.
+fn validate(
+    config: &ModelConfig,
+    spaces: &Spaces,
+    supervision: Option<&SupervisionConfig>,
+) -> Result<(), ModelError> {
+    for (name, value, limit) in [
+        ("width", config.width, 1 << 16),
+        ("layers", config.layers, 1 << 10),
+        ("heads", config.heads, 1 << 10),
+        ("feed_forward", config.feed_forward, 1 << 20),
+        ("actions", spaces.actions, 256),
+        ("steps", spaces.steps, 1 << 24),
+        ("observation", spaces.observation.iter().product(), 1 << 24),
+    ] {
+        if value == 0 || value > limit {
+            return Err(ModelError::setting(name, value, format!("1 to {limit}")));
+        }
+    }
+    if !config.width.is_multiple_of(config.heads) {
+        return Err(ModelError::setting(
+            "width",
+            config.width,
+            format!("a multiple of heads = {}", config.heads),
+        ));
+    }
+    if !(0.0..1.0).contains(&config.dropout) {
+        return Err(ModelError::setting(
+            "dropout",
+            config.dropout,
+            "0 or more and less than 1",
+        ));
+    }
+    if !(config.observation_gain >= 0.0 && config.observation_gain.is_finite()) {
+        return Err(ModelError::setting(
+            "observation_gain",
+            config.observation_gain,
+            "0 or more",
+        ));
+    }
+    if spaces.cardinalities.is_empty()
+        || spaces
+            .cardinalities
+            .iter()
+            .any(|&count| count == 0 || count > 256)
+        || spaces.observation.last() != Some(&spaces.cardinalities.len())
+    {
+        let expected = format!(
+            "one value from 1 to 256 for each of the last axis of {:?}",
+            spaces.observation
+        );
+        return Err(ModelError::setting(
+            "cardinalities",
+            format!("{:?}", spaces.cardinalities),
+            expected,
+        ));
+    }
+    if config.front_end == FrontEnd::Convolution && spaces.observation.len() != 3 {
+        let expected = format!(
+            "`linear` for observations of shape {:?}",
+            spaces.observation
+        );
+        return Err(ModelError::setting("front_end", "convolution", expected));
+    }
+    if config.attention == AttentionSpan::Segment && config.segment_steps == 0 {
+        return Err(ModelError::setting(
+            "segment_steps",
+            0,
+            "at least 1 with attention = \"segment\"",
+        ));
+    }
+    if let Some(memory) = &config.memory {
+        if memory.slots == 0 {
+            return Err(ModelError::setting("memory.slots", 0, "at least 1"));
+        }
+        if !memory.strength_bias.is_finite() {
+            return Err(ModelError::setting(
+                "memory.strength_bias",
+                memory.strength_bias,
+                "a finite number",
+            ));
+        }
+    }
+    if let Some(adapter) = &config.adapter {
+        if config.memory.is_none() {
+            return Err(ModelError::setting(
+                "adapter",
+                "set",
+                "a memory, whose projections it adapts",
+            ));
+        }
+        if adapter.rank == 0 || adapter.rank > config.width {
+            return Err(ModelError::setting(
+                "adapter.rank",
+                adapter.rank,
+                format!("1 to width = {}", config.width),
+            ));
+        }
+        if !adapter.alpha.is_finite() {
+            return Err(ModelError::setting(
+                "adapter.alpha",
+                adapter.alpha,
+                "a finite number",
+            ));
+        }
+        if !(0.0..1.0).contains(&adapter.dropout) {
+            return Err(ModelError::setting(
+                "adapter.dropout",
+                adapter.dropout,
+                "0 or more and less than 1",
+            ));
+        }
+    }
+    let Some(supervision) = supervision else {
+        return Ok(());
+    };
+    if config.attention == AttentionSpan::Segment {
+        let expected = "no memory loss (lambda = 0): its pairs cross segments";
+        return Err(ModelError::setting("attention", "segment", expected));
+    }
+    if supervision.layer >= config.layers {
+        return Err(ModelError::setting(
+            "loss.layer",
+            supervision.layer + 1,
+            format!("1 to {}", config.layers),
+        ));
+    }
+    if supervision.heads.is_empty() || !supervision.heads.is_sorted_by(|a, b| a < b) {
+        let expected = "at least one head, ascending, none twice";
+        return Err(ModelError::setting(
+            "loss.heads",
+            format!("{:?}", supervision.heads),
+            expected,
+        ));
+    }
+    if let Some(head) = supervision.heads.iter().find(|&&head| head >= config.heads) {
+        return Err(ModelError::setting(
+            "loss.heads",
+            head + 1,
+            format!("1 to {}", config.heads),
+        ));
+    }
+    if !(supervision.lambda > 0.0 && supervision.lambda.is_finite()) {
+        return Err(ModelError::setting(
+            "loss.lambda",
+            supervision.lambda,
+            "more than 0",
+        ));
+    }
+    Ok(())
+}

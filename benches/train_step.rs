@@ -1,0 +1,168 @@
+//! One optimiser step of whole models on the CPU, in real tokens per second.
+//!
+//! `paper`: AttentionTuner at the paper's LTMB size on 8 trajectories, 64 steps long on average and
+//! at most 145. `scripts/peer_torch.py` times the same step in PyTorch.
+
+use criterion::{Criterion, Throughput, criterion_group, criterion_main};
+use dtmem::backend::Cpu;
+use dtmem::batch::{PackedBatch, TokenLayout, Trajectory};
+use dtmem::model::{
+    AttentionSpan, Block, Capacity, FrontEnd, MemoryConfig, Model, ModelConfig, OptimiserStep,
+    Spaces, SupervisionConfig, Training,
+};
+use dtmem_reference::attention::Denominator;
+use dtmem_reference::dropout::philox;
+
+/// Steps of the eight trajectories of the paper's case.
+const PAPER_STEPS: [usize; 8] = [145, 20, 96, 40, 64, 33, 88, 26];
+
+struct Case {
+    name: &'static str,
+    config: ModelConfig,
+    spaces: Spaces,
+    lengths: Vec<usize>,
+    lambda: f64,
+}
+
+fn ltmb(steps: usize) -> Spaces {
+    Spaces {
+        observation: vec![7, 7, 3],
+        cardinalities: vec![11, 6, 3],
+        actions: 7,
+        steps,
+    }
+}
+
+fn cases() -> [Case; 3] {
+    [
+        Case {
+            name: "paper",
+            config: ModelConfig::default(),
+            spaces: ltmb(145),
+            lengths: PAPER_STEPS.to_vec(),
+            lambda: 10.0,
+        },
+        Case {
+            name: "quick",
+            config: ModelConfig {
+                front_end: FrontEnd::Linear,
+                width: 128,
+                layers: 2,
+                feed_forward: 512,
+                dropout: 0.0,
+                ..ModelConfig::default()
+            },
+            spaces: ltmb(33),
+            lengths: [10, 14].repeat(16),
+            lambda: 10.0,
+        },
+        Case {
+            name: "recall",
+            config: ModelConfig {
+                block: Block::PreLn,
+                layout: TokenLayout::ReturnObsAction,
+                front_end: FrontEnd::Linear,
+                width: 64,
+                layers: 1,
+                feed_forward: 128,
+                dropout: 0.0,
+                attention: AttentionSpan::Segment,
+                segment_steps: 4,
+                memory: Some(MemoryConfig {
+                    slots: 16,
+                    ..MemoryConfig::default()
+                }),
+                ..ModelConfig::default()
+            },
+            spaces: Spaces {
+                observation: vec![2],
+                cardinalities: vec![36, 20],
+                actions: 17,
+                steps: 17,
+            },
+            lengths: vec![17; 64],
+            lambda: 0.0,
+        },
+    ]
+}
+
+fn pack(model: &Model<Cpu<f32>>, lengths: &[usize]) -> PackedBatch {
+    let mut packer = model.packer();
+    let fields = model.fields();
+    let cardinalities = &model.spaces().cardinalities;
+    for (sequence, &steps) in lengths.iter().enumerate() {
+        let draw = |index: usize, limit: usize| {
+            (philox([index as u32, sequence as u32, 0, 0], [3, 5])[0] as usize % limit) as u8
+        };
+        let observations: Vec<u8> = (0..steps * fields)
+            .map(|index| draw(index, cardinalities[index % cardinalities.len()]))
+            .collect();
+        let actions: Vec<u8> = (0..steps)
+            .map(|step| draw(step, model.spaces().actions))
+            .collect();
+        let pairs: Vec<(u32, u32)> = (0..steps as u32)
+            .flat_map(|step| {
+                (step > 2 && step % 4 == 0)
+                    .then_some((step, 1))
+                    .into_iter()
+                    .chain([(step, step)])
+            })
+            .collect();
+        packer
+            .push_trajectory(Trajectory {
+                observations: &observations,
+                actions: &actions,
+                returns: &vec![1.0; steps],
+                pairs: &pairs,
+                annotated: true,
+            })
+            .expect("a valid trajectory");
+    }
+    packer.batch().clone()
+}
+
+fn train_step(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("train_step");
+    group.sample_size(10);
+    for case in cases() {
+        let supervision = (case.lambda > 0.0).then(|| SupervisionConfig {
+            lambda: case.lambda,
+            layer: 0,
+            heads: vec![0],
+            denominator: Denominator::Square,
+        });
+        let mut model = Model::new(Cpu::new(), case.config, case.spaces, supervision)
+            .expect("a valid configuration");
+        model.initialise(0).expect("initial values");
+        let batch = pack(&model, &case.lengths);
+        let capacity = Capacity {
+            tokens: batch.tokens(),
+            observations: batch.observation_tokens.len(),
+            sequences: batch.sequences(),
+            segments: batch.segments(),
+        };
+        let mut training = Training::new(&model, capacity).expect("buffers");
+        let optimiser = OptimiserStep {
+            learning_rate: 1e-4,
+            beta1: 0.9,
+            beta2: 0.999,
+            epsilon: 1e-8,
+            weight_decay: 0.0,
+            clip: None,
+        };
+        group.throughput(Throughput::Elements(batch.tokens() as u64));
+        let mut step = 0;
+        group.bench_function(case.name, |bencher| {
+            bencher.iter(|| {
+                step += 1;
+                training
+                    .step(&mut model, &batch, 0, step, &optimiser)
+                    .expect("a step")
+            });
+        });
+    }
+    group.finish();
+}
+
+criterion_group!(benches, train_step);
+criterion_main!(benches);

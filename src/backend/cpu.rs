@@ -1,2 +1,0 @@
-//! The CPU backend: the reference, threaded.
-pub struct Cpu;

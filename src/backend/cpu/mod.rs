@@ -1,0 +1,1349 @@
+//! The CPU backend: the reference, threaded.
+//!
+//! How work is split depends on the shapes alone, never on the number of threads, and partial sums
+//! are added in a fixed order, so the bits do not depend on the machine's core count.
+
+mod attention;
+mod memory;
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use dtmem_reference as reference;
+use dtmem_reference::{
+    Scalar, activation, convolution, cross_entropy, dropout, layer_norm, linear, lora_linear,
+    one_hot, optimiser,
+};
+use ndarray::{Array2, ArrayView1, ArrayView2, ArrayViewMut1, ArrayViewMut2, Axis, s};
+use rayon::prelude::*;
+
+use attention::{Cached, HeadGradients, HeadSaved, Heads};
+use memory::{ChainGradients, Chains};
+
+use super::{
+    Activation, AdamW, Attention, Backend, BackendError, Codes, Convolutions, In, KeyValueCache,
+    LayerNorm, Linear, METRICS, Memory, MemoryGradients, MemoryInputs, MemoryStart, Metric, OneHot,
+    Out, Positions, Result, Span,
+};
+use crate::batch::{PackedBatch, TokenKind};
+
+/// Numbers that one task of an element-wise operation touches.
+const ELEMENTS: usize = 1 << 14;
+/// Partial parameter gradients of an operation that adds over rows.
+const PARTIALS: usize = 8;
+
+/// Computes with the reference on all threads of the current rayon pool, in `T`.
+#[derive(Debug)]
+pub struct Cpu<T> {
+    /// One scratch buffer per thread; it grows to what the largest shape needs and stays.
+    scratch: Vec<Mutex<Vec<T>>>,
+    /// Partial sums of parameter gradients.
+    partials: Mutex<Vec<T>>,
+}
+
+impl<T: Scalar> Default for Cpu<T> {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl<T: Scalar> Cpu<T> {
+    /// A backend for the current rayon pool (it works in any other, too).
+    pub fn new() -> Self {
+        Self {
+            scratch: (0..rayon::current_num_threads().max(1))
+                .map(|_| Mutex::default())
+                .collect(),
+            partials: Mutex::default(),
+        }
+    }
+
+    fn scratch(&self) -> MutexGuard<'_, Vec<T>> {
+        let thread = rayon::current_thread_index().unwrap_or(0) % self.scratch.len();
+        self.scratch[thread]
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Zeroed partial sums of `width` parameter gradients, one for each piece of the rows.
+    fn partials(&self, width: usize) -> Partials<'_, T> {
+        let mut sums = self.partials.lock().unwrap_or_else(PoisonError::into_inner);
+        sums.clear();
+        sums.resize(PARTIALS * width, T::zero());
+        Partials { sums, width }
+    }
+
+    fn adapters_backward(
+        &self,
+        map: &Linear,
+        parameters: &[T],
+        x: ArrayView2<T>,
+        adapted: &[T],
+        dropout: Option<dropout::Mask>,
+        grad_y: ArrayView2<T>,
+        mut grad_x: Option<ArrayViewMut2<T>>,
+        gradients: &mut [T],
+    ) -> Result<()> {
+        const NAME: &str = "adapters_backward";
+        let rows = x.nrows();
+        let mut scratch = self.scratch();
+        let mut grad_adapted = Array2::zeros((rows, map.ranks()));
+        let mut grad_dropped = dropout.map(|_| Array2::zeros(x.raw_dim()));
+        let x = dropped(NAME, dropout, 0, x, &mut scratch)?;
+        let mut adapted = matrix(NAME, adapted, rows, map.ranks())?;
+        let mut grad_adapted = grad_adapted.view_mut();
+        for lora in &map.adapters {
+            let (xa, rest) = adapted.split_at(Axis(1), lora.rank);
+            adapted = rest;
+            let (dxa, rest) = grad_adapted.split_at(Axis(1), lora.rank);
+            grad_adapted = rest;
+            let dy = grad_y.slice(s![.., lora.output..lora.output + lora.outputs]);
+            let dx = match &mut grad_dropped {
+                Some(grad) => Some(grad.view_mut()),
+                None => grad_x.as_mut().map(|grad| grad.view_mut()),
+            };
+            let (a, b) = two_parts(NAME, gradients, lora.a, lora.b)?;
+            let lora_view = adapter(NAME, map, lora, parameters)?;
+            let (da, db) = if map.transposed {
+                let da = matrix_mut(NAME, a, lora.rank, lora.outputs)?;
+                let db = matrix_mut(NAME, b, map.inputs, lora.rank)?;
+                (db.reversed_axes(), da.reversed_axes())
+            } else {
+                (
+                    matrix_mut(NAME, a, lora.rank, map.inputs)?,
+                    matrix_mut(NAME, b, lora.outputs, lora.rank)?,
+                )
+            };
+            named(
+                NAME,
+                lora_linear::backward_adapter(x, xa, lora_view, dy, dxa, dx, da, db),
+            )?;
+        }
+        if let (Some(mask), Some(mut grad), Some(grad_x)) = (dropout, grad_dropped, grad_x.as_mut())
+        {
+            if let Some(grad) = grad.as_slice_mut() {
+                named(NAME, dropout::apply(mask, 0, grad))?;
+            }
+            *grad_x += &grad;
+        }
+        Ok(())
+    }
+}
+
+/// Partial sums of parameter gradients: each piece of the rows has its own, so that threads do not
+/// meet and the order of the additions is fixed.
+struct Partials<'a, T> {
+    sums: MutexGuard<'a, Vec<T>>,
+    width: usize,
+}
+
+impl<T: Scalar> Partials<'_, T> {
+    /// Rows of one piece.
+    fn piece(&self, rows: usize) -> usize {
+        rows.div_ceil(PARTIALS).max(1)
+    }
+
+    fn pieces(&mut self) -> rayon::slice::ChunksMut<'_, T> {
+        let width = self.width.max(1);
+        self.sums.par_chunks_mut(width)
+    }
+
+    /// Adds all pieces to the spans, which stand next to each other in a piece.
+    fn add_to(&self, operation: &'static str, gradients: &mut [T], spans: &[Span]) -> Result<()> {
+        for piece in self.sums.chunks(self.width.max(1)) {
+            let mut rest = piece;
+            for &span in spans {
+                let (of_span, after) = rest.split_at(span.len.min(rest.len()));
+                rest = after;
+                for (sum, &x) in part_mut(operation, gradients, span)?
+                    .iter_mut()
+                    .zip(of_span)
+                {
+                    *sum += x;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Shapes of the convolutional front end.
+struct ConvolutionShapes<'a> {
+    rows: usize,
+    middle: usize,
+    out: usize,
+    codes: ArrayView2<'a, u8>,
+}
+
+impl<'a> ConvolutionShapes<'a> {
+    fn new(batch: &'a PackedBatch, front_end: &Convolutions) -> Result<Self> {
+        let rows = batch.observation_tokens.len();
+        let positions = front_end.grid.positions();
+        let fields = positions * front_end.grid.cardinalities.len();
+        Ok(Self {
+            rows,
+            middle: front_end.middle * positions,
+            out: front_end.out * positions,
+            codes: matrix("convolutions", &batch.observations, rows, fields)?,
+        })
+    }
+
+    /// Rows of one task.
+    fn piece(&self) -> usize {
+        self.rows.div_ceil(PARTIALS).max(1)
+    }
+
+    fn weights<'w, T>(
+        &self,
+        operation: &'static str,
+        front_end: &Convolutions,
+        parameters: &'w [T],
+    ) -> Result<[ArrayView2<'w, T>; 2]> {
+        let weight1 = part(operation, parameters, front_end.weight1)?;
+        let weight2 = part(operation, parameters, front_end.weight2)?;
+        let inputs = front_end.grid.channels() * 9;
+        Ok([
+            matrix(operation, weight1, inputs, front_end.middle)?,
+            matrix(operation, weight2, front_end.out, front_end.middle * 9)?,
+        ])
+    }
+}
+
+/// Attaches the operation's name to an error of the reference.
+fn named<R>(operation: &'static str, result: reference::Result<R>) -> Result<R> {
+    result.map_err(|source| BackendError::Operation { operation, source })
+}
+
+/// How many rows a task of a matrix product gets: at least 64, and four tasks for each 1024.
+fn piece(len: usize) -> usize {
+    let tasks = 4 * len.div_ceil(1024).max(1);
+    len.div_ceil(tasks).next_multiple_of(16).max(64)
+}
+
+fn part<'a, T>(operation: &'static str, buffer: &'a [T], span: Span) -> Result<&'a [T]> {
+    buffer.get(span.range()).ok_or(BackendError::Buffer {
+        operation,
+        found: buffer.len(),
+        expected: span.range().end,
+    })
+}
+
+fn part_mut<'a, T>(
+    operation: &'static str,
+    buffer: &'a mut [T],
+    span: Span,
+) -> Result<&'a mut [T]> {
+    let found = buffer.len();
+    buffer.get_mut(span.range()).ok_or(BackendError::Buffer {
+        operation,
+        found,
+        expected: span.range().end,
+    })
+}
+
+fn front<'a, T>(operation: &'static str, buffer: &'a [T], len: usize) -> Result<&'a [T]> {
+    part(operation, buffer, Span { offset: 0, len })
+}
+
+fn front_mut<'a, T>(
+    operation: &'static str,
+    buffer: &'a mut [T],
+    len: usize,
+) -> Result<&'a mut [T]> {
+    part_mut(operation, buffer, Span { offset: 0, len })
+}
+
+/// [rows, columns] at the start of a slice.
+fn matrix<'a, T>(
+    operation: &'static str,
+    buffer: &'a [T],
+    rows: usize,
+    columns: usize,
+) -> Result<ArrayView2<'a, T>> {
+    let buffer = front(operation, buffer, rows * columns)?;
+    ArrayView2::from_shape((rows, columns), buffer).map_err(|_| BackendError::Buffer {
+        operation,
+        found: buffer.len(),
+        expected: rows * columns,
+    })
+}
+
+/// [`matrix`] to write.
+fn matrix_mut<'a, T>(
+    operation: &'static str,
+    buffer: &'a mut [T],
+    rows: usize,
+    columns: usize,
+) -> Result<ArrayViewMut2<'a, T>> {
+    let buffer = front_mut(operation, buffer, rows * columns)?;
+    let found = buffer.len();
+    ArrayViewMut2::from_shape((rows, columns), buffer).map_err(|_| BackendError::Buffer {
+        operation,
+        found,
+        expected: rows * columns,
+    })
+}
+
+/// Some columns of wider rows.
+fn columns<'a, T>(
+    operation: &'static str,
+    x: In<'a, Vec<T>>,
+    rows: usize,
+    columns: usize,
+) -> Result<ArrayView2<'a, T>> {
+    let all = matrix(operation, x.buffer, rows, x.stride)?;
+    if x.start + columns > x.stride {
+        return Err(BackendError::Buffer {
+            operation,
+            found: x.stride,
+            expected: x.start + columns,
+        });
+    }
+    Ok(all.slice_move(s![.., x.start..x.start + columns]))
+}
+
+/// [`columns`] to write.
+fn columns_mut<'a, T>(
+    operation: &'static str,
+    x: Out<'a, Vec<T>>,
+    rows: usize,
+    columns: usize,
+) -> Result<ArrayViewMut2<'a, T>> {
+    let all = matrix_mut(operation, x.buffer, rows, x.stride)?;
+    if x.start + columns > x.stride {
+        return Err(BackendError::Buffer {
+            operation,
+            found: x.stride,
+            expected: x.start + columns,
+        });
+    }
+    Ok(all.slice_move(s![.., x.start..x.start + columns]))
+}
+
+fn sum_of_squares<T: Scalar>(x: &[T]) -> f64 {
+    if x.len() <= ELEMENTS {
+        return reference::optimiser::sum_of_squares(x);
+    }
+    let (left, right) = x.split_at((x.len() / 2).next_multiple_of(ELEMENTS));
+    let (left, right) = rayon::join(|| sum_of_squares(left), || sum_of_squares(right));
+    left + right
+}
+
+/// Two different parts at once.
+fn two_parts<'a, T>(
+    operation: &'static str,
+    buffer: &'a mut [T],
+    first: Span,
+    second: Span,
+) -> Result<(&'a mut [T], &'a mut [T])> {
+    let found = buffer.len();
+    match buffer.get_disjoint_mut([first.range(), second.range()]) {
+        Ok([first, second]) => Ok((first, second)),
+        Err(_) => Err(BackendError::Buffer {
+            operation,
+            found,
+            expected: first.range().end.max(second.range().end),
+        }),
+    }
+}
+
+/// out_i = row `tokens[i]` of x.
+fn gather<T: Scalar>(
+    operation: &'static str,
+    tokens: &[i32],
+    width: usize,
+    x: &[T],
+    out: &mut [T],
+) -> Result<()> {
+    front_mut(operation, out, tokens.len() * width)?
+        .par_chunks_mut(width.max(1))
+        .with_min_len(piece(tokens.len()))
+        .zip(tokens)
+        .try_for_each(|(out, &token)| {
+            let row = Span {
+                offset: token as usize * width,
+                len: width,
+            };
+            out.copy_from_slice(part(operation, x, row)?);
+            Ok(())
+        })
+}
+
+/// The codes that a one-hot map reads [rows, fields].
+fn code_matrix<'a>(
+    batch: &'a PackedBatch,
+    codes: Codes,
+    map: &OneHot,
+) -> Result<ArrayView2<'a, u8>> {
+    let (codes, rows) = match codes {
+        Codes::Observations => (&batch.observations, batch.observation_tokens.len()),
+        Codes::Actions => (&batch.actions, batch.action_tokens.len()),
+    };
+    matrix("one_hot", codes, rows, map.offsets.len())
+}
+
+/// x after the dropout of an adapter's input: x itself without a mask. `first` is the number of
+/// x's first row.
+fn dropped<'a, T: Scalar>(
+    operation: &'static str,
+    mask: Option<dropout::Mask>,
+    first: usize,
+    x: ArrayView2<'a, T>,
+    scratch: &'a mut Vec<T>,
+) -> Result<ArrayView2<'a, T>> {
+    let Some(mask) = mask else {
+        return Ok(x);
+    };
+    scratch.clear();
+    scratch.extend(x.iter());
+    named(
+        operation,
+        dropout::apply(mask, (first * x.ncols()) as u64, scratch),
+    )?;
+    matrix(operation, scratch, x.nrows(), x.ncols())
+}
+
+/// A linear map's weight as the reference reads it, [outputs, inputs].
+fn weight<'a, T>(
+    operation: &'static str,
+    map: &Linear,
+    parameters: &'a [T],
+) -> Result<ArrayView2<'a, T>> {
+    let stored = part(operation, parameters, map.weight)?;
+    Ok(if map.transposed {
+        matrix(operation, stored, map.inputs, map.outputs)?.reversed_axes()
+    } else {
+        matrix(operation, stored, map.outputs, map.inputs)?
+    })
+}
+
+/// An adapter as the reference reads it: for a transposed map, Bᵀ takes A's place and Aᵀ that of B.
+fn adapter<'a, T: Scalar>(
+    operation: &'static str,
+    map: &Linear,
+    adapter: &super::Adapter,
+    parameters: &'a [T],
+) -> Result<lora_linear::Adapter<'a, T>> {
+    let a = part(operation, parameters, adapter.a)?;
+    let b = part(operation, parameters, adapter.b)?;
+    let (a, b) = if map.transposed {
+        let a = matrix(operation, a, adapter.rank, adapter.outputs)?;
+        let b = matrix(operation, b, map.inputs, adapter.rank)?;
+        (b.reversed_axes(), a.reversed_axes())
+    } else {
+        (
+            matrix(operation, a, adapter.rank, map.inputs)?,
+            matrix(operation, b, adapter.outputs, adapter.rank)?,
+        )
+    };
+    Ok(lora_linear::Adapter {
+        a,
+        b,
+        scaling: T::from_f64(adapter.scaling),
+    })
+}
+
+impl<T: Scalar> Backend for Cpu<T> {
+    type Element = T;
+    type Buffer = Vec<T>;
+    type Batch = PackedBatch;
+
+    fn name(&self) -> &'static str {
+        "cpu"
+    }
+
+    fn buffer(&self, len: usize) -> Result<Vec<T>> {
+        Ok(vec![T::nan(); len])
+    }
+
+    fn upload(&self, from: &[T], to: &mut Vec<T>, offset: usize) -> Result<()> {
+        let span = Span {
+            offset,
+            len: from.len(),
+        };
+        part_mut("upload", to, span)?.copy_from_slice(from);
+        Ok(())
+    }
+
+    fn download(&self, from: &Vec<T>, offset: usize, to: &mut [T]) -> Result<()> {
+        let span = Span {
+            offset,
+            len: to.len(),
+        };
+        to.copy_from_slice(part("download", from, span)?);
+        Ok(())
+    }
+
+    fn stage(&self, batch: &PackedBatch, to: &mut PackedBatch) -> Result<()> {
+        to.clone_from(batch);
+        Ok(())
+    }
+
+    fn zero(&self, buffer: &mut Vec<T>, span: Span) -> Result<()> {
+        part_mut("zero", buffer, span)?
+            .par_chunks_mut(ELEMENTS)
+            .for_each(|x| x.fill(T::zero()));
+        Ok(())
+    }
+
+    fn copy(&self, from: &Vec<T>, to: &mut Vec<T>, len: usize) -> Result<()> {
+        front_mut("copy", to, len)?
+            .par_chunks_mut(ELEMENTS)
+            .zip(front("copy", from, len)?.par_chunks(ELEMENTS))
+            .for_each(|(to, from)| to.copy_from_slice(from));
+        Ok(())
+    }
+
+    fn one_hot(
+        &self,
+        batch: &PackedBatch,
+        codes: Codes,
+        map: &OneHot,
+        parameters: &Vec<T>,
+        out: &mut Vec<T>,
+    ) -> Result<()> {
+        const NAME: &str = "one_hot";
+        let codes = code_matrix(batch, codes, map)?;
+        let weight = matrix(
+            NAME,
+            part(NAME, parameters, map.weight)?,
+            map.inputs,
+            map.width,
+        )?;
+        let bias = ArrayView1::from(part(NAME, parameters, map.bias)?);
+        let mut out = matrix_mut(NAME, out, codes.nrows(), map.width)?;
+        let piece = piece(codes.nrows());
+        out.axis_chunks_iter_mut(Axis(0), piece)
+            .into_par_iter()
+            .zip(codes.axis_chunks_iter(Axis(0), piece))
+            .try_for_each(|(y, codes)| {
+                named(
+                    NAME,
+                    one_hot::forward(codes, &map.offsets, weight, Some(bias), y),
+                )
+            })
+    }
+
+    fn one_hot_backward(
+        &self,
+        batch: &PackedBatch,
+        codes: Codes,
+        map: &OneHot,
+        grad_out: &Vec<T>,
+        gradients: &mut Vec<T>,
+    ) -> Result<()> {
+        const NAME: &str = "one_hot_backward";
+        /// Columns of one task.
+        const COLUMNS: usize = 32;
+        if !map.trainable {
+            return Ok(());
+        }
+        let codes = code_matrix(batch, codes, map)?;
+        let grad_out = matrix(NAME, grad_out, codes.nrows(), map.width)?;
+        let (weight, bias) = two_parts(NAME, gradients, map.weight, map.bias)?;
+        let mut weight = matrix_mut(NAME, weight, map.inputs, map.width)?;
+        let mut bias = ArrayViewMut1::from(bias);
+        weight
+            .axis_chunks_iter_mut(Axis(1), COLUMNS)
+            .into_par_iter()
+            .zip(bias.axis_chunks_iter_mut(Axis(0), COLUMNS))
+            .zip(grad_out.axis_chunks_iter(Axis(1), COLUMNS))
+            .try_for_each(|((weight, bias), grad_out)| {
+                named(
+                    NAME,
+                    one_hot::backward(codes, &map.offsets, grad_out, weight, Some(bias)),
+                )
+            })
+    }
+
+    fn convolutions(
+        &self,
+        batch: &PackedBatch,
+        front_end: &Convolutions,
+        parameters: &Vec<T>,
+        middle: &mut Vec<T>,
+        out: &mut Vec<T>,
+    ) -> Result<()> {
+        const NAME: &str = "convolutions";
+        let shapes = ConvolutionShapes::new(batch, front_end)?;
+        let weights = shapes.weights(NAME, front_end, parameters)?;
+        let bias1 = ArrayView1::from(part(NAME, parameters, front_end.bias1)?);
+        let bias2 = ArrayView1::from(part(NAME, parameters, front_end.bias2)?);
+        let mut middle = matrix_mut(NAME, middle, shapes.rows, shapes.middle)?;
+        let mut out = matrix_mut(NAME, out, shapes.rows, shapes.out)?;
+        let piece = shapes.piece();
+        middle
+            .axis_chunks_iter_mut(Axis(0), piece)
+            .into_par_iter()
+            .zip(out.axis_chunks_iter_mut(Axis(0), piece))
+            .zip(shapes.codes.axis_chunks_iter(Axis(0), piece))
+            .try_for_each(|((mut middle, mut out), codes)| {
+                let grid = &front_end.grid;
+                let mut scratch = self.scratch();
+                let relu = |x: &mut ArrayViewMut2<T>| x.mapv_inplace(|x| x.max(T::zero()));
+                let forward = (|| {
+                    convolution::one_hot_forward(
+                        grid,
+                        codes,
+                        weights[0],
+                        bias1,
+                        middle.view_mut(),
+                    )?;
+                    relu(&mut middle);
+                    let x = middle.view();
+                    convolution::forward(grid, x, weights[1], bias2, out.view_mut(), &mut scratch)
+                })();
+                relu(&mut out);
+                named(NAME, forward)
+            })
+    }
+
+    fn convolutions_backward(
+        &self,
+        batch: &PackedBatch,
+        front_end: &Convolutions,
+        parameters: &Vec<T>,
+        middle: &Vec<T>,
+        out: &Vec<T>,
+        grad_out: &mut Vec<T>,
+        grad_middle: &mut Vec<T>,
+        gradients: &mut Vec<T>,
+    ) -> Result<()> {
+        const NAME: &str = "convolutions_backward";
+        if !front_end.trainable {
+            return Ok(());
+        }
+        let shapes = ConvolutionShapes::new(batch, front_end)?;
+        let weights = shapes.weights(NAME, front_end, parameters)?;
+        let middle = matrix(NAME, middle, shapes.rows, shapes.middle)?;
+        let out = matrix(NAME, out, shapes.rows, shapes.out)?;
+        let mut grad_out = matrix_mut(NAME, grad_out, shapes.rows, shapes.out)?;
+        let mut grad_middle = matrix_mut(NAME, grad_middle, shapes.rows, shapes.middle)?;
+        let spans = [
+            front_end.weight1,
+            front_end.bias1,
+            front_end.weight2,
+            front_end.bias2,
+        ];
+        let mut partials = self.partials(spans.iter().map(|span| span.len).sum());
+        let rows = partials.piece(shapes.rows);
+        partials
+            .pieces()
+            .zip(grad_out.axis_chunks_iter_mut(Axis(0), rows))
+            .zip(grad_middle.axis_chunks_iter_mut(Axis(0), rows))
+            .zip(out.axis_chunks_iter(Axis(0), rows))
+            .zip(middle.axis_chunks_iter(Axis(0), rows))
+            .zip(shapes.codes.axis_chunks_iter(Axis(0), rows))
+            .try_for_each(
+                |(((((partial, mut grad_out), mut grad_middle), out), middle), codes)| {
+                    let (weight1, rest) = partial.split_at_mut(front_end.weight1.len);
+                    let (bias1, rest) = rest.split_at_mut(front_end.bias1.len);
+                    let (weight2, bias2) = rest.split_at_mut(front_end.weight2.len);
+                    let channels = front_end.grid.channels();
+                    let weight1 = matrix_mut(NAME, weight1, channels * 9, front_end.middle)?;
+                    let weight2 = matrix_mut(NAME, weight2, front_end.out, front_end.middle * 9)?;
+                    let (bias1, bias2) = (ArrayViewMut1::from(bias1), ArrayViewMut1::from(bias2));
+                    let grid = &front_end.grid;
+                    let mut scratch = self.scratch();
+                    let gradient = grad_out.view_mut();
+                    named(
+                        NAME,
+                        activation::backward_in_place(Activation::Relu, out, out, gradient),
+                    )?;
+                    let (y, x) = (grad_out.view(), grad_middle.view_mut());
+                    let backward = convolution::backward(
+                        grid,
+                        middle,
+                        weights[1],
+                        y,
+                        x,
+                        weight2,
+                        bias2,
+                        &mut scratch,
+                    );
+                    named(NAME, backward)?;
+                    let gradient = grad_middle.view_mut();
+                    named(
+                        NAME,
+                        activation::backward_in_place(Activation::Relu, middle, middle, gradient),
+                    )?;
+                    let y = grad_middle.view();
+                    named(
+                        NAME,
+                        convolution::one_hot_backward(grid, codes, y, weight1, bias1),
+                    )
+                },
+            )?;
+        partials.add_to(NAME, gradients, &spans)
+    }
+
+    fn returns(&self, batch: &PackedBatch, out: &mut Vec<T>) -> Result<()> {
+        let out = front_mut("returns", out, batch.returns.len())?;
+        for (out, &value) in out.iter_mut().zip(&batch.returns) {
+            *out = T::from_f64(f64::from(value));
+        }
+        Ok(())
+    }
+
+    fn assemble_tokens(
+        &self,
+        batch: &PackedBatch,
+        width: usize,
+        observations: &Vec<T>,
+        actions: &Vec<T>,
+        returns: &Vec<T>,
+        positions: Positions,
+        table: &Vec<T>,
+        out: &mut Vec<T>,
+    ) -> Result<()> {
+        const NAME: &str = "assemble_tokens";
+        let (Positions::Constant(span) | Positions::Learned(span)) = positions;
+        let table = part(NAME, table, span)?;
+        front_mut(NAME, out, batch.tokens() * width)?
+            .par_chunks_mut(width)
+            .with_min_len(piece(batch.tokens()))
+            .enumerate()
+            .try_for_each(|(token, out)| {
+                let source = match batch.token_kind[token] {
+                    kind if kind == TokenKind::Observation as u8 => observations,
+                    kind if kind == TokenKind::Action as u8 => actions,
+                    _ => returns,
+                };
+                let row = |index: i32| Span {
+                    offset: index as usize * width,
+                    len: width,
+                };
+                let embedding = part(NAME, source, row(batch.token_row[token]))?;
+                let position = part(NAME, table, row(batch.token_time[token]))?;
+                for ((out, &x), &position) in out.iter_mut().zip(embedding).zip(position) {
+                    *out = x + position;
+                }
+                Ok(())
+            })
+    }
+
+    fn assemble_tokens_backward(
+        &self,
+        batch: &PackedBatch,
+        width: usize,
+        grad_out: &Vec<T>,
+        grad_observations: &mut Vec<T>,
+        grad_actions: &mut Vec<T>,
+        grad_returns: &mut Vec<T>,
+        positions: Option<Span>,
+        gradients: &mut Vec<T>,
+    ) -> Result<()> {
+        const NAME: &str = "assemble_tokens_backward";
+        /// Columns of one task of the position gradient.
+        const COLUMNS: usize = 32;
+        gather(
+            NAME,
+            &batch.observation_tokens,
+            width,
+            grad_out,
+            grad_observations,
+        )?;
+        gather(NAME, &batch.action_tokens, width, grad_out, grad_actions)?;
+        gather(NAME, &batch.return_tokens, width, grad_out, grad_returns)?;
+        let Some(span) = positions else {
+            return Ok(());
+        };
+        let table = part_mut(NAME, gradients, span)?;
+        let mut table = matrix_mut(NAME, table, span.len / width.max(1), width)?;
+        let grad_out = matrix(NAME, grad_out, batch.tokens(), width)?;
+        table
+            .axis_chunks_iter_mut(Axis(1), COLUMNS)
+            .into_par_iter()
+            .zip(grad_out.axis_chunks_iter(Axis(1), COLUMNS))
+            .for_each(|(mut table, grad_out)| {
+                for (grad_out, &time) in grad_out.rows().into_iter().zip(&batch.token_time) {
+                    let mut row = table.row_mut(time as usize);
+                    row += &grad_out;
+                }
+            });
+        Ok(())
+    }
+
+    fn gather_observations(
+        &self,
+        batch: &PackedBatch,
+        width: usize,
+        x: &Vec<T>,
+        out: &mut Vec<T>,
+    ) -> Result<()> {
+        gather(
+            "gather_observations",
+            &batch.observation_tokens,
+            width,
+            x,
+            out,
+        )
+    }
+
+    fn scatter_observations(
+        &self,
+        batch: &PackedBatch,
+        width: usize,
+        grad_out: &Vec<T>,
+        grad_x: &mut Vec<T>,
+    ) -> Result<()> {
+        const NAME: &str = "scatter_observations";
+        let grad_out = front(NAME, grad_out, batch.observation_tokens.len() * width)?;
+        front_mut(NAME, grad_x, batch.tokens() * width)?
+            .par_chunks_mut(width)
+            .with_min_len(piece(batch.tokens()))
+            .enumerate()
+            .for_each(|(token, grad_x)| {
+                if batch.token_kind[token] == TokenKind::Observation as u8 {
+                    let row = batch.token_row[token] as usize * width;
+                    grad_x.copy_from_slice(&grad_out[row..row + width]);
+                } else {
+                    grad_x.fill(T::zero());
+                }
+            });
+        Ok(())
+    }
+
+    fn linear(
+        &self,
+        rows: usize,
+        map: &Linear,
+        parameters: &Vec<T>,
+        x: In<Vec<T>>,
+        adapted: &mut Vec<T>,
+        dropout: Option<dropout::Mask>,
+        y: Out<Vec<T>>,
+    ) -> Result<()> {
+        const NAME: &str = "linear";
+        let x = columns(NAME, x, rows, map.inputs)?;
+        let mut y = columns_mut(NAME, y, rows, map.outputs)?;
+        let weight = weight(NAME, map, parameters)?;
+        let bias = match map.bias {
+            Some(span) => Some(ArrayView1::from(part(NAME, parameters, span)?)),
+            None => None,
+        };
+        if rows >= map.outputs {
+            let piece = piece(rows);
+            y.axis_chunks_iter_mut(Axis(0), piece)
+                .into_par_iter()
+                .zip(x.axis_chunks_iter(Axis(0), piece))
+                .try_for_each(|(y, x)| {
+                    named(NAME, linear::forward(x, weight, bias, T::zero(), y))
+                })?;
+        } else {
+            let piece = piece(map.outputs);
+            y.axis_chunks_iter_mut(Axis(1), piece)
+                .into_par_iter()
+                .zip(weight.axis_chunks_iter(Axis(0), piece))
+                .enumerate()
+                .try_for_each(|(index, (y, weight))| {
+                    let start = index * piece;
+                    let bias = bias.map(|bias| bias.slice_move(s![start..start + y.ncols()]));
+                    named(NAME, linear::forward(x, weight, bias, T::zero(), y))
+                })?;
+        }
+        if map.adapters.is_empty() {
+            return Ok(());
+        }
+        let mut adapted = matrix_mut(NAME, adapted, rows, map.ranks())?;
+        let piece = piece(rows);
+        y.axis_chunks_iter_mut(Axis(0), piece)
+            .into_par_iter()
+            .zip(adapted.axis_chunks_iter_mut(Axis(0), piece))
+            .zip(x.axis_chunks_iter(Axis(0), piece))
+            .enumerate()
+            .try_for_each(|(index, ((mut y, adapted), x))| {
+                let mut scratch = self.scratch();
+                let x = dropped(NAME, dropout, index * piece, x, &mut scratch)?;
+                let mut adapted = adapted;
+                for lora in &map.adapters {
+                    let (xa, rest) = adapted.split_at(Axis(1), lora.rank);
+                    adapted = rest;
+                    let y = y.slice_mut(s![.., lora.output..lora.output + lora.outputs]);
+                    let lora = adapter(NAME, map, lora, parameters)?;
+                    named(NAME, lora_linear::forward_adapter(x, lora, xa, y))?;
+                }
+                Ok(())
+            })
+    }
+
+    fn linear_backward(
+        &self,
+        rows: usize,
+        map: &Linear,
+        parameters: &Vec<T>,
+        x: In<Vec<T>>,
+        adapted: &Vec<T>,
+        dropout: Option<dropout::Mask>,
+        grad_y: In<Vec<T>>,
+        grad_x: Option<Out<Vec<T>>>,
+        accumulate: bool,
+        gradients: &mut Vec<T>,
+    ) -> Result<()> {
+        const NAME: &str = "linear_backward";
+        let x = columns(NAME, x, rows, map.inputs)?;
+        let grad_y = columns(NAME, grad_y, rows, map.outputs)?;
+        let mut grad_x = match grad_x {
+            Some(out) => Some(columns_mut(NAME, out, rows, map.inputs)?),
+            None => None,
+        };
+        let weight = weight(NAME, map, parameters)?;
+        let beta = if accumulate { T::one() } else { T::zero() };
+        if let Some(grad_x) = &mut grad_x {
+            if rows >= map.inputs {
+                let piece = piece(rows);
+                grad_x
+                    .axis_chunks_iter_mut(Axis(0), piece)
+                    .into_par_iter()
+                    .zip(grad_y.axis_chunks_iter(Axis(0), piece))
+                    .try_for_each(|(dx, dy)| {
+                        named(NAME, linear::backward_input(dy, weight, beta, dx))
+                    })?;
+            } else {
+                let piece = piece(map.inputs);
+                grad_x
+                    .axis_chunks_iter_mut(Axis(1), piece)
+                    .into_par_iter()
+                    .zip(weight.axis_chunks_iter(Axis(1), piece))
+                    .try_for_each(|(dx, weight)| {
+                        named(NAME, linear::backward_input(grad_y, weight, beta, dx))
+                    })?;
+            }
+        }
+        if map.trainable {
+            // The gradient of a transposed weight [inputs, outputs] is xᵀ·dy.
+            let (left, right) = if map.transposed {
+                (x, grad_y)
+            } else {
+                (grad_y, x)
+            };
+            let stored = part_mut(NAME, gradients, map.weight)?;
+            let mut stored = matrix_mut(NAME, stored, left.ncols(), right.ncols())?;
+            let piece = piece(left.ncols());
+            stored
+                .axis_chunks_iter_mut(Axis(0), piece)
+                .into_par_iter()
+                .zip(left.axis_chunks_iter(Axis(1), piece))
+                .try_for_each(|(dweight, left)| {
+                    named(NAME, linear::backward_weight(left, right, dweight))
+                })?;
+            if let Some(span) = map.bias {
+                let bias = ArrayViewMut1::from(part_mut(NAME, gradients, span)?);
+                named(NAME, linear::backward_bias(grad_y, bias))?;
+            }
+        }
+        if map.adapters.is_empty() {
+            return Ok(());
+        }
+        self.adapters_backward(
+            map, parameters, x, adapted, dropout, grad_y, grad_x, gradients,
+        )
+    }
+
+    fn activation(
+        &self,
+        activation: Activation,
+        len: usize,
+        x: &Vec<T>,
+        y: &mut Vec<T>,
+    ) -> Result<()> {
+        const NAME: &str = "activation";
+        front_mut(NAME, y, len)?
+            .par_chunks_mut(ELEMENTS)
+            .zip(front(NAME, x, len)?.par_chunks(ELEMENTS))
+            .try_for_each(|(y, x)| {
+                let y = matrix_mut(NAME, y, 1, x.len())?;
+                named(
+                    NAME,
+                    activation::forward(activation, matrix(NAME, x, 1, x.len())?, y),
+                )
+            })
+    }
+
+    fn activation_backward(
+        &self,
+        activation: Activation,
+        len: usize,
+        x: &Vec<T>,
+        y: &Vec<T>,
+        grad: &mut Vec<T>,
+    ) -> Result<()> {
+        const NAME: &str = "activation_backward";
+        front_mut(NAME, grad, len)?
+            .par_chunks_mut(ELEMENTS)
+            .zip(front(NAME, x, len)?.par_chunks(ELEMENTS))
+            .zip(front(NAME, y, len)?.par_chunks(ELEMENTS))
+            .try_for_each(|((grad, x), y)| {
+                let (x, y) = (matrix(NAME, x, 1, x.len())?, matrix(NAME, y, 1, y.len())?);
+                let grad = matrix_mut(NAME, grad, 1, x.len())?;
+                named(NAME, activation::backward_in_place(activation, x, y, grad))
+            })
+    }
+
+    fn dropout(&self, len: usize, mask: dropout::Mask, x: &mut Vec<T>) -> Result<()> {
+        const NAME: &str = "dropout";
+        front_mut(NAME, x, len)?
+            .par_chunks_mut(ELEMENTS)
+            .enumerate()
+            .try_for_each(|(index, x)| {
+                named(NAME, dropout::apply(mask, (index * ELEMENTS) as u64, x))
+            })
+    }
+
+    fn add(&self, len: usize, x: &Vec<T>, y: &Vec<T>, out: &mut Vec<T>) -> Result<()> {
+        front_mut("add", out, len)?
+            .par_chunks_mut(ELEMENTS)
+            .zip(front("add", x, len)?.par_chunks(ELEMENTS))
+            .zip(front("add", y, len)?.par_chunks(ELEMENTS))
+            .for_each(|((out, x), y)| {
+                for ((out, &x), &y) in out.iter_mut().zip(x).zip(y) {
+                    *out = x + y;
+                }
+            });
+        Ok(())
+    }
+
+    fn add_assign(&self, len: usize, y: &Vec<T>, x: &mut Vec<T>) -> Result<()> {
+        front_mut("add_assign", x, len)?
+            .par_chunks_mut(ELEMENTS)
+            .zip(front("add_assign", y, len)?.par_chunks(ELEMENTS))
+            .for_each(|(x, y)| {
+                for (x, &y) in x.iter_mut().zip(y) {
+                    *x += y;
+                }
+            });
+        Ok(())
+    }
+
+    fn layer_norm(
+        &self,
+        rows: usize,
+        norm: &LayerNorm,
+        parameters: &Vec<T>,
+        x: &Vec<T>,
+        y: &mut Vec<T>,
+        statistics: &mut Vec<T>,
+    ) -> Result<()> {
+        const NAME: &str = "layer_norm";
+        let weight = ArrayView1::from(part(NAME, parameters, norm.weight)?);
+        let bias = ArrayView1::from(part(NAME, parameters, norm.bias)?);
+        let (mean, rstd) = front_mut(NAME, statistics, 2 * rows)?.split_at_mut(rows);
+        let piece = piece(rows);
+        matrix_mut(NAME, y, rows, norm.width)?
+            .axis_chunks_iter_mut(Axis(0), piece)
+            .into_par_iter()
+            .zip(matrix(NAME, x, rows, norm.width)?.axis_chunks_iter(Axis(0), piece))
+            .zip(mean.par_chunks_mut(piece))
+            .zip(rstd.par_chunks_mut(piece))
+            .try_for_each(|(((y, x), mean), rstd)| {
+                let (mean, rstd) = (ArrayViewMut1::from(mean), ArrayViewMut1::from(rstd));
+                let forward = layer_norm::forward(x, weight, bias, norm.epsilon, y, mean, rstd);
+                named(NAME, forward)
+            })
+    }
+
+    fn layer_norm_backward(
+        &self,
+        rows: usize,
+        norm: &LayerNorm,
+        parameters: &Vec<T>,
+        x: &Vec<T>,
+        statistics: &Vec<T>,
+        grad_y: &Vec<T>,
+        grad_x: &mut Vec<T>,
+        gradients: &mut Vec<T>,
+    ) -> Result<()> {
+        const NAME: &str = "layer_norm_backward";
+        let width = norm.width;
+        let weight = ArrayView1::from(part(NAME, parameters, norm.weight)?);
+        let (mean, rstd) = front(NAME, statistics, 2 * rows)?.split_at(rows);
+        let mut partials = self.partials(2 * width);
+        let piece = partials.piece(rows);
+        partials
+            .pieces()
+            .zip(matrix_mut(NAME, grad_x, rows, width)?.axis_chunks_iter_mut(Axis(0), piece))
+            .zip(matrix(NAME, x, rows, width)?.axis_chunks_iter(Axis(0), piece))
+            .zip(matrix(NAME, grad_y, rows, width)?.axis_chunks_iter(Axis(0), piece))
+            .zip(mean.par_chunks(piece))
+            .zip(rstd.par_chunks(piece))
+            .try_for_each(|(((((partial, dx), x), dy), mean), rstd)| {
+                let (mean, rstd) = (ArrayView1::from(mean), ArrayView1::from(rstd));
+                let (dweight, dbias) = partial.split_at_mut(width);
+                let (dweight, dbias) = (ArrayViewMut1::from(dweight), ArrayViewMut1::from(dbias));
+                named(
+                    NAME,
+                    layer_norm::backward(x, weight, mean, rstd, dy, dx, dweight, dbias),
+                )
+            })?;
+        if norm.trainable {
+            partials.add_to(NAME, gradients, &[norm.weight, norm.bias])?;
+        }
+        Ok(())
+    }
+
+    fn attention(
+        &self,
+        batch: &PackedBatch,
+        attention: &Attention,
+        qkv: &Vec<T>,
+        out: &mut Vec<T>,
+        lse: &mut Vec<T>,
+        metrics: &mut Vec<T>,
+    ) -> Result<()> {
+        const NAME: &str = "attention";
+        let heads = Heads::new(self, attention, batch, qkv)?;
+        let denominator = heads.call()?.denominator();
+        let out = matrix_mut(NAME, out, batch.tokens(), attention.width())?;
+        let lse = matrix_mut(NAME, lse, batch.tokens(), attention.heads)?;
+        let numerator = heads.forward(heads.task(), out, lse)?;
+        if attention.supervised.is_some() {
+            let loss = if denominator > 0.0 {
+                numerator / denominator
+            } else {
+                0.0
+            };
+            front_mut(NAME, metrics, METRICS)?[Metric::MemoryLoss as usize] = T::from_f64(loss);
+        }
+        Ok(())
+    }
+
+    fn attention_backward(
+        &self,
+        batch: &PackedBatch,
+        attention: &Attention,
+        qkv: &Vec<T>,
+        _out: &Vec<T>,
+        lse: &Vec<T>,
+        grad_out: &Vec<T>,
+        grad_memory_loss: f64,
+        grad_qkv: &mut Vec<T>,
+    ) -> Result<()> {
+        const NAME: &str = "attention_backward";
+        let (tokens, width) = (batch.tokens(), attention.width());
+        let heads = Heads::new(self, attention, batch, qkv)?;
+        let denominator = heads.call()?.denominator();
+        let saved = HeadSaved {
+            lse: matrix(NAME, lse, tokens, attention.heads)?,
+            grad_out: matrix(NAME, grad_out, tokens, width)?,
+            pair_gradient: if denominator > 0.0 {
+                grad_memory_loss / denominator
+            } else {
+                0.0
+            },
+        };
+        let (q, rest) = matrix_mut(NAME, grad_qkv, tokens, 3 * width)?.split_at(Axis(1), width);
+        let (k, v) = rest.split_at(Axis(1), width);
+        heads.backward(heads.task(), saved, HeadGradients { q, k, v })
+    }
+
+    fn attention_cached(
+        &self,
+        batch: &PackedBatch,
+        attention: &Attention,
+        qkv: &Vec<T>,
+        cache: &mut KeyValueCache<Vec<T>>,
+        rows: &[usize],
+        prefix: usize,
+        out: &mut Vec<T>,
+        lse: &mut Vec<T>,
+    ) -> Result<()> {
+        const NAME: &str = "attention_cached";
+        let width = attention.width();
+        let heads = Heads::new(self, attention, batch, qkv)?;
+        for (sequence, &row) in rows.iter().enumerate() {
+            let [first, end] = [0, 1].map(|next| batch.cu_seqlens[sequence + next] as usize);
+            if prefix + (end - first) > cache.capacity {
+                return Err(BackendError::Buffer {
+                    operation: NAME,
+                    found: cache.capacity,
+                    expected: prefix + (end - first),
+                });
+            }
+            let span = Span {
+                offset: (row * cache.capacity + prefix) * width,
+                len: (end - first) * width,
+            };
+            let [keys, values] = heads.keys_and_values();
+            for (source, target) in [(keys, &mut cache.keys), (values, &mut cache.values)] {
+                let target = part_mut(NAME, target, span)?;
+                matrix_mut(NAME, target, end - first, width)?
+                    .assign(&source.slice(s![first..end, ..]));
+            }
+        }
+        let heads = heads.with_cache(Cached {
+            cache,
+            rows,
+            prefix,
+        });
+        let out = matrix_mut(NAME, out, batch.tokens(), width)?;
+        let lse = matrix_mut(NAME, lse, batch.tokens(), attention.heads)?;
+        heads.forward(heads.task(), out, lse)?;
+        Ok(())
+    }
+
+    fn memory(
+        &self,
+        batch: &PackedBatch,
+        memory: &Memory,
+        parameters: &Vec<T>,
+        start: MemoryStart<Vec<T>>,
+        inputs: MemoryInputs<Vec<T>>,
+        states: &mut Vec<T>,
+        read: &mut Vec<T>,
+    ) -> Result<()> {
+        const NAME: &str = "memory";
+        let chains = Chains::new(self, memory, batch, parameters, inputs)?;
+        let state = memory.slots * memory.width;
+        let states = front_mut(NAME, states, batch.segments() * state)?;
+        let read = matrix_mut(NAME, read, batch.tokens(), memory.width)?;
+        let sequences = batch.sequences();
+        let forward = match start {
+            MemoryStart::Learned => {
+                let initial = part(NAME, parameters, memory.initial)?;
+                chains.forward(0, sequences, &|_| initial, states, read)
+            }
+            MemoryStart::State(buffer, slots) => {
+                let rows = slots.iter().max().map_or(0, |&slot| slot + 1);
+                let buffer = front(NAME, buffer, rows * state)?;
+                let start = |sequence: usize| &buffer[slots[sequence] * state..][..state];
+                chains.forward(0, sequences, &start, states, read)
+            }
+        };
+        named(NAME, forward)
+    }
+
+    fn memory_backward(
+        &self,
+        batch: &PackedBatch,
+        memory: &Memory,
+        parameters: &Vec<T>,
+        inputs: MemoryInputs<Vec<T>>,
+        states: &Vec<T>,
+        grad_read: &Vec<T>,
+        input_gradients: MemoryGradients<Vec<T>>,
+        grad_states: &mut Vec<T>,
+        gradients: &mut Vec<T>,
+    ) -> Result<()> {
+        const NAME: &str = "memory_backward";
+        let (tokens, width, sequences) = (batch.tokens(), memory.width, batch.sequences());
+        let state = memory.slots * width;
+        let chains = Chains::new(self, memory, batch, parameters, inputs)?;
+        let keys = matrix_mut(NAME, input_gradients.keys, tokens, 2 * width)?;
+        let (address_key, strength_key) = keys.split_at(Axis(1), width);
+        let value = columns_mut(NAME, input_gradients.value, tokens, width)?;
+        let key_strength = match input_gradients.key_strength {
+            Some(buffer) => Some(ArrayViewMut1::from(front_mut(NAME, buffer, tokens)?)),
+            None => None,
+        };
+        let grad_states = front_mut(NAME, grad_states, 2 * sequences * state)?;
+        let initial = part(NAME, parameters, memory.initial)?;
+        let states = front(NAME, states, batch.segments() * state)?;
+        let grad_read = matrix(NAME, grad_read, tokens, width)?;
+        let chain_gradients = ChainGradients {
+            address_key,
+            strength_key,
+            value,
+            key_strength,
+            states: &mut *grad_states,
+        };
+        let bias = named(
+            NAME,
+            chains.backward(0, sequences, initial, states, grad_read, chain_gradients),
+        )?;
+        if !memory.trainable {
+            return Ok(());
+        }
+        if let Some(span) = memory.strength_bias {
+            part_mut(NAME, gradients, span)?[0] += bias;
+        }
+        part_mut(NAME, gradients, memory.initial)?
+            .par_chunks_mut(ELEMENTS)
+            .enumerate()
+            .for_each(|(index, sum)| {
+                for of_sequence in grad_states.chunks(2 * state) {
+                    let piece = &of_sequence[index * ELEMENTS..][..sum.len()];
+                    for (sum, &x) in sum.iter_mut().zip(piece) {
+                        *sum += x;
+                    }
+                }
+            });
+        Ok(())
+    }
+
+    fn commit_memory(
+        &self,
+        batch: &PackedBatch,
+        memory: &Memory,
+        states: &Vec<T>,
+        slots: &[usize],
+        to: &mut Vec<T>,
+    ) -> Result<()> {
+        const NAME: &str = "commit_memory";
+        let len = memory.slots * memory.width;
+        for (sequence, &slot) in slots.iter().enumerate() {
+            let [first, end] = [0, 1].map(|next| batch.sequence_segments[sequence + next] as usize);
+            if first == end {
+                continue;
+            }
+            let row = |index: usize| Span {
+                offset: index * len,
+                len,
+            };
+            part_mut(NAME, to, row(slot))?.copy_from_slice(part(NAME, states, row(end - 1))?);
+        }
+        Ok(())
+    }
+
+    fn cross_entropy(
+        &self,
+        batch: &PackedBatch,
+        actions: usize,
+        logits: &Vec<T>,
+        grad_logits: &mut Vec<T>,
+        metrics: &mut Vec<T>,
+    ) -> Result<()> {
+        const NAME: &str = "cross_entropy";
+        let rows = batch.targets.len();
+        let scale = T::from_f64(1.0 / rows.max(1) as f64);
+        let logits = matrix(NAME, logits, rows, actions)?;
+        let grad_logits = matrix_mut(NAME, grad_logits, rows, actions)?;
+        let sums = named(
+            NAME,
+            cross_entropy::forward_backward(logits, &batch.targets, scale, grad_logits),
+        )?;
+        let metrics = front_mut(NAME, metrics, METRICS)?;
+        metrics[Metric::ActionLoss as usize] = T::from_f64(sums.loss);
+        metrics[Metric::Correct as usize] = T::from_f64(sums.correct as f64);
+        Ok(())
+    }
+
+    fn norm(&self, gradients: &Vec<T>, spans: &[Span]) -> Result<f64> {
+        let mut sum = 0.0;
+        for &span in spans {
+            sum += sum_of_squares(part("norm", gradients, span)?);
+        }
+        Ok(sum.sqrt())
+    }
+
+    fn adamw(
+        &self,
+        hyper: &AdamW,
+        span: Span,
+        gradients: &Vec<T>,
+        parameters: &mut Vec<T>,
+        first_moment: &mut Vec<T>,
+        second_moment: &mut Vec<T>,
+    ) -> Result<()> {
+        const NAME: &str = "adamw";
+        part_mut(NAME, parameters, span)?
+            .par_chunks_mut(ELEMENTS)
+            .zip(part_mut(NAME, first_moment, span)?.par_chunks_mut(ELEMENTS))
+            .zip(part_mut(NAME, second_moment, span)?.par_chunks_mut(ELEMENTS))
+            .zip(part(NAME, gradients, span)?.par_chunks(ELEMENTS))
+            .try_for_each(|(((parameter, first), second), gradient)| {
+                named(
+                    NAME,
+                    optimiser::adamw(hyper, gradient, parameter, first, second),
+                )
+            })
+    }
+}

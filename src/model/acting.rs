@@ -1,0 +1,271 @@
+//! Acting: many episodes in lockstep, one time step after another, without computing the past again.
+
+use super::activations::Activations;
+use super::config::AttentionSpan;
+use super::forward::{ActingState, Counts, Masks};
+use super::{Capacity, Model, ModelError};
+use crate::backend::{Backend, KeyValueCache, Span};
+use crate::batch::{Packer, TokenLayout};
+
+/// Acts greedily in up to a fixed number of episodes that all started together.
+///
+/// Tokens are computed from the last commit on. Without segments every step is a commit: keys and
+/// values go to the cache once. With segments the current one is computed again at each of its
+/// steps and committed when it is complete, so that memory is written as in training; attention
+/// inside of segments then needs no cache.
+#[derive(Debug)]
+pub struct Actor<B: Backend> {
+    packer: Packer,
+    batch: B::Batch,
+    capacity: Capacity,
+    activations: Activations<B>,
+    caches: Vec<KeyValueCache<B::Buffer>>,
+    memories: Vec<B::Buffer>,
+    logits: Vec<B::Element>,
+    actions: Vec<u8>,
+    /// Steps since the last commit, for each episode.
+    windows: Vec<Window>,
+    /// Steps between two commits of a whole segment; 0: every step is a commit.
+    segment: usize,
+    time: usize,
+    prefix: usize,
+}
+
+/// What an episode has seen and done since the last commit.
+#[derive(Debug, Default)]
+struct Window {
+    /// The action before the first step, if its token is not committed yet.
+    action_before: Option<(u8, i32)>,
+    observations: Vec<u8>,
+    returns: Vec<f32>,
+    actions: Vec<u8>,
+}
+
+impl<B: Backend> Actor<B> {
+    /// An actor for `episodes` episodes, all at their first step.
+    pub fn new(model: &Model<B>, episodes: usize) -> Result<Self, ModelError> {
+        let (backend, config) = (&model.backend, &model.config);
+        let per_step = config.layout.tokens_per_step();
+        let steps = model.spaces.steps;
+        let segment = match (config.segment_steps, &config.memory) {
+            (0, None) => 0,
+            (0, Some(_)) => steps,
+            (segment, _) => segment.min(steps),
+        };
+        let window = segment.max(1);
+        // A window may also hold the last action before it.
+        let capacity = Capacity {
+            tokens: episodes * window * per_step.max(2) + episodes,
+            observations: episodes * window + episodes,
+            sequences: episodes,
+            segments: 2 * episodes,
+        };
+        let cached = match config.attention {
+            AttentionSpan::Episode => steps * per_step,
+            AttentionSpan::Segment => window * per_step,
+        };
+        let len = episodes * cached * config.width;
+        let caches = (0..config.layers)
+            .map(|_| {
+                Ok(KeyValueCache {
+                    keys: backend.buffer(len)?,
+                    values: backend.buffer(len)?,
+                    capacity: cached,
+                })
+            })
+            .collect::<Result<_, ModelError>>()?;
+        let mut memories = Vec::new();
+        for memory in model
+            .network
+            .blocks
+            .iter()
+            .filter_map(|block| block.memory.as_ref())
+        {
+            let Span { len, .. } = memory.memory.initial;
+            let mut state = backend.buffer(episodes * len)?;
+            let mut initial = vec![B::Element::default(); len];
+            backend.download(&model.values, memory.memory.initial.offset, &mut initial)?;
+            for episode in 0..episodes {
+                backend.upload(&initial, &mut state, episode * len)?;
+            }
+            memories.push(state);
+        }
+        Ok(Self {
+            packer: model.packer(),
+            batch: B::Batch::default(),
+            capacity,
+            activations: Activations::new(backend, &model.network, config, capacity)?,
+            caches,
+            memories,
+            logits: Vec::new(),
+            actions: Vec::new(),
+            windows: (0..episodes).map(|_| Window::default()).collect(),
+            segment,
+            time: 0,
+            prefix: 0,
+        })
+    }
+
+    /// The next time step of the episodes `active` (ascending, none that was left out before):
+    /// `observations` [active, fields] and `returns` to go [active] (read by
+    /// [`TokenLayout::ReturnObsAction`] only). Returns the action of largest logit of each, the
+    /// first of equals, and takes it as the action of that step.
+    pub fn act(
+        &mut self,
+        model: &Model<B>,
+        active: &[usize],
+        observations: &[u8],
+        returns: &[f32],
+    ) -> Result<&[u8], ModelError> {
+        let fields = model.fields();
+        let with_returns = model.config.layout == TokenLayout::ReturnObsAction;
+        self.check(
+            active,
+            observations.len(),
+            returns.len(),
+            fields,
+            with_returns,
+        )?;
+        let segment = self.segment;
+        if segment > 0 && self.time > 0 && self.time.is_multiple_of(segment) {
+            self.run(model, active, true)?;
+            for window in &mut self.windows {
+                *window = Window::default();
+            }
+        }
+        for (index, &episode) in active.iter().enumerate() {
+            let window = &mut self.windows[episode];
+            window
+                .observations
+                .extend_from_slice(&observations[index * fields..][..fields]);
+            if with_returns {
+                window.returns.push(returns[index]);
+            }
+        }
+        self.run(model, active, segment == 0)?;
+        self.choose(model, active)?;
+        let time = self.time as i32;
+        for (&episode, &action) in active.iter().zip(&self.actions) {
+            let window = &mut self.windows[episode];
+            if segment == 0 {
+                *window = Window {
+                    action_before: Some((action, time)),
+                    ..Window::default()
+                };
+            } else {
+                window.actions.push(action);
+            }
+        }
+        self.time += 1;
+        Ok(&self.actions)
+    }
+
+    fn check(
+        &self,
+        active: &[usize],
+        observations: usize,
+        returns: usize,
+        fields: usize,
+        with_returns: bool,
+    ) -> Result<(), ModelError> {
+        let ascending = active.is_sorted_by(|a, b| a < b);
+        if !ascending
+            || active
+                .last()
+                .is_some_and(|&last| last >= self.windows.len())
+        {
+            return Err(ModelError::setting(
+                "active",
+                format!("{active:?}"),
+                format!("ascending episodes below {}", self.windows.len()),
+            ));
+        }
+        if observations != active.len() * fields {
+            return Err(ModelError::setting(
+                "observations",
+                observations,
+                active.len() * fields,
+            ));
+        }
+        if with_returns && returns != active.len() {
+            return Err(ModelError::setting("returns", returns, active.len()));
+        }
+        Ok(())
+    }
+
+    /// Computes the windows of the active episodes; `commit` makes their tokens final.
+    fn run(&mut self, model: &Model<B>, active: &[usize], commit: bool) -> Result<(), ModelError> {
+        let fields = model.fields();
+        self.packer.clear();
+        for &episode in active {
+            let window = &self.windows[episode];
+            let steps = window.observations.len() / fields;
+            let first = (self.time + usize::from(window.actions.len() < steps)) - steps;
+            if let Some((action, time)) = window.action_before {
+                self.packer.push_action(action, time);
+            }
+            for step in 0..steps {
+                let time = (first + step) as i32;
+                if let Some(&value) = window.returns.get(step) {
+                    self.packer.push_return(value, time);
+                }
+                let observation = &window.observations[step * fields..][..fields];
+                self.packer.push_observation(observation, time, None)?;
+                if let Some(&action) = window.actions.get(step) {
+                    self.packer.push_action(action, time);
+                }
+            }
+            self.packer.end_sequence(false);
+        }
+        let batch = self.packer.batch();
+        model.check(batch, self.capacity)?;
+        model.backend.stage(batch, &mut self.batch)?;
+        let state = ActingState {
+            caches: &mut self.caches,
+            memories: &mut self.memories,
+            rows: active,
+            prefix: self.prefix,
+            commit,
+        };
+        let counts = Counts::from(batch);
+        model.forward(
+            &self.batch,
+            counts,
+            Masks::default(),
+            Some(state),
+            &mut self.activations,
+        )?;
+        if commit && model.config.attention == AttentionSpan::Episode {
+            self.prefix += counts.tokens / active.len().max(1);
+        }
+        Ok(())
+    }
+
+    /// Logits of the last call of [`Self::act`] [active, actions].
+    pub fn logits(&self) -> &[B::Element] {
+        &self.logits
+    }
+
+    /// Greedy actions at the last observation of each window.
+    fn choose(&mut self, model: &Model<B>, active: &[usize]) -> Result<(), ModelError> {
+        let classes = model.spaces.actions;
+        let observations = self.packer.batch().observation_tokens.len() / active.len().max(1);
+        self.logits
+            .resize(active.len() * classes, B::Element::default());
+        self.actions.clear();
+        for (index, logits) in self.logits.chunks_mut(classes).enumerate() {
+            let last = (index + 1) * observations - 1;
+            model
+                .backend
+                .download(&self.activations.logits, last * classes, logits)?;
+            let mut best = 0;
+            for (action, logit) in logits.iter().enumerate() {
+                if *logit > logits[best] {
+                    best = action;
+                }
+            }
+            self.actions.push(best as u8);
+        }
+        Ok(())
+    }
+}

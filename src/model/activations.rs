@@ -1,0 +1,256 @@
+//! What a forward pass keeps and a backward pass writes, allocated once for the largest batch.
+
+use super::config::ModelConfig;
+use super::network::{BlockNetwork, MemoryNetwork, Network, ObservationEmbedding};
+use crate::backend::{Backend, METRICS, Result};
+
+/// Upper bounds of the batches that buffers are made for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Capacity {
+    /// Packed tokens.
+    pub tokens: usize,
+    /// Observations (and at most as many actions and returns).
+    pub observations: usize,
+    /// Sequences.
+    pub sequences: usize,
+    /// Segments of all sequences.
+    pub segments: usize,
+}
+
+/// Results of every operation that a later one reads again.
+#[derive(Debug)]
+pub(super) struct Activations<B: Backend> {
+    pub convolution_middle: B::Buffer,
+    pub convolution_out: B::Buffer,
+    pub observation_in: B::Buffer,
+    pub observation: B::Buffer,
+    pub action_in: B::Buffer,
+    pub action: B::Buffer,
+    pub return_value: B::Buffer,
+    pub return_to_go: B::Buffer,
+    /// Assembled tokens, and the embedding norm's statistics.
+    pub assembled: B::Buffer,
+    pub statistics: B::Buffer,
+    /// The input of each block, and the output of the last: `layers + 1` of them.
+    pub residual: Vec<B::Buffer>,
+    pub blocks: Vec<BlockActivations<B>>,
+    pub last: B::Buffer,
+    pub last_statistics: B::Buffer,
+    pub gathered: B::Buffer,
+    pub logits: B::Buffer,
+    pub metrics: B::Buffer,
+    /// Scratch [tokens, width].
+    pub branch: B::Buffer,
+    /// What operations without an adapter are given in its place.
+    pub none: B::Buffer,
+}
+
+/// The part of one block.
+#[derive(Debug)]
+pub(super) struct BlockActivations<B: Backend> {
+    /// `pre_ln`: LN(x), the input of attention. `post_ln`: x + Attn(x), the input of its norm.
+    pub attention_side: B::Buffer,
+    pub attention_statistics: B::Buffer,
+    pub qkv: B::Buffer,
+    pub attended: B::Buffer,
+    pub lse: B::Buffer,
+    /// The residual stream after attention.
+    pub middle: B::Buffer,
+    pub memory: Option<MemoryActivations<B>>,
+    /// As `attention_side`, for the feed-forward layer.
+    pub feed_forward_side: B::Buffer,
+    pub feed_forward_statistics: B::Buffer,
+    pub up: B::Buffer,
+    pub hidden: B::Buffer,
+}
+
+/// The part of a memory layer.
+#[derive(Debug)]
+pub(super) struct MemoryActivations<B: Backend> {
+    pub normed: B::Buffer,
+    pub statistics: B::Buffer,
+    /// Wk x, Ŵk x, Ŵv x side by side.
+    pub projected: B::Buffer,
+    pub projected_adapted: B::Buffer,
+    /// a and s side by side.
+    pub keys: B::Buffer,
+    pub address_adapted: B::Buffer,
+    pub strength_adapted: B::Buffer,
+    pub key_strength_in: B::Buffer,
+    pub key_strength: B::Buffer,
+    pub states: B::Buffer,
+    pub read: B::Buffer,
+    /// The residual stream after the memory layer.
+    pub out: B::Buffer,
+}
+
+impl<B: Backend> Activations<B> {
+    pub fn new(
+        backend: &B,
+        network: &Network,
+        config: &ModelConfig,
+        capacity: Capacity,
+    ) -> Result<Self> {
+        let Capacity {
+            tokens,
+            observations,
+            ..
+        } = capacity;
+        let rows = tokens * config.width;
+        let steps = observations * config.width;
+        let (middle, out) = match &network.observation {
+            ObservationEmbedding::Convolution(front_end, _) => {
+                let cells = observations * front_end.grid.positions();
+                (cells * front_end.middle, cells * front_end.out)
+            }
+            ObservationEmbedding::Linear(_) => (0, 0),
+        };
+        let with_returns = usize::from(network.return_to_go.is_some());
+        Ok(Self {
+            convolution_middle: backend.buffer(middle)?,
+            convolution_out: backend.buffer(out)?,
+            observation_in: backend.buffer(steps)?,
+            observation: backend.buffer(steps)?,
+            action_in: backend.buffer(steps)?,
+            action: backend.buffer(steps)?,
+            return_value: backend.buffer(observations * with_returns)?,
+            return_to_go: backend.buffer(steps * with_returns)?,
+            assembled: backend.buffer(rows)?,
+            statistics: backend.buffer(2 * tokens)?,
+            residual: (0..=config.layers)
+                .map(|_| backend.buffer(rows))
+                .collect::<Result<_>>()?,
+            blocks: network
+                .blocks
+                .iter()
+                .map(|block| BlockActivations::new(backend, block, config, capacity))
+                .collect::<Result<_>>()?,
+            last: backend.buffer(rows)?,
+            last_statistics: backend.buffer(2 * tokens)?,
+            gathered: backend.buffer(steps)?,
+            logits: backend.buffer(observations * network.head.outputs)?,
+            metrics: backend.buffer(METRICS)?,
+            branch: backend.buffer(rows)?,
+            none: backend.buffer(0)?,
+        })
+    }
+}
+
+impl<B: Backend> BlockActivations<B> {
+    fn new(
+        backend: &B,
+        block: &BlockNetwork,
+        config: &ModelConfig,
+        capacity: Capacity,
+    ) -> Result<Self> {
+        let tokens = capacity.tokens;
+        let rows = tokens * config.width;
+        Ok(Self {
+            attention_side: backend.buffer(rows)?,
+            attention_statistics: backend.buffer(2 * tokens)?,
+            qkv: backend.buffer(3 * rows)?,
+            attended: backend.buffer(rows)?,
+            lse: backend.buffer(tokens * config.heads)?,
+            middle: backend.buffer(rows)?,
+            memory: match &block.memory {
+                Some(memory) => Some(MemoryActivations::new(backend, memory, capacity)?),
+                None => None,
+            },
+            feed_forward_side: backend.buffer(rows)?,
+            feed_forward_statistics: backend.buffer(2 * tokens)?,
+            up: backend.buffer(tokens * config.feed_forward)?,
+            hidden: backend.buffer(tokens * config.feed_forward)?,
+        })
+    }
+}
+
+impl<B: Backend> MemoryActivations<B> {
+    fn new(backend: &B, network: &MemoryNetwork, capacity: Capacity) -> Result<Self> {
+        let tokens = capacity.tokens;
+        let rows = tokens * network.memory.width;
+        let state = network.memory.slots * network.memory.width;
+        Ok(Self {
+            normed: backend.buffer(rows)?,
+            statistics: backend.buffer(2 * tokens)?,
+            projected: backend.buffer(3 * rows)?,
+            projected_adapted: backend.buffer(tokens * network.keys.ranks())?,
+            keys: backend.buffer(2 * rows)?,
+            address_adapted: backend.buffer(tokens * network.address_query.ranks())?,
+            strength_adapted: backend.buffer(tokens * network.strength_query.ranks())?,
+            key_strength_in: backend.buffer(tokens)?,
+            key_strength: backend.buffer(tokens)?,
+            states: backend.buffer(capacity.segments * state)?,
+            read: backend.buffer(rows)?,
+            out: backend.buffer(rows)?,
+        })
+    }
+}
+
+/// Gradients on their way back; only the parameters' stay.
+#[derive(Debug)]
+pub(super) struct Backward<B: Backend> {
+    /// Gradient of the residual stream [tokens, width].
+    pub stream: B::Buffer,
+    /// Two more of the same size.
+    pub side: B::Buffer,
+    pub branch: B::Buffer,
+    /// [tokens, feed_forward].
+    pub hidden: B::Buffer,
+    /// [tokens, 3·width].
+    pub qkv: B::Buffer,
+    /// [tokens, 3·width], [tokens, 2·width], [tokens] and two states per sequence, with a memory.
+    pub projected: B::Buffer,
+    pub keys: B::Buffer,
+    pub key_strength: B::Buffer,
+    pub states: B::Buffer,
+    pub convolution_middle: B::Buffer,
+    pub convolution_out: B::Buffer,
+    pub observation: B::Buffer,
+    pub action: B::Buffer,
+    pub return_to_go: B::Buffer,
+    pub logits: B::Buffer,
+}
+
+impl<B: Backend> Backward<B> {
+    pub fn new(
+        backend: &B,
+        network: &Network,
+        config: &ModelConfig,
+        capacity: Capacity,
+    ) -> Result<Self> {
+        let Capacity {
+            tokens,
+            observations,
+            sequences,
+            ..
+        } = capacity;
+        let rows = tokens * config.width;
+        let steps = observations * config.width;
+        let with_memory = usize::from(config.memory.is_some());
+        let slots = config.memory.as_ref().map_or(0, |memory| memory.slots);
+        let (middle, out) = match &network.observation {
+            ObservationEmbedding::Convolution(front_end, _) => {
+                let cells = observations * front_end.grid.positions();
+                (cells * front_end.middle, cells * front_end.out)
+            }
+            ObservationEmbedding::Linear(_) => (0, 0),
+        };
+        Ok(Self {
+            stream: backend.buffer(rows)?,
+            side: backend.buffer(rows)?,
+            branch: backend.buffer(rows)?,
+            hidden: backend.buffer(tokens * config.feed_forward)?,
+            qkv: backend.buffer(3 * rows)?,
+            projected: backend.buffer(3 * rows * with_memory)?,
+            keys: backend.buffer(2 * rows * with_memory)?,
+            key_strength: backend.buffer(tokens * with_memory)?,
+            states: backend.buffer(2 * sequences * slots * config.width)?,
+            convolution_middle: backend.buffer(middle)?,
+            convolution_out: backend.buffer(out)?,
+            observation: backend.buffer(steps)?,
+            action: backend.buffer(steps)?,
+            return_to_go: backend.buffer(steps * usize::from(network.return_to_go.is_some()))?,
+            logits: backend.buffer(observations * network.head.outputs)?,
+        })
+    }
+}

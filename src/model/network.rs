@@ -1,0 +1,470 @@
+//! What a model consists of: its operations with the places of their parameters.
+
+use dtmem_reference::content_memory::{self, ContentMemory};
+use dtmem_reference::convolution::Grid;
+
+use super::config::{
+    AdapterConfig, AddressingKind, AttentionSpan, Block, EraseKind, FrontEnd, MemoryConfig,
+    ModelConfig, OrderKind, Spaces, StrengthKind, SupervisionConfig,
+};
+use super::parameters::{Declare, Start};
+use crate::backend::{
+    Activation, Adapter, Attention, Convolutions, Extent, LayerNorm, Linear, Memory, OneHot,
+    Positions, Span, Supervised,
+};
+use crate::batch::TokenLayout;
+
+/// ε of every layer normalisation.
+const LAYER_NORM_EPSILON: f64 = 1e-5;
+/// ε of cosine addressing (SPEC section 4).
+const COSINE_EPSILON: f64 = 1e-6;
+/// Channels of the two convolutions (SPEC section 6).
+const CHANNELS: [usize; 2] = [40, 80];
+/// Standard deviation of learned positions.
+const POSITION_DEVIATION: f64 = 0.1;
+
+/// All operations of a model that have parameters.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct Network {
+    pub observation: ObservationEmbedding,
+    pub action: OneHot,
+    pub return_to_go: Option<Linear>,
+    pub positions: Positions,
+    pub embedding_norm: Option<LayerNorm>,
+    pub blocks: Vec<BlockNetwork>,
+    pub final_norm: Option<LayerNorm>,
+    pub head: Linear,
+}
+
+/// The observation front end.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) enum ObservationEmbedding {
+    Convolution(Convolutions, Linear),
+    Linear(OneHot),
+}
+
+/// One block.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct BlockNetwork {
+    pub attention_norm: LayerNorm,
+    pub qkv: Linear,
+    pub attention: Attention,
+    pub attention_out: Linear,
+    pub memory: Option<MemoryNetwork>,
+    pub feed_forward_norm: LayerNorm,
+    pub up: Linear,
+    pub activation: Activation,
+    pub down: Linear,
+}
+
+/// The memory layer of a block.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct MemoryNetwork {
+    pub norm: LayerNorm,
+    /// Wk, Ŵk and Ŵv side by side: [3·D, D].
+    pub keys: Linear,
+    /// Wq, used transposed.
+    pub address_query: Linear,
+    /// Ŵq, used transposed.
+    pub strength_query: Linear,
+    /// u and b_u.
+    pub key_strength: Option<Linear>,
+    pub memory: Memory,
+    /// Wo.
+    pub out: Linear,
+}
+
+/// How linear maps start: PyTorch's defaults, or N(0, 1/inputs) with zero biases.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Initialisation {
+    PyTorch,
+    Normal,
+}
+
+impl Initialisation {
+    fn weight(self, inputs: usize) -> Start {
+        let scale = 1.0 / (inputs as f64).sqrt();
+        match self {
+            Self::PyTorch => Start::Uniform(scale),
+            Self::Normal => Start::Normal(scale),
+        }
+    }
+
+    fn bias(self, inputs: usize) -> Start {
+        match self {
+            Self::PyTorch => Start::Uniform(1.0 / (inputs as f64).sqrt()),
+            Self::Normal => Start::Constant(0.0),
+        }
+    }
+}
+
+impl Network {
+    pub fn declare(
+        declare: &mut Declare,
+        config: &ModelConfig,
+        spaces: &Spaces,
+        supervision: Option<&SupervisionConfig>,
+    ) -> Self {
+        declare.freeze(config.adapter.is_some());
+        let width = config.width;
+        let start = match config.block {
+            Block::PostLn => Initialisation::PyTorch,
+            Block::PreLn => Initialisation::Normal,
+        };
+        let observation = declare.within("observation", |declare| {
+            ObservationEmbedding::declare(declare, config, spaces, start)
+        });
+        let action = declare.within("action", |declare| OneHot {
+            weight: declare.weight(
+                "weight",
+                &[spaces.actions, width],
+                embedding_start(start, spaces.actions),
+            ),
+            bias: declare.plain("bias", &[width], start.bias(spaces.actions)),
+            offsets: vec![0],
+            inputs: spaces.actions,
+            width,
+            trainable: declare.trainable(),
+        });
+        let return_to_go = (config.layout == TokenLayout::ReturnObsAction)
+            .then(|| declare.within("return", |declare| linear(declare, 1, width, start)));
+        let table = [spaces.steps, width];
+        let positions = match config.layout {
+            TokenLayout::ObsAction => Positions::Constant(Span {
+                offset: 0,
+                len: table.iter().product(),
+            }),
+            TokenLayout::ReturnObsAction => Positions::Learned(declare.plain(
+                "position.weight",
+                &table,
+                Start::Normal(POSITION_DEVIATION),
+            )),
+        };
+        let embedding_norm = (config.block == Block::PostLn)
+            .then(|| declare.within("embedding_norm", |declare| norm(declare, width)));
+        let blocks = (0..config.layers)
+            .map(|index| {
+                let supervised = supervision.filter(|supervision| supervision.layer == index);
+                declare.within(format!("blocks.{index}"), |declare| {
+                    BlockNetwork::declare(declare, config, supervised, start)
+                })
+            })
+            .collect();
+        Self {
+            observation,
+            action,
+            return_to_go,
+            positions,
+            embedding_norm,
+            blocks,
+            final_norm: (config.block == Block::PreLn)
+                .then(|| declare.within("final_norm", |declare| norm(declare, width))),
+            head: declare.within("head", |declare| {
+                linear(declare, width, spaces.actions, start)
+            }),
+        }
+    }
+}
+
+/// Embeddings of one code: unit variance in the normal scheme, PyTorch's linear map otherwise.
+fn embedding_start(start: Initialisation, inputs: usize) -> Start {
+    match start {
+        Initialisation::PyTorch => start.weight(inputs),
+        Initialisation::Normal => Start::Normal(1.0),
+    }
+}
+
+impl ObservationEmbedding {
+    fn declare(
+        declare: &mut Declare,
+        config: &ModelConfig,
+        spaces: &Spaces,
+        start: Initialisation,
+    ) -> Self {
+        let width = config.width;
+        let fields = spaces.observation.iter().product::<usize>();
+        let mut offsets = Vec::with_capacity(fields);
+        let mut inputs = 0;
+        for field in 0..fields {
+            offsets.push(inputs);
+            inputs += spaces.cardinalities[field % spaces.cardinalities.len()];
+        }
+        // A one-hot field has one active input, whatever its cardinality.
+        let gain = |default: Start, active: usize| match config.observation_gain {
+            0.0 => default,
+            gain => Start::Normal(gain / (active as f64).sqrt()),
+        };
+        match config.front_end {
+            FrontEnd::Linear => Self::Linear(OneHot {
+                weight: declare.weight(
+                    "linear.weight",
+                    &[inputs, width],
+                    gain(start.weight(inputs), fields),
+                ),
+                bias: declare.plain("linear.bias", &[width], gain_bias(config, start, inputs)),
+                offsets,
+                inputs,
+                width,
+                trainable: declare.trainable(),
+            }),
+            FrontEnd::Convolution => {
+                let grid = Grid {
+                    width: spaces.observation[0],
+                    height: spaces.observation[1],
+                    cardinalities: spaces.cardinalities.clone(),
+                };
+                let [middle, out] = CHANNELS;
+                let channels = grid.channels();
+                let flat = out * grid.positions();
+                let convolutions = Convolutions {
+                    weight1: declare.weight(
+                        "conv1.weight",
+                        &[channels, 3, 3, middle],
+                        start.weight(channels * 9),
+                    ),
+                    bias1: declare.plain("conv1.bias", &[middle], start.bias(channels * 9)),
+                    weight2: declare.weight(
+                        "conv2.weight",
+                        &[out, middle, 3, 3],
+                        start.weight(middle * 9),
+                    ),
+                    bias2: declare.plain("conv2.bias", &[out], start.bias(middle * 9)),
+                    grid,
+                    middle,
+                    out,
+                    trainable: declare.trainable(),
+                };
+                let mut map = Linear {
+                    weight: declare.weight(
+                        "linear.weight",
+                        &[width, flat],
+                        gain(start.weight(flat), flat),
+                    ),
+                    ..linear_of(flat, width, declare.trainable())
+                };
+                map.bias =
+                    Some(declare.plain("linear.bias", &[width], gain_bias(config, start, flat)));
+                Self::Convolution(convolutions, map)
+            }
+        }
+    }
+}
+
+fn gain_bias(config: &ModelConfig, start: Initialisation, inputs: usize) -> Start {
+    match config.observation_gain {
+        0.0 => start.bias(inputs),
+        _ => Start::Constant(0.0),
+    }
+}
+
+impl BlockNetwork {
+    fn declare(
+        declare: &mut Declare,
+        config: &ModelConfig,
+        supervised: Option<&SupervisionConfig>,
+        start: Initialisation,
+    ) -> Self {
+        let (width, wide) = (config.width, config.feed_forward);
+        let attention_norm = declare.within("attention_norm", |declare| norm(declare, width));
+        let (qkv, attention_out) = declare.within("attention", |declare| {
+            let qkv = Linear {
+                weight: declare.weight(
+                    "qkv.weight",
+                    &[3 * width, width],
+                    match start {
+                        // Xavier over the fused matrix, as torch.nn.MultiheadAttention does.
+                        Initialisation::PyTorch => {
+                            Start::Uniform((6.0 / (4 * width) as f64).sqrt())
+                        }
+                        Initialisation::Normal => start.weight(width),
+                    },
+                ),
+                bias: Some(declare.plain("qkv.bias", &[3 * width], Start::Constant(0.0))),
+                ..linear_of(width, 3 * width, declare.trainable())
+            };
+            let out = Linear {
+                weight: declare.weight("out.weight", &[width, width], start.weight(width)),
+                bias: Some(declare.plain("out.bias", &[width], Start::Constant(0.0))),
+                ..linear_of(width, width, declare.trainable())
+            };
+            (qkv, out)
+        });
+        let memory = config.memory.as_ref().map(|memory| {
+            declare.within("memory", |declare| {
+                MemoryNetwork::declare(declare, width, memory, config.adapter.as_ref())
+            })
+        });
+        let feed_forward_norm = declare.within("feed_forward_norm", |declare| norm(declare, width));
+        let (up, down) = declare.within("feed_forward", |declare| {
+            (
+                declare.within("up", |declare| linear(declare, width, wide, start)),
+                declare.within("down", |declare| linear(declare, wide, width, start)),
+            )
+        });
+        Self {
+            attention_norm,
+            qkv,
+            attention: Attention {
+                heads: config.heads,
+                head_width: width / config.heads,
+                extent: match config.attention {
+                    AttentionSpan::Episode => Extent::Sequence,
+                    AttentionSpan::Segment => Extent::Segment,
+                },
+                supervised: supervised.map(|supervision| Supervised {
+                    heads: supervision.heads.clone(),
+                    denominator: supervision.denominator,
+                }),
+            },
+            attention_out,
+            memory,
+            feed_forward_norm,
+            up,
+            activation: match config.block {
+                Block::PostLn => Activation::Relu,
+                Block::PreLn => Activation::Gelu,
+            },
+            down,
+        }
+    }
+}
+
+impl MemoryNetwork {
+    fn declare(
+        declare: &mut Declare,
+        width: usize,
+        config: &MemoryConfig,
+        adapter: Option<&AdapterConfig>,
+    ) -> Self {
+        let start = Initialisation::Normal;
+        let square = [width, width];
+        let norm = declare.within("norm", |declare| norm(declare, width));
+        // Declared one after another, so that they are one [3·D, D] matrix in the arena.
+        let address_key = declare.weight("address_key.weight", &square, start.weight(width));
+        declare.weight("strength_key.weight", &square, start.weight(width));
+        let value = declare.weight("value.weight", &square, start.weight(width));
+        let mut keys = Linear {
+            weight: address_key.through(value),
+            ..linear_of(width, 3 * width, declare.trainable())
+        };
+        let mut query = |name: &str| Linear {
+            weight: declare.weight(name, &square, start.weight(width)),
+            transposed: true,
+            ..linear_of(width, width, declare.trainable())
+        };
+        let mut address_query = query("address_query.weight");
+        let mut strength_query = query("strength_query.weight");
+        let key_strength = (config.addressing == AddressingKind::Cosine)
+            .then(|| declare.within("key_strength", |declare| linear(declare, width, 1, start)));
+        let memory = Memory {
+            variant: ContentMemory {
+                addressing: match config.addressing {
+                    AddressingKind::Cosine => content_memory::Addressing::Cosine,
+                    AddressingKind::Dot => content_memory::Addressing::Dot,
+                },
+                strength: match config.strength {
+                    StrengthKind::Sigmoid => content_memory::Strength::Sigmoid,
+                    StrengthKind::Softmax => content_memory::Strength::Softmax,
+                },
+                erase: match config.erase {
+                    EraseKind::Coupled => content_memory::Erase::Coupled,
+                    EraseKind::Paper => content_memory::Erase::Paper,
+                },
+                order: match config.order {
+                    OrderKind::ReadThenWrite => content_memory::Order::ReadThenWrite,
+                    OrderKind::WriteThenRead => content_memory::Order::WriteThenRead,
+                },
+                top_k: (config.top_k > 0).then_some(config.top_k),
+                scale: 1.0 / (width as f64).sqrt(),
+                epsilon: COSINE_EPSILON,
+            },
+            slots: config.slots,
+            width,
+            initial: declare.plain("initial", &[config.slots, width], Start::Normal(1.0)),
+            strength_bias: (config.strength == StrengthKind::Sigmoid).then(|| {
+                declare.plain("strength_bias", &[1], Start::Constant(config.strength_bias))
+            }),
+            trainable: declare.trainable(),
+        };
+        let out = Linear {
+            weight: declare.weight("out.weight", &square, start.weight(width)),
+            ..linear_of(width, width, declare.trainable())
+        };
+        if let Some(config) = adapter {
+            declare.freeze(false);
+            for (index, name) in ["address_key", "strength_key", "value"]
+                .into_iter()
+                .enumerate()
+            {
+                let lora = lora(declare, name, config, width);
+                keys.adapters.push(Adapter {
+                    output: index * width,
+                    ..lora
+                });
+            }
+            address_query
+                .adapters
+                .push(lora(declare, "address_query", config, width));
+            strength_query
+                .adapters
+                .push(lora(declare, "strength_query", config, width));
+            declare.freeze(true);
+        }
+        Self {
+            norm,
+            keys,
+            address_query,
+            strength_query,
+            key_strength,
+            memory,
+            out,
+        }
+    }
+}
+
+/// An adapter of a square weight: A Kaiming-uniform, B zero (SPEC section 5).
+fn lora(declare: &mut Declare, name: &str, config: &AdapterConfig, width: usize) -> Adapter {
+    declare.within(name, |declare| Adapter {
+        output: 0,
+        outputs: width,
+        a: declare.weight(
+            "lora_A.weight",
+            &[config.rank, width],
+            Start::Uniform(1.0 / (width as f64).sqrt()),
+        ),
+        b: declare.weight("lora_B.weight", &[width, config.rank], Start::Constant(0.0)),
+        rank: config.rank,
+        scaling: config.alpha / config.rank as f64,
+    })
+}
+
+fn norm(declare: &mut Declare, width: usize) -> LayerNorm {
+    LayerNorm {
+        weight: declare.plain("weight", &[width], Start::Constant(1.0)),
+        bias: declare.plain("bias", &[width], Start::Constant(0.0)),
+        width,
+        epsilon: LAYER_NORM_EPSILON,
+        trainable: declare.trainable(),
+    }
+}
+
+fn linear(declare: &mut Declare, inputs: usize, outputs: usize, start: Initialisation) -> Linear {
+    Linear {
+        weight: declare.weight("weight", &[outputs, inputs], start.weight(inputs)),
+        bias: Some(declare.plain("bias", &[outputs], start.bias(inputs))),
+        ..linear_of(inputs, outputs, declare.trainable())
+    }
+}
+
+/// A linear map without parameters yet.
+fn linear_of(inputs: usize, outputs: usize, trainable: bool) -> Linear {
+    Linear {
+        weight: Span::default(),
+        bias: None,
+        inputs,
+        outputs,
+        transposed: false,
+        trainable,
+        adapters: Vec::new(),
+    }
+}

@@ -1,0 +1,564 @@
+//! The assembled models: size, gradients, acting, and bits that do not depend on threads.
+
+use dtmem::backend::Cpu;
+use dtmem::batch::{PackedBatch, TokenLayout, Trajectory};
+use dtmem::model::{
+    Actor, AdapterConfig, AddressingKind, AttentionSpan, Block, Capacity, EraseKind, FrontEnd,
+    MemoryConfig, Model, ModelConfig, OptimiserStep, OrderKind, Spaces, StrengthKind,
+    SupervisionConfig, Training,
+};
+use dtmem_reference::Scalar;
+use dtmem_reference::attention::Denominator;
+use dtmem_reference::dropout::philox;
+
+/// Uniform integers below `limit`, a pure function of the arguments.
+fn draw(seed: u32, index: usize, limit: usize) -> usize {
+    philox([index as u32, seed, 0, 0], [7, 11])[0] as usize % limit
+}
+
+fn grid() -> Spaces {
+    Spaces {
+        observation: vec![3, 2, 2],
+        cardinalities: vec![4, 3],
+        actions: 5,
+        steps: 9,
+    }
+}
+
+fn symbols() -> Spaces {
+    Spaces {
+        observation: vec![2],
+        cardinalities: vec![6, 4],
+        ..grid()
+    }
+}
+
+fn tuner() -> ModelConfig {
+    ModelConfig {
+        width: 8,
+        layers: 2,
+        heads: 2,
+        feed_forward: 12,
+        dropout: 0.0,
+        ..ModelConfig::default()
+    }
+}
+
+fn decision() -> ModelConfig {
+    ModelConfig {
+        block: Block::PreLn,
+        layout: TokenLayout::ReturnObsAction,
+        front_end: FrontEnd::Linear,
+        memory: Some(MemoryConfig {
+            slots: 5,
+            ..MemoryConfig::default()
+        }),
+        attention: AttentionSpan::Segment,
+        segment_steps: 2,
+        observation_gain: 1.0,
+        ..tuner()
+    }
+}
+
+fn supervision() -> SupervisionConfig {
+    SupervisionConfig {
+        lambda: 3.0,
+        layer: 0,
+        heads: vec![1],
+        denominator: Denominator::Square,
+    }
+}
+
+/// Random trajectories of the given lengths.
+struct Data {
+    lengths: Vec<usize>,
+    observations: Vec<Vec<u8>>,
+    actions: Vec<Vec<u8>>,
+    returns: Vec<Vec<f32>>,
+    pairs: Vec<Vec<(u32, u32)>>,
+}
+
+impl Data {
+    fn new(spaces: &Spaces, lengths: &[usize], seed: u32) -> Self {
+        let fields: usize = spaces.observation.iter().product();
+        let of = |sequence: usize, salt: u32| seed * 100 + sequence as u32 * 10 + salt;
+        let sequences = || lengths.iter().copied().enumerate();
+        Self {
+            lengths: lengths.to_vec(),
+            observations: sequences()
+                .map(|(sequence, steps)| {
+                    (0..steps * fields)
+                        .map(|index| {
+                            let field = index % spaces.cardinalities.len();
+                            draw(of(sequence, 1), index, spaces.cardinalities[field]) as u8
+                        })
+                        .collect()
+                })
+                .collect(),
+            actions: sequences()
+                .map(|(sequence, steps)| {
+                    (0..steps)
+                        .map(|index| draw(of(sequence, 2), index, spaces.actions) as u8)
+                        .collect()
+                })
+                .collect(),
+            returns: sequences()
+                .map(|(sequence, steps)| {
+                    (0..steps)
+                        .map(|index| draw(of(sequence, 3), index, 100) as f32 / 50.0)
+                        .collect()
+                })
+                .collect(),
+            pairs: sequences()
+                .map(|(_, steps)| {
+                    let steps = steps as u32;
+                    (0..steps)
+                        .flat_map(|step| {
+                            (step > 2)
+                                .then_some((step, 1))
+                                .into_iter()
+                                .chain([(step, step)])
+                        })
+                        .collect()
+                })
+                .collect(),
+        }
+    }
+
+    fn pack<T: Scalar>(&self, model: &Model<Cpu<T>>) -> PackedBatch {
+        let mut packer = model.packer();
+        for sequence in 0..self.lengths.len() {
+            packer
+                .push_trajectory(Trajectory {
+                    observations: &self.observations[sequence],
+                    actions: &self.actions[sequence],
+                    returns: &self.returns[sequence],
+                    pairs: &self.pairs[sequence],
+                    annotated: sequence != 1,
+                })
+                .expect("a valid trajectory");
+        }
+        packer.batch().clone()
+    }
+}
+
+fn capacity(batch: &PackedBatch) -> Capacity {
+    Capacity {
+        tokens: batch.tokens(),
+        observations: batch.observation_tokens.len(),
+        sequences: batch.sequences(),
+        segments: batch.segments(),
+    }
+}
+
+fn model<T: Scalar>(
+    config: &ModelConfig,
+    spaces: &Spaces,
+    supervision: Option<SupervisionConfig>,
+) -> Model<Cpu<T>> {
+    let mut model = Model::new(Cpu::new(), config.clone(), spaces.clone(), supervision)
+        .expect("a valid configuration");
+    model.initialise(1).expect("initial values");
+    model
+}
+
+/// Directional derivatives along random directions, one for each parameter array, against central
+/// differences in f64.
+fn check_gradients(config: &ModelConfig, spaces: &Spaces, supervision: Option<SupervisionConfig>) {
+    let data = Data::new(spaces, &[5, 3, 0, 1, 7], 3);
+    let mut model = model::<f64>(config, spaces, supervision);
+    // B of an adapter starts at zero, where A has no gradient: move off it.
+    let mut values = model.values().expect("values");
+    for parameter in model.parameters() {
+        if parameter.name.ends_with("lora_B.weight") {
+            for (index, value) in values[parameter.span.range()].iter_mut().enumerate() {
+                *value = draw(9, index, 200) as f64 / 200.0 - 0.5;
+            }
+        }
+    }
+    model.set_values(&values).expect("values");
+    let batch = data.pack(&model);
+    let mut training = Training::new(&model, capacity(&batch)).expect("buffers");
+    training.gradients(&model, &batch, 5, 1).expect("gradients");
+    let gradients = training.gradient_values(&model).expect("gradients");
+    let mut checked = 0;
+    for (number, parameter) in model.parameters().to_vec().into_iter().enumerate() {
+        if !parameter.trainable {
+            continue;
+        }
+        let span = parameter.span.range();
+        let direction: Vec<f64> = span
+            .clone()
+            .map(|index| draw(number as u32 + 50, index, 2000) as f64 / 1000.0 - 1.0)
+            .collect();
+        let analytic: f64 = gradients[span.clone()]
+            .iter()
+            .zip(&direction)
+            .map(|(g, d)| g * d)
+            .sum();
+        let step = 1e-5;
+        let mut loss = |sign: f64| {
+            let mut moved = values.clone();
+            for (value, d) in moved[span.clone()].iter_mut().zip(&direction) {
+                *value += sign * step * d;
+            }
+            model.set_values(&moved).expect("values");
+            training.gradients(&model, &batch, 5, 1).expect("loss").loss
+        };
+        let numeric = (loss(1.0) - loss(-1.0)) / (2.0 * step);
+        model.set_values(&values).expect("values");
+        let scale = gradients[span]
+            .iter()
+            .map(|g| g * g)
+            .sum::<f64>()
+            .sqrt()
+            .max(1e-3);
+        assert!(
+            (analytic - numeric).abs() <= 1e-5 * scale,
+            "{}: {analytic} against {numeric}",
+            parameter.name
+        );
+        checked += 1;
+    }
+    assert!(checked > 5);
+}
+
+#[test]
+fn the_papers_ltmb_model_has_14_661_919_parameters() {
+    let spaces = Spaces {
+        observation: vec![7, 7, 3],
+        cardinalities: vec![11, 6, 3],
+        actions: 7,
+        steps: 145,
+    };
+    let model = Model::new(Cpu::<f32>::new(), ModelConfig::default(), spaces, None)
+        .expect("the paper's model");
+    assert_eq!(model.parameter_count(), 14_661_919);
+    assert_eq!(model.trained_count(), 14_661_919);
+}
+
+#[test]
+fn attention_tuner_gradients_match_finite_differences() {
+    check_gradients(&tuner(), &grid(), Some(supervision()));
+}
+
+#[test]
+fn attention_tuner_gradients_match_with_dropout() {
+    let config = ModelConfig {
+        dropout: 0.3,
+        front_end: FrontEnd::Linear,
+        ..tuner()
+    };
+    check_gradients(&config, &grid(), Some(supervision()));
+}
+
+#[test]
+fn memory_model_gradients_match_finite_differences() {
+    check_gradients(&decision(), &symbols(), None);
+}
+
+#[test]
+fn every_memory_variant_has_right_gradients() {
+    for (addressing, strength, erase, order, top_k) in [
+        (
+            AddressingKind::Dot,
+            StrengthKind::Softmax,
+            EraseKind::Paper,
+            OrderKind::WriteThenRead,
+            0,
+        ),
+        (
+            AddressingKind::Cosine,
+            StrengthKind::Softmax,
+            EraseKind::Coupled,
+            OrderKind::ReadThenWrite,
+            0,
+        ),
+        (
+            AddressingKind::Dot,
+            StrengthKind::Sigmoid,
+            EraseKind::Coupled,
+            OrderKind::ReadThenWrite,
+            3,
+        ),
+    ] {
+        let config = ModelConfig {
+            memory: Some(MemoryConfig {
+                slots: 5,
+                addressing,
+                strength,
+                erase,
+                order,
+                top_k,
+                ..MemoryConfig::default()
+            }),
+            ..decision()
+        };
+        check_gradients(&config, &symbols(), None);
+    }
+}
+
+#[test]
+fn memory_in_post_ln_blocks_with_episode_attention_has_right_gradients() {
+    let config = ModelConfig {
+        memory: decision().memory,
+        segment_steps: 3,
+        front_end: FrontEnd::Linear,
+        ..tuner()
+    };
+    check_gradients(&config, &symbols(), Some(supervision()));
+}
+
+#[test]
+fn adapters_alone_are_trained_and_have_right_gradients() {
+    for dropout in [0.0, 0.25] {
+        let config = ModelConfig {
+            adapter: Some(AdapterConfig {
+                rank: 2,
+                alpha: 3.0,
+                dropout,
+            }),
+            ..decision()
+        };
+        check_gradients(&config, &symbols(), None);
+        let model = model::<f64>(&config, &symbols(), None);
+        // 5 projections of 2 layers, A [2, 8] and B [8, 2].
+        assert_eq!(model.trained_count(), 5 * 2 * 32);
+        assert!(
+            model
+                .parameters()
+                .iter()
+                .all(|parameter| parameter.trainable == parameter.name.contains("lora_"))
+        );
+    }
+}
+
+#[test]
+fn frozen_parameters_keep_their_bits() {
+    let config = ModelConfig {
+        adapter: Some(AdapterConfig::default()),
+        ..decision()
+    };
+    let mut model = model::<f32>(&config, &symbols(), None);
+    let before = model.values().expect("values");
+    let batch = Data::new(&symbols(), &[6, 4], 2).pack(&model);
+    let mut training = Training::new(&model, capacity(&batch)).expect("buffers");
+    for step in 1..=3 {
+        training
+            .step(&mut model, &batch, 0, step, &optimiser())
+            .expect("a step");
+    }
+    let after = model.values().expect("values");
+    let trained = model.trained_count();
+    assert!(before[..trained] != after[..trained]);
+    assert!(
+        before[trained..]
+            .iter()
+            .zip(&after[trained..])
+            .all(|(a, b)| a.to_bits() == b.to_bits())
+    );
+}
+
+fn optimiser() -> OptimiserStep {
+    OptimiserStep {
+        learning_rate: 1e-2,
+        beta1: 0.9,
+        beta2: 0.999,
+        epsilon: 1e-8,
+        weight_decay: 0.01,
+        clip: Some(1.0),
+    }
+}
+
+/// Acting step by step gives the logits of the whole episode at once.
+fn check_acting(config: &ModelConfig, spaces: &Spaces) {
+    let model = model::<f64>(config, spaces, None);
+    let lengths = [7, 4, 9];
+    let mut data = Data::new(spaces, &lengths, 4);
+    let fields = model.fields();
+    let mut actor = Actor::new(&model, lengths.len()).expect("an actor");
+    let mut acted: Vec<Vec<f64>> = vec![Vec::new(); lengths.len()];
+    for time in 0..9 {
+        let active: Vec<usize> = (0..3).filter(|&episode| time < lengths[episode]).collect();
+        let observations: Vec<u8> = active
+            .iter()
+            .flat_map(|&episode| data.observations[episode][time * fields..][..fields].to_vec())
+            .collect();
+        let returns: Vec<f32> = active
+            .iter()
+            .map(|&episode| data.returns[episode][time])
+            .collect();
+        let actions = actor
+            .act(&model, &active, &observations, &returns)
+            .expect("actions")
+            .to_vec();
+        for (index, &episode) in active.iter().enumerate() {
+            let logits = &actor.logits()[index * spaces.actions..][..spaces.actions];
+            acted[episode].extend_from_slice(logits);
+            data.actions[episode][time] = actions[index];
+        }
+    }
+    let batch = data.pack(&model);
+    let whole = model.logits(&batch).expect("logits");
+    let acted = acted.concat();
+    assert_eq!(whole.len(), acted.len());
+    for (index, (a, b)) in whole.iter().zip(&acted).enumerate() {
+        assert!(
+            (a - b).abs() < 1e-10,
+            "logit {index}: {a} at once, {b} step by step"
+        );
+    }
+}
+
+#[test]
+fn acting_step_by_step_equals_the_whole_episode() {
+    check_acting(&tuner(), &grid());
+    check_acting(&decision(), &symbols());
+    for (attention, segment_steps, memory) in [
+        (AttentionSpan::Episode, 3, true),
+        (AttentionSpan::Episode, 0, true),
+        (AttentionSpan::Segment, 3, false),
+        (AttentionSpan::Episode, 0, false),
+        (AttentionSpan::Segment, 100, true),
+    ] {
+        let config = ModelConfig {
+            attention,
+            segment_steps,
+            memory: decision().memory.filter(|_| memory),
+            ..decision()
+        };
+        check_acting(&config, &symbols());
+    }
+}
+
+#[test]
+fn attention_maps_are_causal_and_sum_to_one() {
+    for config in [tuner(), decision()] {
+        let spaces = if config.front_end == FrontEnd::Linear {
+            symbols()
+        } else {
+            grid()
+        };
+        let model = model::<f64>(&config, &spaces, None);
+        let batch = Data::new(&spaces, &[5], 1).pack(&model);
+        let map = model.attention_map(&batch, 1, 0).expect("a map");
+        for (query, row) in map.rows().into_iter().enumerate() {
+            assert!((row.sum() - 1.0).abs() < 1e-12);
+            assert!(row.iter().skip(query + 1).all(|&a| a == 0.0));
+        }
+    }
+}
+
+/// Large enough that every operation is split into several tasks.
+fn train_bits(threads: usize, config: &ModelConfig, spaces: &Spaces) -> Vec<u32> {
+    let pool = rayon::ThreadPoolBuilder::new()
+        .num_threads(threads)
+        .build()
+        .expect("a pool");
+    pool.install(|| {
+        let supervision = (config.attention == AttentionSpan::Episode).then(supervision);
+        let mut model = model::<f32>(config, spaces, supervision);
+        let batch = Data::new(spaces, &[9; 60], 6).pack(&model);
+        let mut training = Training::new(&model, capacity(&batch)).expect("buffers");
+        for step in 1..=3 {
+            let metrics = training
+                .step(&mut model, &batch, 3, step, &optimiser())
+                .expect("a step");
+            assert!(metrics.is_finite());
+        }
+        model
+            .values()
+            .expect("values")
+            .into_iter()
+            .map(f32::to_bits)
+            .collect()
+    })
+}
+
+#[test]
+fn bits_do_not_depend_on_the_number_of_threads() {
+    let tuner = ModelConfig {
+        width: 72,
+        feed_forward: 200,
+        dropout: 0.1,
+        ..tuner()
+    };
+    let decision = ModelConfig {
+        width: 72,
+        feed_forward: 200,
+        ..decision()
+    };
+    for (config, spaces) in [(tuner, grid()), (decision, symbols())] {
+        let one = train_bits(1, &config, &spaces);
+        for threads in [2, 3, 5] {
+            assert!(
+                one == train_bits(threads, &config, &spaces),
+                "{threads} threads"
+            );
+        }
+    }
+}
+
+#[test]
+fn settings_that_do_not_fit_are_named() {
+    let cases: [(&str, ModelConfig, Spaces, Option<SupervisionConfig>); 6] = [
+        (
+            "width",
+            ModelConfig {
+                heads: 3,
+                ..tuner()
+            },
+            grid(),
+            None,
+        ),
+        (
+            "dropout",
+            ModelConfig {
+                dropout: 1.0,
+                ..tuner()
+            },
+            grid(),
+            None,
+        ),
+        ("front_end", tuner(), symbols(), None),
+        (
+            "segment_steps",
+            ModelConfig {
+                segment_steps: 0,
+                ..decision()
+            },
+            symbols(),
+            None,
+        ),
+        (
+            "loss.layer",
+            tuner(),
+            grid(),
+            Some(SupervisionConfig {
+                layer: 2,
+                ..supervision()
+            }),
+        ),
+        ("attention", decision(), symbols(), Some(supervision())),
+    ];
+    for (name, config, spaces, supervision) in cases {
+        let error = Model::new(Cpu::<f32>::new(), config, spaces, supervision)
+            .expect_err("an invalid setting");
+        assert!(error.to_string().contains(name), "{error}");
+    }
+}
+
+#[test]
+fn batches_beyond_the_buffers_are_an_error() {
+    let model = model::<f32>(&tuner(), &grid(), None);
+    let batch = Data::new(&grid(), &[5, 5], 1).pack(&model);
+    let small = Capacity {
+        tokens: 4,
+        ..capacity(&batch)
+    };
+    let mut training = Training::new(&model, small).expect("buffers");
+    let error = training
+        .gradients(&model, &batch, 0, 1)
+        .expect_err("too large a batch");
+    assert!(error.to_string().contains("tokens"), "{error}");
+}
