@@ -1,0 +1,490 @@
+//! Demonstrations in memory, and their generation.
+
+use std::fmt::Write as _;
+use std::iter;
+use std::ops::Range;
+
+use rayon::prelude::*;
+
+use super::{Episode, ObservationSpace, Split, Task, TaskError};
+
+/// Episodes generated between two reports of progress.
+const CHUNK: u64 = 256;
+
+/// A set of recorded episodes, packed one after another.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Demonstrations {
+    space: ObservationSpace,
+    action_count: usize,
+    /// The task that the episodes come from, if it is one of ours.
+    pub task: Option<Task>,
+    /// The seed they were generated with.
+    pub seed: Option<u64>,
+    observations: Vec<u8>,
+    actions: Vec<u8>,
+    rewards: Vec<f32>,
+    /// Where each episode starts among the steps; one more at the end.
+    offsets: Vec<usize>,
+    pairs: Vec<(u32, u32)>,
+    /// Where each episode's pairs start; one more at the end.
+    pair_offsets: Vec<usize>,
+    annotated: Vec<bool>,
+}
+
+/// One episode of a set.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct EpisodeView<'a> {
+    /// Codes, [steps, fields]; each observation is the one before its action.
+    pub observations: &'a [u8],
+    /// Actions, [steps].
+    pub actions: &'a [u8],
+    /// Rewards, [steps].
+    pub rewards: &'a [f32],
+    /// Memory dependency pairs (recalling step, recalled step); in a set they are sorted, each once.
+    pub pairs: &'a [(u32, u32)],
+    /// Whether the pairs are known. If not, they are no target: not even an empty one.
+    pub annotated: bool,
+}
+
+impl EpisodeView<'_> {
+    /// Number of steps.
+    pub fn steps(&self) -> usize {
+        self.actions.len()
+    }
+}
+
+impl<'a> From<&'a Episode> for EpisodeView<'a> {
+    /// The episode, annotated.
+    fn from(episode: &'a Episode) -> Self {
+        let Episode {
+            observations,
+            actions,
+            rewards,
+            pairs,
+            ..
+        } = episode;
+        Self {
+            observations,
+            actions,
+            rewards,
+            pairs,
+            annotated: true,
+        }
+    }
+}
+
+/// Something in a set of demonstrations that cannot be right.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{what}{place}: found {found}, expected {expected}")]
+pub struct Invalid {
+    /// The tensor or the metadata entry.
+    pub what: &'static str,
+    /// Where in it: empty, or a clause such as ", episode 3, step 17".
+    pub place: String,
+    /// What stands there.
+    pub found: String,
+    /// What should.
+    pub expected: String,
+}
+
+impl Invalid {
+    pub(super) fn new(
+        what: &'static str,
+        place: impl Into<String>,
+        found: impl ToString,
+        expected: impl Into<String>,
+    ) -> Self {
+        Self {
+            what,
+            place: place.into(),
+            found: found.to_string(),
+            expected: expected.into(),
+        }
+    }
+}
+
+impl Demonstrations {
+    /// An empty set.
+    ///
+    /// # Errors
+    /// An axis of length 0, a last axis without one cardinality for each of its indices, a cardinality or a number of
+    /// actions outside 1 to 256.
+    pub fn new(space: ObservationSpace, action_count: usize) -> Result<Self, Invalid> {
+        let fields = space
+            .shape
+            .iter()
+            .try_fold(1_usize, |product, &axis| product.checked_mul(axis));
+        if space.shape.is_empty() || fields.is_none_or(|fields| fields == 0) {
+            let found = format!("{:?} per step", space.shape);
+            return Err(Invalid::new(
+                "tensor `observations`",
+                "",
+                found,
+                "one axis or more, none of them empty",
+            ));
+        }
+        if space.shape.last() != Some(&space.cardinalities.len()) {
+            let expected = format!("one for each index of the last axis of {:?}", space.shape);
+            let found = format!("{} cardinalities", space.cardinalities.len());
+            return Err(Invalid::new(
+                "`observation_cardinalities`",
+                "",
+                found,
+                expected,
+            ));
+        }
+        if let Some(index) = space
+            .cardinalities
+            .iter()
+            .position(|cardinality| !(1..=256).contains(cardinality))
+        {
+            let found = space.cardinalities[index];
+            return Err(Invalid::new(
+                "`observation_cardinalities`",
+                format!(", index {index}"),
+                found,
+                "1 to 256",
+            ));
+        }
+        if !(1..=256).contains(&action_count) {
+            return Err(Invalid::new("`action_count`", "", action_count, "1 to 256"));
+        }
+        Ok(Self {
+            space,
+            action_count,
+            task: None,
+            seed: None,
+            observations: Vec::new(),
+            actions: Vec::new(),
+            rewards: Vec::new(),
+            offsets: vec![0],
+            pairs: Vec::new(),
+            pair_offsets: vec![0],
+            annotated: Vec::new(),
+        })
+    }
+
+    /// Lets the expert play the episodes 0 .. `episodes` of [`Split::Demonstration`], on all threads; the result depends
+    /// only on the arguments. `annotated_share` of them keep their pairs ([`Demonstrations::limit_annotations`]).
+    /// `progress` is told now and then how many are done.
+    ///
+    /// # Errors
+    /// Parameters of the task out of range, no episodes, a share outside 0 to 1.
+    pub fn generate(
+        task: &Task,
+        episodes: usize,
+        seed: u64,
+        annotated_share: f64,
+        mut progress: impl FnMut(usize),
+    ) -> Result<Self, TaskError> {
+        task.validate()?;
+        if episodes == 0 {
+            return Err(TaskError::new("episodes", episodes, "1 or more"));
+        }
+        let unfit = |invalid: Invalid| TaskError::new("task", invalid, "what the task declares");
+        let mut set = Self::new(task.observation_space(), task.actions()).map_err(unfit)?;
+        set.task = Some(task.clone());
+        set.seed = Some(seed);
+        let episodes = episodes as u64;
+        for start in (0..episodes).step_by(CHUNK as usize) {
+            let chunk = start..episodes.min(start.saturating_add(CHUNK));
+            let played: Result<Vec<Episode>, TaskError> = chunk
+                .into_par_iter()
+                .map(|episode| task.demonstrate(Split::Demonstration, seed, episode))
+                .collect();
+            for episode in &played? {
+                set.push(episode.into()).map_err(unfit)?;
+            }
+            progress(set.len());
+        }
+        set.limit_annotations(annotated_share)?;
+        Ok(set)
+    }
+
+    /// Appends an episode.
+    ///
+    /// # Errors
+    /// No steps, lengths that do not fit each other, an action or a code out of range, a reward that is not finite, a
+    /// pair that points forward or outside of the episode.
+    pub fn push(&mut self, episode: EpisodeView) -> Result<(), Invalid> {
+        let number = self.len();
+        let place = format!(", episode {number}");
+        let at = |step: usize| format!(", episode {number}, step {step}");
+        let steps = episode.steps();
+        if steps == 0 || u32::try_from(steps).is_err() {
+            return Err(Invalid::new(
+                "tensor `actions`",
+                place,
+                format!("{steps} steps"),
+                "1 or more, below 2³²",
+            ));
+        }
+        let fields = self.space.fields();
+        if steps.checked_mul(fields) != Some(episode.observations.len()) {
+            let found = format!("{} codes", episode.observations.len());
+            return Err(Invalid::new(
+                "tensor `observations`",
+                place,
+                found,
+                format!("{steps} × {fields}"),
+            ));
+        }
+        if episode.rewards.len() != steps {
+            return Err(Invalid::new(
+                "tensor `rewards`",
+                place,
+                episode.rewards.len(),
+                format!("{steps}"),
+            ));
+        }
+        if let Some(step) = episode
+            .actions
+            .iter()
+            .position(|&action| usize::from(action) >= self.action_count)
+        {
+            let expected = format!("an action below {}", self.action_count);
+            return Err(Invalid::new(
+                "tensor `actions`",
+                at(step),
+                episode.actions[step],
+                expected,
+            ));
+        }
+        let limits = self.space.cardinalities.iter().cycle();
+        if let Some((field, (code, limit))) = iter::zip(episode.observations, limits)
+            .enumerate()
+            .find(|(_, (code, limit))| usize::from(**code) >= **limit)
+        {
+            let place = format!("{}, code {}", at(field / fields), field % fields);
+            return Err(Invalid::new(
+                "tensor `observations`",
+                place,
+                code,
+                format!("a code below {limit}"),
+            ));
+        }
+        if let Some(step) = episode
+            .rewards
+            .iter()
+            .position(|reward| !reward.is_finite())
+        {
+            return Err(Invalid::new(
+                "tensor `rewards`",
+                at(step),
+                episode.rewards[step],
+                "a finite number",
+            ));
+        }
+        if let Some(pair) = episode
+            .pairs
+            .iter()
+            .position(|&(from, to)| to > from || from as usize >= steps)
+        {
+            let expected = format!("recalled ≤ recalling < {steps}");
+            let found = format!("{:?}", episode.pairs[pair]);
+            return Err(Invalid::new(
+                "tensor `pairs`",
+                format!("{place}, pair {pair}"),
+                found,
+                expected,
+            ));
+        }
+        self.observations.extend_from_slice(episode.observations);
+        self.actions.extend_from_slice(episode.actions);
+        self.rewards.extend_from_slice(episode.rewards);
+        self.offsets.push(self.actions.len());
+        let mut pairs = episode.pairs.to_vec();
+        pairs.sort_unstable();
+        pairs.dedup();
+        self.pairs.extend(pairs);
+        self.pair_offsets.push(self.pairs.len());
+        self.annotated.push(episode.annotated);
+        Ok(())
+    }
+
+    /// Keeps the annotation of `share` of the annotated episodes (rounded, evenly spread), and drops the pairs of the
+    /// others.
+    ///
+    /// # Errors
+    /// A share outside 0 to 1.
+    pub fn limit_annotations(&mut self, share: f64) -> Result<(), TaskError> {
+        super::validate_frequency("annotated", share)?;
+        let due = |annotated: usize| (annotated as f64 * share).round();
+        let mut seen = 0;
+        let mut pairs = Vec::with_capacity(self.pairs.len());
+        let mut offsets = vec![0];
+        for episode in 0..self.len() {
+            if self.annotated[episode] {
+                seen += 1;
+                self.annotated[episode] = due(seen) > due(seen - 1);
+            }
+            if self.annotated[episode] {
+                pairs.extend_from_slice(&self.pairs[self.pair_range(episode)]);
+            }
+            offsets.push(pairs.len());
+        }
+        self.pairs = pairs;
+        self.pair_offsets = offsets;
+        Ok(())
+    }
+
+    /// Number of episodes.
+    pub fn len(&self) -> usize {
+        self.annotated.len()
+    }
+
+    /// Whether there is no episode.
+    pub fn is_empty(&self) -> bool {
+        self.annotated.is_empty()
+    }
+
+    /// Number of steps of all episodes.
+    pub fn steps(&self) -> usize {
+        self.actions.len()
+    }
+
+    /// What the observations look like.
+    pub fn space(&self) -> &ObservationSpace {
+        &self.space
+    }
+
+    /// Number of actions there are to choose from.
+    pub fn action_count(&self) -> usize {
+        self.action_count
+    }
+
+    /// Steps of the longest episode.
+    pub fn longest(&self) -> usize {
+        self.episodes()
+            .map(|episode| episode.steps())
+            .max()
+            .unwrap_or(0)
+    }
+
+    /// An episode by its number.
+    pub fn episode(&self, number: usize) -> Option<EpisodeView<'_>> {
+        let annotated = *self.annotated.get(number)?;
+        let steps = self.offsets[number]..self.offsets[number + 1];
+        let fields = self.space.fields();
+        Some(EpisodeView {
+            observations: &self.observations[steps.start * fields..steps.end * fields],
+            actions: &self.actions[steps.clone()],
+            rewards: &self.rewards[steps],
+            pairs: &self.pairs[self.pair_range(number)],
+            annotated,
+        })
+    }
+
+    /// All episodes, in order.
+    pub fn episodes(&self) -> impl Iterator<Item = EpisodeView<'_>> {
+        (0..self.len()).filter_map(|number| self.episode(number))
+    }
+
+    fn pair_range(&self, episode: usize) -> Range<usize> {
+        self.pair_offsets[episode]..self.pair_offsets[episode + 1]
+    }
+
+    pub(super) fn all_observations(&self) -> &[u8] {
+        &self.observations
+    }
+
+    pub(super) fn all_actions(&self) -> &[u8] {
+        &self.actions
+    }
+
+    pub(super) fn all_rewards(&self) -> &[f32] {
+        &self.rewards
+    }
+
+    pub(super) fn all_pairs(&self) -> &[(u32, u32)] {
+        &self.pairs
+    }
+
+    pub(super) fn offsets(&self) -> &[usize] {
+        &self.offsets
+    }
+
+    pub(super) fn pair_offsets(&self) -> &[usize] {
+        &self.pair_offsets
+    }
+
+    /// What is in the set, for people: several lines.
+    pub fn summary(&self) -> String {
+        let mut text = String::new();
+        let mut line = |name: &str, value: String| {
+            // Writing to a String cannot fail.
+            let _ = writeln!(text, "{name:<14}{value}");
+        };
+        let annotated = self
+            .annotated
+            .iter()
+            .filter(|annotated| **annotated)
+            .count();
+        let percent = |part: usize, whole: usize| 100.0 * part as f64 / whole.max(1) as f64;
+        let range = |values: &mut dyn Iterator<Item = f64>| {
+            let (mut low, mut high, mut sum, mut count) =
+                (f64::INFINITY, f64::NEG_INFINITY, 0.0, 0);
+            for value in values {
+                low = low.min(value);
+                high = high.max(value);
+                sum += value;
+                count += 1;
+            }
+            match count {
+                0 => "none".to_owned(),
+                _ => format!(
+                    "{low:.4} min, {:.4} mean, {high:.4} max",
+                    sum / f64::from(count)
+                ),
+            }
+        };
+
+        line(
+            "source",
+            match &self.task {
+                Some(task) => format!(
+                    "{task}{}",
+                    self.seed
+                        .map_or(String::new(), |seed| format!(", seed {seed}"))
+                ),
+                None => "not told".to_owned(),
+            },
+        );
+        line("episodes", self.len().to_string());
+        line("steps", self.steps().to_string());
+        line(
+            "length",
+            range(&mut self.episodes().map(|episode| episode.steps() as f64)),
+        );
+        let total =
+            |episode: EpisodeView| episode.rewards.iter().copied().map(f64::from).sum::<f64>();
+        line("return", range(&mut self.episodes().map(total)));
+        line(
+            "observation",
+            format!(
+                "{:?}, codes below {:?}",
+                self.space.shape, self.space.cardinalities
+            ),
+        );
+        let mut histogram = vec![0; self.action_count];
+        self.actions
+            .iter()
+            .for_each(|&action| histogram[usize::from(action)] += 1);
+        for (action, &count) in histogram.iter().enumerate() {
+            line(
+                &format!("action {action}"),
+                format!("{count} ({:.1} %)", percent(count, self.steps())),
+            );
+        }
+        line(
+            "annotated",
+            format!("{annotated} ({:.2} %)", percent(annotated, self.len())),
+        );
+        let annotated = self.episodes().filter(|episode| episode.annotated);
+        line(
+            "pairs",
+            range(&mut annotated.map(|episode| episode.pairs.len() as f64)),
+        );
+        text
+    }
+}

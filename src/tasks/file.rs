@@ -1,0 +1,491 @@
+//! The file format of demonstrations (docs/demonstrations.md).
+
+use std::collections::HashMap;
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::iter;
+use std::path::{Path, PathBuf};
+
+use safetensors::tensor::{Dtype, SafeTensorError, SafeTensors, TensorView};
+use serde::{Deserialize, Serialize};
+
+use super::{Demonstrations, EpisodeView, Invalid, ObservationSpace, Task};
+
+/// The metadata entry that holds the [`Header`] as JSON. One entry only, because the order of several is not fixed and
+/// the same demonstrations shall give the same bytes.
+const HEADER: &str = "dtmem";
+const VERSION: u32 = 1;
+
+const TENSORS: [&str; 7] = [
+    "actions",
+    "annotated",
+    "episode_offsets",
+    "observations",
+    "pair_offsets",
+    "pairs",
+    "rewards",
+];
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Header {
+    version: u32,
+    observation_cardinalities: Vec<usize>,
+    action_count: usize,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    task: Option<Task>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    seed: Option<u64>,
+}
+
+/// Why a demonstration file could not be read or written.
+#[derive(Debug, thiserror::Error)]
+pub enum DemonstrationError {
+    /// The file system refused.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What it said.
+        source: io::Error,
+    },
+    /// Not a complete safetensors file.
+    #[error("{}: not a readable safetensors file: {source}", path.display())]
+    Format {
+        /// The file.
+        path: PathBuf,
+        /// What the parser said.
+        source: SafeTensorError,
+    },
+    /// A tensor or an entry that cannot be right.
+    #[error("{}: {source}", path.display())]
+    Invalid {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        source: Invalid,
+    },
+}
+
+/// Writes a file whole or not at all: into `PATH.tmp`, then renamed.
+///
+/// # Errors
+/// What the file system says; an old file at `path` is then still there.
+pub fn write_beside(path: &Path, contents: &[u8]) -> io::Result<()> {
+    let mut beside = path.as_os_str().to_owned();
+    beside.push(".tmp");
+    let write = || {
+        let mut file = File::create(&beside)?;
+        file.write_all(contents)?;
+        file.sync_all()?;
+        fs::rename(&beside, path)
+    };
+    let written = write();
+    if written.is_err() {
+        // The first error is the one worth reporting.
+        let _ = fs::remove_file(&beside);
+    }
+    written
+}
+
+impl Demonstrations {
+    /// Writes the set to a file, whole or not at all.
+    ///
+    /// # Errors
+    /// What the file system says.
+    pub fn save(&self, path: &Path) -> Result<(), DemonstrationError> {
+        let bytes = self
+            .to_bytes()
+            .map_err(|source| DemonstrationError::Format {
+                path: path.into(),
+                source,
+            })?;
+        write_beside(path, &bytes).map_err(|source| DemonstrationError::Io {
+            path: path.into(),
+            source,
+        })
+    }
+
+    /// Reads a set from a file and checks every value of it.
+    ///
+    /// # Errors
+    /// A file that cannot be read, is cut off or damaged, or holds what [`Demonstrations::push`] does not accept.
+    pub fn load(path: &Path) -> Result<Self, DemonstrationError> {
+        let bytes = fs::read(path).map_err(|source| DemonstrationError::Io {
+            path: path.into(),
+            source,
+        })?;
+        let format = |source| DemonstrationError::Format {
+            path: path.into(),
+            source,
+        };
+        let (_, metadata) = SafeTensors::read_metadata(&bytes).map_err(format)?;
+        let tensors = SafeTensors::deserialize(&bytes).map_err(format)?;
+        let header = metadata
+            .metadata()
+            .as_ref()
+            .and_then(|entries| entries.get(HEADER));
+        read(header, &tensors).map_err(|source| DemonstrationError::Invalid {
+            path: path.into(),
+            source,
+        })
+    }
+
+    fn to_bytes(&self) -> Result<Vec<u8>, SafeTensorError> {
+        let header = Header {
+            version: VERSION,
+            observation_cardinalities: self.space().cardinalities.clone(),
+            action_count: self.action_count(),
+            task: self.task.clone(),
+            seed: self.seed,
+        };
+        let header = HashMap::from([(HEADER.to_owned(), serde_json::to_string(&header)?)]);
+
+        let observation_shape = iter::once(self.steps())
+            .chain(self.space().shape.iter().copied())
+            .collect();
+        let rewards: Vec<u8> = self
+            .all_rewards()
+            .iter()
+            .flat_map(|reward| reward.to_le_bytes())
+            .collect();
+        let offsets = |offsets: &[usize]| -> Vec<u8> {
+            offsets
+                .iter()
+                .flat_map(|&offset| (offset as i64).to_le_bytes())
+                .collect()
+        };
+        let (episode_offsets, pair_offsets) =
+            (offsets(self.offsets()), offsets(self.pair_offsets()));
+        let pairs: Vec<u8> = self
+            .all_pairs()
+            .iter()
+            .flat_map(|&(from, to)| [from, to])
+            .flat_map(u32::to_le_bytes)
+            .collect();
+        let annotated: Vec<u8> = self
+            .episodes()
+            .map(|episode| u8::from(episode.annotated))
+            .collect();
+
+        let (steps, episodes, pair_count) = (self.steps(), self.len(), self.all_pairs().len());
+        let tensors = [
+            (
+                "observations",
+                TensorView::new(Dtype::U8, observation_shape, self.all_observations())?,
+            ),
+            (
+                "actions",
+                TensorView::new(Dtype::U8, vec![steps], self.all_actions())?,
+            ),
+            (
+                "rewards",
+                TensorView::new(Dtype::F32, vec![steps], &rewards)?,
+            ),
+            (
+                "episode_offsets",
+                TensorView::new(Dtype::I64, vec![episodes + 1], &episode_offsets)?,
+            ),
+            (
+                "pairs",
+                TensorView::new(Dtype::I32, vec![pair_count, 2], &pairs)?,
+            ),
+            (
+                "pair_offsets",
+                TensorView::new(Dtype::I64, vec![episodes + 1], &pair_offsets)?,
+            ),
+            (
+                "annotated",
+                TensorView::new(Dtype::U8, vec![episodes], &annotated)?,
+            ),
+        ];
+        safetensors::serialize(tensors, Some(header))
+    }
+}
+
+fn read(header: Option<&String>, tensors: &SafeTensors) -> Result<Demonstrations, Invalid> {
+    let header = read_header(header)?;
+    if let Some(unknown) = tensors
+        .names()
+        .into_iter()
+        .find(|name| !TENSORS.contains(name))
+    {
+        return Err(Invalid::new(
+            "file",
+            "",
+            format!("a tensor `{unknown}`"),
+            format!("only {TENSORS:?}"),
+        ));
+    }
+
+    let observations = required(tensors, "observations", "tensor `observations`")?;
+    let [steps, shape @ ..] = observations.shape() else {
+        return Err(Invalid::new(
+            "tensor `observations`",
+            "",
+            "a scalar",
+            "[steps, …]",
+        ));
+    };
+    if observations.dtype() != Dtype::U8 {
+        return Err(Invalid::new(
+            "tensor `observations`",
+            "",
+            observations.dtype(),
+            "U8",
+        ));
+    }
+    let space = ObservationSpace {
+        shape: shape.to_vec(),
+        cardinalities: header.observation_cardinalities,
+    };
+    let mut set = Demonstrations::new(space, header.action_count)?;
+    if let Some(task) = &header.task {
+        task.validate()
+            .map_err(|error| Invalid::new("metadata `dtmem`", ", `task`", error, "a valid task"))?;
+        let found = (set.space().clone(), set.action_count());
+        let expected = (task.observation_space(), task.actions());
+        if found != expected {
+            let expected = format!("{expected:?}, as {} has", task.name());
+            return Err(Invalid::new(
+                "metadata `dtmem`",
+                "",
+                format!("{found:?}"),
+                expected,
+            ));
+        }
+    }
+    set.task = header.task;
+    set.seed = header.seed;
+
+    let steps = *steps;
+    let actions = required(tensors, "actions", "tensor `actions`")?;
+    expect_shape(&actions, "tensor `actions`", &[steps])?;
+    let actions: Vec<u8> = convert(
+        &actions,
+        "tensor `actions`",
+        &format!("below {}", header.action_count),
+    )?;
+    let rewards = required(tensors, "rewards", "tensor `rewards`")?;
+    expect_shape(&rewards, "tensor `rewards`", &[steps])?;
+    let rewards = read_rewards(&rewards)?;
+
+    let offsets = required(tensors, "episode_offsets", "tensor `episode_offsets`")?;
+    let offsets = read_offsets(&offsets, "tensor `episode_offsets`", steps)?;
+    let episodes = offsets.len() - 1;
+    let (pairs, pair_offsets, known) =
+        match (tensors.tensor("pairs"), tensors.tensor("pair_offsets")) {
+            (Ok(pairs), Ok(pair_offsets)) => {
+                let what = "tensor `pairs`";
+                if pairs.shape().len() != 2 || pairs.shape()[1] != 2 {
+                    return Err(Invalid::new(
+                        what,
+                        "",
+                        format!("shape {:?}", pairs.shape()),
+                        "[pairs, 2]",
+                    ));
+                }
+                let flat: Vec<u32> = convert(&pairs, what, "a step of the episode")?;
+                let pairs: Vec<(u32, u32)> = flat
+                    .as_chunks()
+                    .0
+                    .iter()
+                    .map(|&[from, to]| (from, to))
+                    .collect();
+                let what = "tensor `pair_offsets`";
+                expect_shape(&pair_offsets, what, &[episodes + 1])?;
+                let pair_offsets = read_offsets(&pair_offsets, what, pairs.len())?;
+                (pairs, pair_offsets, true)
+            }
+            (Err(_), Err(_)) => (Vec::new(), vec![0; episodes + 1], false),
+            _ => {
+                let found = "one of them alone";
+                return Err(Invalid::new(
+                    "tensors `pairs`, `pair_offsets`",
+                    "",
+                    found,
+                    "both or neither",
+                ));
+            }
+        };
+    let annotated = match tensors.tensor("annotated") {
+        Ok(annotated) => read_annotated(&annotated, episodes, known)?,
+        Err(_) => vec![known; episodes],
+    };
+
+    let fields = set.space().fields();
+    for (episode, annotated) in annotated.into_iter().enumerate() {
+        let steps = offsets[episode]..offsets[episode + 1];
+        set.push(EpisodeView {
+            observations: &observations.data()[steps.start * fields..steps.end * fields],
+            actions: &actions[steps.clone()],
+            rewards: &rewards[steps],
+            pairs: &pairs[pair_offsets[episode]..pair_offsets[episode + 1]],
+            annotated,
+        })?;
+    }
+    Ok(set)
+}
+
+fn read_header(header: Option<&String>) -> Result<Header, Invalid> {
+    let what = "metadata `dtmem`";
+    let expected = "a JSON object with `version`, `observation_cardinalities` and `action_count`";
+    let header = header.ok_or_else(|| Invalid::new(what, "", "nothing", expected))?;
+    let header: Header =
+        serde_json::from_str(header).map_err(|error| Invalid::new(what, "", error, expected))?;
+    if header.version != VERSION {
+        return Err(Invalid::new(
+            what,
+            ", `version`",
+            header.version,
+            format!("{VERSION}"),
+        ));
+    }
+    Ok(header)
+}
+
+fn required<'a>(
+    tensors: &SafeTensors<'a>,
+    name: &str,
+    what: &'static str,
+) -> Result<TensorView<'a>, Invalid> {
+    tensors
+        .tensor(name)
+        .map_err(|_| Invalid::new(what, "", "no such tensor", "one"))
+}
+
+fn expect_shape(
+    tensor: &TensorView,
+    what: &'static str,
+    expected: &[usize],
+) -> Result<(), Invalid> {
+    if tensor.shape() != expected {
+        return Err(Invalid::new(
+            what,
+            "",
+            format!("shape {:?}", tensor.shape()),
+            format!("{expected:?}"),
+        ));
+    }
+    Ok(())
+}
+
+/// The integers of a tensor, whatever their width.
+fn integers(tensor: &TensorView, what: &'static str) -> Result<Vec<i64>, Invalid> {
+    let data = tensor.data();
+    match tensor.dtype() {
+        Dtype::U8 | Dtype::BOOL => Ok(data.iter().copied().map(i64::from).collect()),
+        Dtype::I32 => Ok(data
+            .as_chunks()
+            .0
+            .iter()
+            .map(|bytes| i32::from_le_bytes(*bytes).into())
+            .collect()),
+        Dtype::I64 => Ok(data
+            .as_chunks()
+            .0
+            .iter()
+            .map(|bytes| i64::from_le_bytes(*bytes))
+            .collect()),
+        other => Err(Invalid::new(what, "", other, "U8, I32 or I64")),
+    }
+}
+
+/// The integers of a tensor, which all have to fit in a `T`.
+fn convert<T: TryFrom<i64>>(
+    tensor: &TensorView,
+    what: &'static str,
+    expected: &str,
+) -> Result<Vec<T>, Invalid> {
+    let convert = |(index, value)| {
+        T::try_from(value)
+            .map_err(|_| Invalid::new(what, format!(", index {index}"), value, expected))
+    };
+    integers(tensor, what)?
+        .into_iter()
+        .enumerate()
+        .map(convert)
+        .collect()
+}
+
+fn read_rewards(tensor: &TensorView) -> Result<Vec<f32>, Invalid> {
+    let data = tensor.data();
+    match tensor.dtype() {
+        Dtype::F32 => Ok(data
+            .as_chunks()
+            .0
+            .iter()
+            .map(|bytes| f32::from_le_bytes(*bytes))
+            .collect()),
+        Dtype::F64 => Ok(data
+            .as_chunks()
+            .0
+            .iter()
+            .map(|bytes| f64::from_le_bytes(*bytes) as f32)
+            .collect()),
+        other => Err(Invalid::new("tensor `rewards`", "", other, "F32 or F64")),
+    }
+}
+
+/// Offsets into `total` items: at least two, from 0 to `total`, never falling. (That episodes are not empty is for
+/// [`Demonstrations::push`] to say.)
+fn read_offsets(
+    tensor: &TensorView,
+    what: &'static str,
+    total: usize,
+) -> Result<Vec<usize>, Invalid> {
+    if !matches!(tensor.shape(), [entries] if *entries >= 2) {
+        return Err(Invalid::new(
+            what,
+            "",
+            format!("shape {:?}", tensor.shape()),
+            "[episodes + 1], with an episode",
+        ));
+    }
+    let offsets: Vec<usize> = convert(tensor, what, &format!("0 to {total}"))?;
+    if let Some(index) = offsets.windows(2).position(|pair| pair[0] > pair[1]) {
+        let found = format!("{} after {}", offsets[index + 1], offsets[index]);
+        return Err(Invalid::new(
+            what,
+            format!(", index {}", index + 1),
+            found,
+            "offsets that never fall",
+        ));
+    }
+    let (first, last) = (offsets[0], offsets[offsets.len() - 1]);
+    if (first, last) != (0, total) {
+        return Err(Invalid::new(
+            what,
+            "",
+            format!("{first} to {last}"),
+            format!("0 to {total}"),
+        ));
+    }
+    Ok(offsets)
+}
+
+fn read_annotated(tensor: &TensorView, episodes: usize, known: bool) -> Result<Vec<bool>, Invalid> {
+    let what = "tensor `annotated`";
+    expect_shape(tensor, what, &[episodes])?;
+    let flag = |(episode, flag)| match flag {
+        0 => Ok(false),
+        1 if known => Ok(true),
+        1 => Err(Invalid::new(
+            what,
+            format!(", episode {episode}"),
+            1,
+            "0, for there are no pairs",
+        )),
+        other => Err(Invalid::new(
+            what,
+            format!(", episode {episode}"),
+            other,
+            "0 or 1",
+        )),
+    };
+    integers(tensor, what)?
+        .into_iter()
+        .enumerate()
+        .map(flag)
+        .collect()
+}
