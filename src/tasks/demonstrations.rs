@@ -34,11 +34,11 @@ pub struct Demonstrations {
 /// One episode of a set.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct EpisodeView<'a> {
-    /// Codes, [steps, fields]; each observation is the one before its action.
+    /// Codes, `[steps, fields]`; each observation is the one before its action.
     pub observations: &'a [u8],
-    /// Actions, [steps].
+    /// Actions, `[steps]`.
     pub actions: &'a [u8],
-    /// Rewards, [steps].
+    /// Rewards, `[steps]`.
     pub rewards: &'a [f32],
     /// Memory dependency pairs (recalling step, recalled step); in a set they are sorted, each once.
     pub pairs: &'a [(u32, u32)],

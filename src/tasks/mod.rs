@@ -1,10 +1,12 @@
 //! The tasks: LTMB's Hallway, Counting and Ordering, and Recall (SPEC section 7), with experts and demonstrations.
 
 use std::fmt::{self, Display};
+use std::str::FromStr;
 
 use rand::SeedableRng;
 use rand::rngs::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 pub mod counting;
 mod demonstrations;
@@ -161,11 +163,11 @@ pub trait Environment: Send {
 /// A whole episode, as the expert plays it.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Episode {
-    /// Codes, [steps, fields]; each observation is the one before its action.
+    /// Codes, `[steps, fields]`; each observation is the one before its action.
     pub observations: Vec<u8>,
-    /// Actions, [steps].
+    /// Actions, `[steps]`.
     pub actions: Vec<u8>,
-    /// Rewards, [steps].
+    /// Rewards, `[steps]`.
     pub rewards: Vec<f32>,
     /// Memory dependency pairs (recalling step, recalled step), sorted, each once.
     pub pairs: Vec<(u32, u32)>,
@@ -214,33 +216,42 @@ fn validate_frequency(argument: &'static str, frequency: f64) -> Result<(), Task
 }
 
 impl Display for Task {
-    /// The name and the parameters, such as `hallway, length 2`.
+    /// As [`FromStr`] reads it: `hallway,length=2`.
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Hallway { length } | Self::Ordering { length } => {
-                write!(out, "{}, length {length}", self.name())
-            }
-            Self::Counting {
-                length,
-                test_frequency,
-                empty_frequency,
-            } => write!(
-                out,
-                "counting, length {length}, test frequency {test_frequency}, empty frequency {empty_frequency}"
-            ),
-            Self::Recall {
-                kind: RecallKind::Delayed,
-                steps,
-                ..
-            } => write!(out, "recall, delayed, {steps} steps"),
-            Self::Recall {
-                kind: RecallKind::Associative,
-                pairs,
-                steps,
-            } => {
-                write!(out, "recall, associative, {pairs} pairs in {steps} steps")
+        out.write_str(self.name())?;
+        let Ok(Value::Object(entries)) = serde_json::to_value(self) else {
+            return Ok(());
+        };
+        for (key, value) in entries.iter().filter(|(key, _)| *key != "name") {
+            match value {
+                Value::String(text) => write!(out, ",{key}={text}")?,
+                other => write!(out, ",{key}={other}")?,
             }
         }
+        Ok(())
+    }
+}
+
+impl FromStr for Task {
+    type Err = TaskError;
+
+    /// Reads a name and, after commas, the parameters that are not the defaults: `hallway`, `recall,kind=delayed,steps=9`.
+    fn from_str(text: &str) -> Result<Self, TaskError> {
+        let expected = "NAME or NAME,parameter=value,…";
+        let mut parts = text.split(',').map(str::trim);
+        let name = parts.next().unwrap_or_default();
+        let mut entries = serde_json::Map::from_iter([("name".to_owned(), name.into())]);
+        for part in parts {
+            let (key, value) = part
+                .split_once('=')
+                .ok_or_else(|| TaskError::new("task", part, expected))?;
+            let value = serde_json::from_str(value).unwrap_or_else(|_| value.into());
+            entries.insert(key.to_owned(), value);
+        }
+        let task: Self = serde_json::from_value(Value::Object(entries))
+            .map_err(|error| TaskError::new("task", format!("`{text}` ({error})"), expected))?;
+        task.validate()?;
+        Ok(task)
     }
 }
 

@@ -1,6 +1,6 @@
 //! Recall: answer what a much earlier step said, among distractors (SPEC section 7). Made to see a memory alone.
 //!
-//! An observation is two codes, [symbol, companion]. With A = 18 cues (`delayed`) or 16 keys (`associative`):
+//! An observation is two codes, `[symbol, companion]`. With A = 18 cues (`delayed`) or 16 keys (`associative`):
 //!
 //! | symbol | meaning |
 //! |---|---|
@@ -52,7 +52,7 @@ impl RecallKind {
         }
     }
 
-    /// Number of codes of [symbol, companion].
+    /// Number of codes of `[symbol, companion]`.
     pub fn cardinalities(self) -> [usize; 2] {
         match self {
             Self::Delayed => [1 + CUES + DISTRACTORS, 2],
@@ -85,7 +85,7 @@ pub(super) fn validate(kind: RecallKind, pairs: usize, steps: usize) -> Result<(
 #[derive(Clone, Debug)]
 pub struct Recall {
     kind: RecallKind,
-    /// [symbol, companion] of every step, the query last.
+    /// `[symbol, companion]` of every step, the query last.
     steps: Vec<[u8; 2]>,
     /// The step that answers the query.
     source: usize,
