@@ -2,9 +2,10 @@
 
 mod common;
 
-use common::{Random, assert_close, poisoned};
-use dtmem_reference::{Error, one_hot};
-use ndarray::{Array1, Array2, Axis, Slice, arr2};
+use common::{Random, assert_close, cast, finite_difference, poisoned};
+use dtmem_reference::convolution::{self, Grid};
+use dtmem_reference::{Error, Scalar, one_hot};
+use ndarray::{Array1, Array2, Array4, Axis, Slice, arr2};
 use proptest::prelude::*;
 
 /// The argument that an operation refused, and its message.
@@ -158,4 +159,342 @@ fn one_hot_map_refuses_wrong_shapes_by_name() {
     };
     assert_eq!(backward([2, 4], 3).0, "dy");
     assert_eq!(backward([2, 3], 4).0, "dbias");
+}
+
+/// A 3×3 convolution with padding 1 by its definition. `x` [rows, in, vx, vy]; `weight`
+/// [out, in, kx, ky]; the result is [rows, out, vx, vy].
+fn naive_convolution(x: &Array4<f64>, weight: &Array4<f64>, bias: &Array1<f64>) -> Array4<f64> {
+    let (rows, channels, width, height) = x.dim();
+    Array4::from_shape_fn([rows, bias.len(), width, height], |(row, out, vx, vy)| {
+        let mut sum = bias[out];
+        for channel in 0..channels {
+            for kx in 0..3 {
+                for ky in 0..3 {
+                    let (from_x, from_y) =
+                        (vx as isize + kx as isize - 1, vy as isize + ky as isize - 1);
+                    let inside = (0..width as isize).contains(&from_x)
+                        && (0..height as isize).contains(&from_y);
+                    if inside {
+                        sum += weight[[out, channel, kx, ky]]
+                            * x[[row, channel, from_x as usize, from_y as usize]];
+                    }
+                }
+            }
+        }
+        sum
+    })
+}
+
+fn grid(width: usize, height: usize, cardinalities: &[usize]) -> Grid {
+    Grid {
+        width,
+        height,
+        cardinalities: cardinalities.to_vec(),
+    }
+}
+
+/// Random codes of a grid [rows, positions·fields].
+fn random_cells(random: &mut Random, rows: usize, grid: &Grid) -> Array2<u8> {
+    let fields = grid.cardinalities.len();
+    Array2::from_shape_fn([rows, grid.positions() * fields], |(_, input)| {
+        random.below(grid.cardinalities[input % fields]) as u8
+    })
+}
+
+/// The cells as zeros and ones [rows, channels, vx, vy].
+fn one_hot_cells(grid: &Grid, codes: &Array2<u8>) -> Array4<f64> {
+    let fields = grid.cardinalities.len();
+    let mut x = Array4::zeros([codes.nrows(), grid.channels(), grid.width, grid.height]);
+    for ((row, input), &code) in codes.indexed_iter() {
+        let (position, field) = (input / fields, input % fields);
+        let before: usize = grid.cardinalities[..field].iter().sum();
+        let (vx, vy) = (position / grid.height, position % grid.height);
+        x[[row, before + usize::from(code), vx, vy]] = 1.0;
+    }
+    x
+}
+
+/// Rows of feature maps as one flat row each, and back.
+fn flat(x: &Array4<f64>) -> Array2<f64> {
+    let (rows, channels, width, height) = x.dim();
+    let x = x.as_standard_layout().into_owned();
+    x.into_shape_with_order([rows, channels * width * height])
+        .expect("the same size")
+}
+
+fn maps(x: &Array2<f64>, channels: usize, grid: &Grid) -> Array4<f64> {
+    let shape = [x.nrows(), channels, grid.width, grid.height];
+    let x = x.as_standard_layout().into_owned();
+    x.into_shape_with_order(shape).expect("the same size")
+}
+
+/// A scratch vector with something of an earlier call in it.
+fn used_scratch<T: Scalar>() -> Vec<T> {
+    vec![T::nan(); 50]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+
+    #[test]
+    fn one_hot_convolution_and_its_gradients_are_those_of_the_dense_one(
+        seed: u64, rows in 0_usize..3, width in 0_usize..5, height in 0_usize..5,
+        out in 0_usize..4, cardinalities in prop::collection::vec(1_usize..5, 0..4),
+    ) {
+        let mut random = Random::new(seed);
+        let grid = grid(width, height, &cardinalities);
+        let codes = random_cells(&mut random, rows, &grid);
+        let channels = grid.channels();
+        let weight: Array2<f64> = random.array([channels * 9, out]);
+        let bias: Array1<f64> = random.array([out]);
+        let x = one_hot_cells(&grid, &codes);
+        let dense = |weight: &Array2<f64>, bias: &Array1<f64>| {
+            let weight = Array4::from_shape_fn([out, channels, 3, 3], |(out, channel, kx, ky)| {
+                weight[[(channel * 3 + kx) * 3 + ky, out]]
+            });
+            flat(&naive_convolution(&x, &weight, bias))
+        };
+        let expected = dense(&weight, &bias);
+        let mut scratch = used_scratch();
+        let mut y = poisoned(expected.raw_dim());
+        convolution::one_hot_forward(
+            &grid, codes.view(), weight.view(), bias.view(), y.view_mut(), &mut scratch,
+        )?;
+        assert_close("y", &y, &expected, 1e-12);
+
+        let dy: Array2<f64> = random.array(expected.raw_dim());
+        let old: Array2<f64> = random.array(weight.raw_dim());
+        let old_bias: Array1<f64> = random.array([out]);
+        let (mut dweight, mut dbias) = (old.clone(), old_bias.clone());
+        scratch.fill(f64::NAN);
+        convolution::one_hot_backward(
+            &grid, codes.view(), dy.view(), dweight.view_mut(), dbias.view_mut(), &mut scratch,
+        )?;
+        let slope = finite_difference(&weight, |weight| (dense(weight, &bias) * &dy).sum());
+        assert_close("dweight", &dweight, &(old + slope), 1e-8);
+        let slope = finite_difference(&bias, |bias| (dense(&weight, bias) * &dy).sum());
+        assert_close("dbias", &dbias, &(old_bias + slope), 1e-8);
+    }
+
+    #[test]
+    fn convolution_and_its_gradients_follow_the_definition(
+        seed: u64, rows in 0_usize..3, width in 0_usize..5, height in 0_usize..5,
+        channels in 0_usize..4, out in 0_usize..4,
+    ) {
+        let mut random = Random::new(seed);
+        let grid = grid(width, height, &[]);
+        let x: Array2<f64> = random.array([rows, channels * width * height]);
+        let weight: Array2<f64> = random.array([out, channels * 9]);
+        let bias: Array1<f64> = random.array([out]);
+        let naive = |x: &Array2<f64>, weight: &Array2<f64>, bias: &Array1<f64>| {
+            let kernel = weight.to_shape([out, channels, 3, 3]).expect("the same size");
+            flat(&naive_convolution(&maps(x, channels, &grid), &kernel.into_owned(), bias))
+        };
+        let expected = naive(&x, &weight, &bias);
+        let mut scratch = used_scratch();
+        let mut y = poisoned(expected.raw_dim());
+        convolution::forward(
+            &grid, x.view(), weight.view(), bias.view(), y.view_mut(), &mut scratch,
+        )?;
+        assert_close("y", &y, &expected, 1e-12);
+
+        let dy: Array2<f64> = random.array(expected.raw_dim());
+        let old: Array2<f64> = random.array(weight.raw_dim());
+        let old_bias: Array1<f64> = random.array([out]);
+        let (mut dweight, mut dbias) = (old.clone(), old_bias.clone());
+        let mut dx = poisoned(x.raw_dim());
+        scratch.fill(f64::NAN);
+        convolution::backward(
+            &grid, x.view(), weight.view(), dy.view(), dx.view_mut(), dweight.view_mut(),
+            dbias.view_mut(), &mut scratch,
+        )?;
+        let slope = finite_difference(&x, |x| (naive(x, &weight, &bias) * &dy).sum());
+        assert_close("dx", &dx, &slope, 1e-8);
+        let slope = finite_difference(&weight, |weight| (naive(&x, weight, &bias) * &dy).sum());
+        assert_close("dweight", &dweight, &(old + slope), 1e-8);
+        let slope = finite_difference(&bias, |bias| (naive(&x, &weight, bias) * &dy).sum());
+        assert_close("dbias", &dbias, &(old_bias + slope), 1e-8);
+    }
+}
+
+#[test]
+fn the_front_end_of_ltmb_agrees_with_the_definition_in_f32() {
+    let mut random = Random::new(8);
+    let grid = grid(7, 7, &[11, 6, 3]);
+    let codes = random_cells(&mut random, 3, &grid);
+    let (weight, bias): (Array2<f32>, Array1<f32>) = (random.array([180, 40]), random.array([40]));
+    let mut scratch = used_scratch();
+    let mut middle: Array2<f32> = poisoned([3, 40 * 49]);
+    convolution::one_hot_forward(
+        &grid,
+        codes.view(),
+        weight.view(),
+        bias.view(),
+        middle.view_mut(),
+        &mut scratch,
+    )
+    .expect("first");
+    let kernel = Array4::from_shape_fn([40, 20, 3, 3], |(out, channel, kx, ky)| {
+        f64::from(weight[[(channel * 3 + kx) * 3 + ky, out]])
+    });
+    let expected = naive_convolution(&one_hot_cells(&grid, &codes), &kernel, &cast(&bias));
+    assert_close("first", &middle, &flat(&expected), 2e-5);
+
+    let (weight, bias): (Array2<f32>, Array1<f32>) = (random.array([80, 360]), random.array([80]));
+    let mut y: Array2<f32> = poisoned([3, 80 * 49]);
+    convolution::forward(
+        &grid,
+        middle.view(),
+        weight.view(),
+        bias.view(),
+        y.view_mut(),
+        &mut scratch,
+    )
+    .expect("second");
+    let kernel: Array2<f64> = cast(&weight);
+    let kernel = kernel
+        .into_shape_with_order([80, 40, 3, 3])
+        .expect("the same size");
+    let expected = naive_convolution(&maps(&cast(&middle), 40, &grid), &kernel, &cast(&bias));
+    assert_close("second", &y, &flat(&expected), 2e-5);
+}
+
+#[test]
+fn one_hot_convolution_refuses_a_code_beyond_its_field_and_says_where() {
+    let grid = grid(2, 2, &[3, 2]);
+    let mut codes = Array2::<u8>::zeros([2, 8]);
+    let (mut weight, mut bias) = (Array2::<f32>::zeros([45, 4]), Array1::zeros(4));
+    let mut y = Array2::zeros([2, 16]);
+    let mut both = |codes: &Array2<u8>| {
+        let mut scratch = Vec::new();
+        let forward = convolution::one_hot_forward(
+            &grid,
+            codes.view(),
+            weight.view(),
+            bias.view(),
+            y.view_mut(),
+            &mut scratch,
+        );
+        let backward = convolution::one_hot_backward(
+            &grid,
+            codes.view(),
+            y.view(),
+            weight.view_mut(),
+            bias.view_mut(),
+            &mut scratch,
+        );
+        assert_eq!(forward, backward);
+        forward
+    };
+    assert_eq!(both(&codes), Ok(()));
+    codes[[1, 5]] = 2; // a third value of the second field
+    let (argument, message) = refused(both(&codes));
+    assert_eq!(argument, "codes");
+    assert!(
+        message.contains("2 at row 1, position 2, field 1"),
+        "{message}"
+    );
+    assert!(message.contains("less than 2"), "{message}");
+}
+
+#[test]
+fn convolutions_refuse_wrong_shapes_by_name() {
+    let grid = grid(2, 3, &[4]);
+    let a = |shape: [usize; 2]| Array2::<f32>::zeros(shape);
+    let one_hot = |codes: [usize; 2], weight: [usize; 2], bias: usize, y: [usize; 2]| {
+        let (codes, mut weight, mut y) = (Array2::zeros(codes), a(weight), a(y));
+        let mut bias = Array1::zeros(bias);
+        let forward = convolution::one_hot_forward(
+            &grid,
+            codes.view(),
+            weight.view(),
+            bias.view(),
+            y.view_mut(),
+            &mut Vec::new(),
+        );
+        let backward = convolution::one_hot_backward(
+            &grid,
+            codes.view(),
+            y.view(),
+            weight.view_mut(),
+            bias.view_mut(),
+            &mut Vec::new(),
+        );
+        (refused(forward).0, refused(backward).0)
+    };
+    assert_eq!(one_hot([2, 5], [36, 5], 5, [2, 30]), ("codes", "codes"));
+    assert_eq!(one_hot([2, 6], [35, 5], 5, [2, 30]), ("weight", "weight"));
+    assert_eq!(one_hot([2, 6], [36, 5], 4, [2, 30]), ("bias", "dbias"));
+    assert_eq!(one_hot([2, 6], [36, 5], 5, [2, 25]), ("y", "dy"));
+
+    // Right: two rows of three channels to five.
+    let dense = |x: [usize; 2], weight: [usize; 2], bias: usize, y: [usize; 2]| {
+        let (x, weight, mut y) = (a(x), a(weight), a(y));
+        let mut bias = Array1::zeros(bias);
+        let forward = convolution::forward(
+            &grid,
+            x.view(),
+            weight.view(),
+            bias.view(),
+            y.view_mut(),
+            &mut Vec::new(),
+        );
+        let (mut dx, mut dweight) = (x.clone(), weight.clone());
+        let backward = convolution::backward(
+            &grid,
+            x.view(),
+            weight.view(),
+            y.view(),
+            dx.view_mut(),
+            dweight.view_mut(),
+            bias.view_mut(),
+            &mut Vec::new(),
+        );
+        (refused(forward).0, refused(backward).0)
+    };
+    assert_eq!(dense([2, 18], [5, 26], 5, [2, 30]), ("weight", "weight"));
+    assert_eq!(dense([2, 12], [5, 27], 5, [2, 30]), ("x", "x"));
+    assert_eq!(dense([2, 18], [5, 27], 4, [2, 30]), ("bias", "dbias"));
+    assert_eq!(dense([2, 18], [5, 27], 5, [1, 30]), ("y", "dy"));
+    let gradients = |dx: [usize; 2], dweight: [usize; 2]| {
+        refused(convolution::backward(
+            &grid,
+            a([2, 18]).view(),
+            a([5, 27]).view(),
+            a([2, 30]).view(),
+            a(dx).view_mut(),
+            a(dweight).view_mut(),
+            Array1::zeros(5).view_mut(),
+            &mut Vec::new(),
+        ))
+        .0
+    };
+    assert_eq!(gradients([2, 12], [5, 27]), "dx");
+    assert_eq!(gradients([2, 18], [4, 27]), "dweight");
+
+    // Rows with gaps are refused, not misread.
+    let (x, weight, bias) = (a([18, 2]), a([5, 27]), Array1::zeros(5));
+    let result = convolution::forward(
+        &grid,
+        x.t(),
+        weight.view(),
+        bias.view(),
+        a([2, 30]).view_mut(),
+        &mut Vec::new(),
+    );
+    assert_eq!(refused(result).0, "x");
+}
+
+#[test]
+fn a_grid_too_large_for_memory_is_refused() {
+    let grid = grid(usize::MAX, 2, &[usize::MAX, 1]);
+    let result = convolution::one_hot_forward(
+        &grid,
+        Array2::zeros([1, 6]).view(),
+        Array2::<f32>::zeros([9, 2]).view(),
+        Array1::zeros(2).view(),
+        Array2::zeros([1, 4]).view_mut(),
+        &mut Vec::new(),
+    );
+    assert_eq!(refused(result).0, "codes");
 }

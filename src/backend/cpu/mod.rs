@@ -587,6 +587,7 @@ impl<T: Scalar> Backend for Cpu<T> {
                         weights[0],
                         bias1,
                         middle.view_mut(),
+                        &mut scratch,
                     )?;
                     relu(&mut middle);
                     let x = middle.view();
@@ -667,10 +668,9 @@ impl<T: Scalar> Backend for Cpu<T> {
                         activation::backward_in_place(Activation::Relu, middle, middle, gradient),
                     )?;
                     let y = grad_middle.view();
-                    named(
-                        NAME,
-                        convolution::one_hot_backward(grid, codes, y, weight1, bias1),
-                    )
+                    let backward =
+                        convolution::one_hot_backward(grid, codes, y, weight1, bias1, &mut scratch);
+                    named(NAME, backward)
                 },
             )?;
         partials.add_to(NAME, gradients, &spans)
