@@ -181,7 +181,7 @@ impl Grid {
 /// First convolution on one-hot cells: a sum of weight rows.
 ///
 /// `codes` [rows, positions·fields] as in an observation (\[vx\]\[vy\]\[field\]); `weight`
-/// [channels·9, out], input-major: row (channel·3 + kx)·3 + ky; `bias` [out]; `y`
+/// [channels·9, out], input-major: row (channel·3 + kx)·3 + ky; `bias` \[out\]; `y`
 /// [rows, out·positions]. `scratch` grows to (positions + 9)·out.
 pub fn one_hot_forward<T: Scalar>(
     grid: &Grid,
@@ -260,7 +260,7 @@ pub fn one_hot_backward<T: Scalar>(
 }
 
 /// Second convolution. `x` [rows, in·positions]; `weight` [out, in·9] with column
-/// (channel·3 + kx)·3 + ky (PyTorch's order for an [out, in, 3, 3] weight); `bias` [out]; `y`
+/// (channel·3 + kx)·3 + ky (PyTorch's order for an [out, in, 3, 3] weight); `bias` \[out\]; `y`
 /// [rows, out·positions]. Every row of `x` and `y` is contiguous. `scratch` grows to
 /// in·9·positions. The grid's cardinalities are not used.
 pub fn forward<T: Scalar>(

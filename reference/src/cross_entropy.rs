@@ -15,7 +15,7 @@ pub struct Sums {
 }
 
 /// Loss and gradient in one pass: dlogits = scale · (softmax(logits) − one_hot(target)).
-/// `logits`, `dlogits` [rows, classes]; `targets` [rows]. Use scale = 1/rows for the mean.
+/// `logits`, `dlogits` [rows, classes]; `targets` \[rows\]. Use scale = 1/rows for the mean.
 /// The loss is summed in f64 and not scaled.
 pub fn forward_backward<T: Scalar>(
     logits: ArrayView2<T>,

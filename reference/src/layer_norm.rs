@@ -9,7 +9,7 @@ use crate::{Error, Result, Scalar, lanes};
 /// The variance is that of the row itself (divided by width) and taken around the mean, in a
 /// second pass.
 ///
-/// `x`, `y` [rows, width]; `weight`, `bias` [width]; `mean`, `rstd` [rows] are kept for [`backward`].
+/// `x`, `y` [rows, width]; `weight`, `bias` \[width\]; `mean`, `rstd` \[rows\] are kept for [`backward`].
 pub fn forward<T: Scalar>(
     x: ArrayView2<T>,
     weight: ArrayView1<T>,

@@ -6,7 +6,7 @@ use ndarray::{ArrayView1, ArrayView2, ArrayViewMut1, ArrayViewMut2};
 use crate::error::check_shape;
 use crate::{Result, Scalar};
 
-/// y = beta·y + x·weightᵀ + bias. `x` [rows, in]; `weight` [out, in]; `bias` [out]; `y` [rows, out].
+/// y = beta·y + x·weightᵀ + bias. `x` [rows, in]; `weight` [out, in]; `bias` \[out\]; `y` [rows, out].
 /// With beta = 0 the old content of `y` is not read (it may be NaN).
 pub fn forward<T: Scalar>(
     x: ArrayView2<T>,
@@ -65,7 +65,7 @@ pub fn backward_weight<T: Scalar>(
     Ok(())
 }
 
-/// dbias += Σ over rows of dy. `dy` [rows, out]; `dbias` [out].
+/// dbias += Σ over rows of dy. `dy` [rows, out]; `dbias` \[out\].
 pub fn backward_bias<T: Scalar>(dy: ArrayView2<T>, mut dbias: ArrayViewMut1<T>) -> Result<()> {
     check_shape("dbias", dbias.shape(), &[dy.ncols()])?;
     for row in dy.rows() {

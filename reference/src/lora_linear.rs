@@ -26,7 +26,7 @@ pub struct Adapter<'a, T> {
 pub struct Projection<'a, T> {
     /// W [out, in].
     pub weight: ArrayView2<'a, T>,
-    /// b [out].
+    /// b \[out\].
     pub bias: Option<ArrayView1<'a, T>>,
     /// The adapter, if this projection has one.
     pub adapter: Option<Adapter<'a, T>>,

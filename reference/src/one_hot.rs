@@ -5,10 +5,10 @@ use ndarray::{ArrayView1, ArrayView2, ArrayViewMut1, ArrayViewMut2};
 use crate::error::check_shape;
 use crate::{Error, Result, Scalar, linear};
 
-/// y_r = bias + Σ_f weight[offsets[f] + codes[r, f]].
+/// y_r = bias + Σ_f weight[offsets\[f\] + codes[r, f]].
 ///
-/// `codes` [rows, fields]; `offsets` [fields]: the first weight row of each field, increasing;
-/// `weight` [inputs, width], stored input-major (one row per one-hot input); `bias` [width]; `y`
+/// `codes` [rows, fields]; `offsets` \[fields\]: the first weight row of each field, increasing;
+/// `weight` [inputs, width], stored input-major (one row per one-hot input); `bias` \[width\]; `y`
 /// [rows, width]. A field ends where the next one begins, the last one with the weight; a code
 /// beyond the end of its field is an error.
 pub fn forward<T: Scalar>(
@@ -36,7 +36,7 @@ pub fn forward<T: Scalar>(
     Ok(())
 }
 
-/// dweight[offsets[f] + codes[r, f]] += dy_r; dbias += Σ dy_r. `dy`, `dweight` and `dbias` may be
+/// dweight[offsets\[f\] + codes[r, f]] += dy_r; dbias += Σ dy_r. `dy`, `dweight` and `dbias` may be
 /// the same range of columns of the full arrays (the way to split this over threads).
 pub fn backward<T: Scalar>(
     codes: ArrayView2<u8>,
