@@ -1,10 +1,13 @@
 //! The backends that a case can be run through.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
 
+use ndarray::ArrayD;
+
 use super::file::Case;
-use super::operations::Tensors;
+use super::reference::Reference;
 use super::{BackendChoice, Choice, Dtype, VerifyError};
 
 /// Names a backend.
@@ -54,6 +57,9 @@ impl FromStr for BackendName {
     }
 }
 
+/// Tensors by their name in a file.
+pub(super) type Tensors = BTreeMap<String, ArrayD<f64>>;
+
 /// Runs the operation of a case.
 pub(super) trait Backend {
     /// Its name on the command line and in the table.
@@ -75,25 +81,5 @@ pub(super) fn chosen(choice: BackendChoice) -> Result<Vec<Box<dyn Backend>>, Ver
             .into_iter()
             .filter_map(|name| name.open().ok())
             .collect()),
-    }
-}
-
-/// The reference; bf16 and f16 are storage types, computed in f32.
-pub(super) struct Reference;
-
-impl Backend for Reference {
-    fn name(&self) -> BackendName {
-        BackendName::Reference
-    }
-
-    fn run(&self, case: &Case, dtype: Dtype) -> Result<Tensors, dtmem_reference::Error> {
-        let mut tensors = match dtype {
-            Dtype::F64 => return case.run::<f64>(),
-            Dtype::F32 | Dtype::Bf16 | Dtype::F16 => case.run::<f32>()?,
-        };
-        for tensor in tensors.values_mut() {
-            tensor.mapv_inplace(|x| dtype.round(x));
-        }
-        Ok(tensors)
     }
 }

@@ -9,7 +9,8 @@ use ndarray::{Array, ArrayD, Dimension, IntoDimension, IxDyn};
 use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype as Stored, TensorView};
 
-use super::operations::{Kind, Operation, Params};
+use super::operations::{Kind, Operation};
+use super::params::Params;
 use super::{Dtype, VerifyError};
 
 /// The most numbers that a tensor or an intermediate result may have: a few bytes of header must

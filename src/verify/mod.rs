@@ -13,6 +13,8 @@ mod backends;
 mod dtype;
 mod file;
 mod operations;
+mod params;
+mod reference;
 mod report;
 
 use std::io::{self, Write};
@@ -25,9 +27,9 @@ use safetensors::SafeTensorError;
 pub use backends::BackendName;
 pub use dtype::Dtype;
 
-use backends::{Backend, Reference};
+use backends::{Backend, Tensors};
 use file::{Case, Fixture, Problem, Recorded};
-use operations::Tensors;
+use reference::Reference;
 use report::{Comparison, Error, Table};
 
 /// Why nothing could be checked. (A number that is wrong is not an error but a row that says FAIL.)
