@@ -120,6 +120,13 @@ pub fn finite_difference<D: Dimension>(
     gradient
 }
 
+/// Fails unless a gradient is that difference quotient. Both are compared on top of one, since
+/// rounding leaves the quotient an absolute error, whatever its size.
+#[track_caller]
+pub fn assert_slope<D: Dimension>(name: &str, gradient: &Array<f64, D>, quotient: &Array<f64, D>) {
+    assert_close(name, &(gradient + 1.0), &(quotient + 1.0), 1e-7);
+}
+
 /// One file of tests/fixtures/ops (SPEC section 9), read into memory.
 pub struct Fixture {
     bytes: Vec<u8>,
