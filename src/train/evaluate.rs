@@ -1,0 +1,193 @@
+//! Acting in a task, and counting successes.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use super::Error;
+use crate::backend::Cpu;
+use crate::model::{Actor, Model, ModelConfig, Spaces};
+use crate::tasks::{Split, Task};
+
+/// Most episodes that act in lockstep.
+const MOST_EPISODES: usize = 256;
+/// Memory for the keys, values and memories of the episodes that act in lockstep, in bytes.
+const CACHE_BYTES: usize = 1 << 30;
+/// 0.975 quantile of the normal distribution.
+const Z: f64 = 1.959_963_984_540_054;
+
+/// Which episodes, and what the model is told about the return.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Conditions {
+    /// How many episodes.
+    pub episodes: u64,
+    /// Their seed, in [`Split::Evaluation`].
+    pub seed: u64,
+    /// The return to ask for.
+    pub target_return: f64,
+    /// Returns are divided by this.
+    pub return_scale: f64,
+}
+
+/// The result.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Evaluation {
+    /// Episodes played.
+    pub episodes: u64,
+    /// Episodes that ended in success.
+    pub successes: u64,
+    /// Mean return.
+    pub mean_return: f64,
+    /// Tokens computed.
+    pub tokens: u64,
+    /// Seconds taken.
+    pub seconds: f64,
+}
+
+impl Evaluation {
+    /// Share of successes.
+    pub fn success_rate(&self) -> f64 {
+        self.successes as f64 / self.episodes.max(1) as f64
+    }
+
+    /// Its 95 % interval.
+    pub fn interval(&self) -> [f64; 2] {
+        wilson(self.successes, self.episodes)
+    }
+}
+
+/// Wilson's 95 % interval of a share.
+pub fn wilson(successes: u64, episodes: u64) -> [f64; 2] {
+    if episodes == 0 {
+        return [0.0, 1.0];
+    }
+    let n = episodes as f64;
+    let share = successes as f64 / n;
+    let denominator = 1.0 + Z * Z / n;
+    let centre = (share + Z * Z / (2.0 * n)) / denominator;
+    let half = Z * (share * (1.0 - share) / n + Z * Z / (4.0 * n * n)).sqrt() / denominator;
+    // At 0 and n successes the bound is exactly 0 or 1; rounding must not miss it.
+    let low = if successes == 0 { 0.0 } else { centre - half };
+    let high = if successes >= episodes {
+        1.0
+    } else {
+        centre + half
+    };
+    [low.max(0.0), high.min(1.0)]
+}
+
+/// Plays episodes never seen in training, with the greedy action and the full history. `progress`
+/// is told how many episodes are done. None if `stop` was set meanwhile.
+pub fn evaluate(
+    model: &Model<Cpu<f32>>,
+    task: &Task,
+    conditions: &Conditions,
+    stop: &AtomicBool,
+    mut progress: impl FnMut(u64),
+) -> Result<Option<Evaluation>, Error> {
+    let start = Instant::now();
+    let batch = lockstep(model.config(), model.spaces()) as u64;
+    let mut result = Evaluation {
+        episodes: 0,
+        successes: 0,
+        mean_return: 0.0,
+        tokens: 0,
+        seconds: 0.0,
+    };
+    let mut sum = 0.0;
+    while result.episodes < conditions.episodes {
+        let first = result.episodes;
+        let count = batch.min(conditions.episodes - first);
+        let done = play(model, task, conditions, first..first + count, stop)?;
+        let Some(done) = done else { return Ok(None) };
+        result.episodes += count;
+        result.successes += done.successes;
+        result.tokens += done.tokens;
+        sum += done.returns;
+        progress(result.episodes);
+    }
+    result.mean_return = sum / result.episodes.max(1) as f64;
+    result.seconds = start.elapsed().as_secs_f64();
+    Ok(Some(result))
+}
+
+struct Played {
+    successes: u64,
+    tokens: u64,
+    returns: f64,
+}
+
+fn play(
+    model: &Model<Cpu<f32>>,
+    task: &Task,
+    conditions: &Conditions,
+    episodes: std::ops::Range<u64>,
+    stop: &AtomicBool,
+) -> Result<Option<Played>, Error> {
+    let mut environments = episodes
+        .map(|episode| task.reset(Split::Evaluation, conditions.seed, episode))
+        .collect::<Result<Vec<_>, _>>()?;
+    let mut actor = Actor::new(model, environments.len())?;
+    let fields = task.observation_space().fields();
+    let per_step = model.config().layout.tokens_per_step();
+    let mut active: Vec<usize> = (0..environments.len()).collect();
+    let mut rewards = vec![0.0; environments.len()];
+    let mut observations = Vec::new();
+    let mut returns = Vec::new();
+    let mut played = Played {
+        successes: 0,
+        tokens: 0,
+        returns: 0.0,
+    };
+    while !active.is_empty() {
+        if stop.load(Ordering::Relaxed) {
+            return Ok(None);
+        }
+        observations.resize(active.len() * fields, 0);
+        returns.clear();
+        for (codes, &episode) in observations.chunks_exact_mut(fields).zip(&active) {
+            environments[episode].observe(codes);
+            let to_go = conditions.target_return - rewards[episode];
+            returns.push((to_go / conditions.return_scale) as f32);
+        }
+        let actions = actor.act(model, &active, &observations, &returns)?;
+        played.tokens += (active.len() * per_step) as u64;
+        let mut actions = actions.iter();
+        active.retain(|&episode| {
+            let action = actions.next().copied().unwrap_or_default();
+            let outcome = environments[episode].step(action.into());
+            rewards[episode] += outcome.reward;
+            played.successes += u64::from(outcome.over() && outcome.success);
+            !outcome.over()
+        });
+    }
+    played.returns = rewards.iter().sum();
+    Ok(Some(played))
+}
+
+/// How many episodes act in lockstep: as many as fit into [`CACHE_BYTES`].
+fn lockstep(model: &ModelConfig, spaces: &Spaces) -> usize {
+    let tokens = spaces.steps.saturating_mul(model.layout.tokens_per_step());
+    let slots = model.memory.as_ref().map_or(0, |memory| memory.slots);
+    let rows = tokens.saturating_mul(2).saturating_add(slots);
+    let bytes = rows
+        .saturating_mul(model.layers)
+        .saturating_mul(model.width)
+        .saturating_mul(size_of::<f32>());
+    (CACHE_BYTES / bytes.max(1)).clamp(1, MOST_EPISODES)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn interval_agrees_with_published_values() {
+        // R: prop.test(81, 263, correct = FALSE)
+        let [low, high] = wilson(81, 263);
+        assert!((low - 0.2553).abs() < 5e-4 && (high - 0.3662).abs() < 5e-4);
+        assert_eq!(wilson(0, 10)[0], 0.0);
+        assert!((wilson(0, 10)[1] - 0.2775).abs() < 5e-4);
+        assert_eq!(wilson(10, 10)[1], 1.0);
+        assert_eq!(wilson(0, 0), [0.0, 1.0]);
+    }
+}

@@ -1,0 +1,416 @@
+//! The two pictures of a run.
+
+use std::path::Path;
+use std::sync::OnceLock;
+
+use ndarray::{Array2, ArrayView2};
+use plotters::coord::Shift;
+use plotters::element::DashedPathElement;
+use plotters::prelude::*;
+use plotters::style::text_anchor::{HPos, Pos, VPos};
+use plotters::style::{FontStyle, register_font};
+
+use super::Error;
+use super::evaluate::Evaluation;
+use super::metrics::Line;
+use crate::batch::PackedBatch;
+use crate::tasks::{Task, write_beside};
+
+const FONT: &str = "sans-serif";
+const INK: RGBColor = RGBColor(40, 44, 52);
+const GRID: RGBColor = RGBColor(226, 229, 234);
+const BLUE: RGBColor = RGBColor(31, 105, 193);
+const ORANGE: RGBColor = RGBColor(222, 113, 22);
+const GREEN: RGBColor = RGBColor(34, 139, 84);
+const GREY: RGBColor = RGBColor(130, 136, 145);
+
+type Drawing<'a> = DrawingArea<BitMapBackend<'a>, Shift>;
+/// Whatever plotters reports; only its text is used.
+type Drawn = Result<(), Box<dyn std::error::Error + Send + Sync>>;
+
+/// Draws losses, accuracy and learning rate against real tokens, with the success rate at the end.
+pub fn curves(
+    path: &Path,
+    title: &str,
+    lines: &[Line],
+    result: Option<(&Task, &Evaluation)>,
+) -> Result<(), Error> {
+    let result = result.map(|(task, evaluation)| SuccessMark {
+        rate: evaluation.success_rate(),
+        interval: evaluation.interval(),
+        chance: task.chance(),
+    });
+    picture(path, (1280, 960), |area| {
+        draw_curves(area, title, lines, result)
+    })
+}
+
+/// Draws the attention probabilities of one head, `map` [T, T], beside the annotated pairs of the
+/// first sequence of `batch`. Axes count time steps, of `tokens_per_step` tokens each.
+pub fn attention(
+    path: &Path,
+    title: &str,
+    head: &str,
+    map: ArrayView2<f64>,
+    batch: &PackedBatch,
+    tokens_per_step: usize,
+) -> Result<(), Error> {
+    let target = target(batch, map.nrows());
+    picture(path, (1360, 760), |area| {
+        draw_attention(area, title, head, map, target.view(), tokens_per_step)
+    })
+}
+
+/// The attention that the pairs of the first sequence ask for: each row with k pairs has 1/k
+/// there.
+fn target(batch: &PackedBatch, tokens: usize) -> Array2<f64> {
+    let mut target = Array2::zeros((tokens, tokens));
+    let offsets = batch.pair_offsets.windows(2);
+    for (mut row, offsets) in target.rows_mut().into_iter().zip(offsets) {
+        let keys = offsets[0] as usize..offsets[1] as usize;
+        let keys = batch.pair_keys.get(keys).unwrap_or_default();
+        for key in keys {
+            if let Some(cell) = row.get_mut(*key as usize) {
+                *cell = 1.0 / keys.len() as f64;
+            }
+        }
+    }
+    target
+}
+
+/// The result of an evaluation, as it is drawn.
+struct SuccessMark {
+    rate: f64,
+    interval: [f64; 2],
+    chance: f64,
+}
+
+fn draw_curves(area: &Drawing, title: &str, lines: &[Line], result: Option<SuccessMark>) -> Drawn {
+    let area = area.margin(10, 0, 10, 0).titled(title, text(28))?;
+    let most_tokens = lines.last().map_or(1.0, |line| line.tokens as f64).max(1.0);
+    // A little room at the right for the success rate.
+    let tokens = 0.0..most_tokens * 1.04;
+    let (losses, rest) = area.split_vertically(430);
+    let (shares, rates) = rest.split_vertically(300);
+
+    let series = |value: fn(&Line) -> f64| lines.iter().map(move |l| (l.tokens as f64, value(l)));
+    let losses_drawn = [
+        (
+            "action loss (nats per action)",
+            BLUE,
+            series(|line| line.action_loss),
+        ),
+        (
+            "memory loss (attention-BCE)",
+            ORANGE,
+            series(|line| line.memory_loss),
+        ),
+    ];
+    let drawn = |value: f64| value > 0.0 && value.is_finite();
+    let values: Vec<f64> = lines
+        .iter()
+        .flat_map(|line| [line.action_loss, line.memory_loss])
+        .filter(|value| drawn(*value))
+        .collect();
+    let least = values.iter().copied().fold(1.0, f64::min);
+    let most = values.iter().copied().fold(least * 10.0, f64::max);
+    let mut chart = ChartBuilder::on(&losses)
+        .margin_right(24)
+        .x_label_area_size(24)
+        .margin_left(10)
+        .y_label_area_size(84)
+        .build_cartesian_2d(tokens.clone(), (least * 0.8..most * 1.25).log_scale())?;
+    chart
+        .configure_mesh()
+        .light_line_style(WHITE)
+        .bold_line_style(GRID)
+        .axis_style(GREY)
+        .label_style(text(16))
+        .y_desc("loss, log scale")
+        .y_label_formatter(&|value| significant(*value))
+        .x_label_formatter(&|_| String::new())
+        .draw()?;
+    for (name, colour, points) in losses_drawn {
+        let points: Vec<_> = points.filter(|(_, value)| drawn(*value)).collect();
+        if points.is_empty() {
+            continue;
+        }
+        chart
+            .draw_series(LineSeries::new(points, colour.stroke_width(2)))?
+            .label(name)
+            .legend(move |at| swatch(at, colour));
+    }
+    legend(&mut chart)?;
+
+    let mut chart = ChartBuilder::on(&shares)
+        .margin_right(24)
+        .x_label_area_size(24)
+        .margin_left(10)
+        .y_label_area_size(84)
+        .build_cartesian_2d(tokens.clone(), 0.0..1.05)?;
+    chart
+        .configure_mesh()
+        .light_line_style(WHITE)
+        .bold_line_style(GRID)
+        .axis_style(GREY)
+        .label_style(text(16))
+        .y_desc("share")
+        .y_labels(6)
+        .x_label_formatter(&|_| String::new())
+        .draw()?;
+    chart
+        .draw_series(LineSeries::new(
+            series(|line| line.accuracy),
+            BLUE.stroke_width(2),
+        ))?
+        .label("actions predicted right (training)")
+        .legend(|at| swatch(at, BLUE));
+    if let Some(mark) = result {
+        let whole = [(0.0, mark.chance), (most_tokens * 1.04, mark.chance)];
+        chart
+            .draw_series([DashedPathElement::new(whole, 8, 6, GREY.stroke_width(2))])?
+            .label(format!("success without memory, about {:.2}", mark.chance))
+            .legend(|at| swatch(at, GREY));
+        let [low, high] = mark.interval;
+        let at = most_tokens * 1.02;
+        chart
+            .draw_series([PathElement::new(
+                [(at, low), (at, high)],
+                GREEN.stroke_width(3),
+            )])?
+            .label(format!(
+                "success on unseen episodes, {:.3} ({low:.3} to {high:.3})",
+                mark.rate
+            ))
+            .legend(|at| swatch(at, GREEN));
+        chart.draw_series([Circle::new((at, mark.rate), 6, GREEN.filled())])?;
+    }
+    legend(&mut chart)?;
+
+    let most = lines
+        .iter()
+        .map(|line| line.learning_rate)
+        .fold(0.0, f64::max);
+    let most = if most > 0.0 { most } else { 1.0 };
+    let mut chart = ChartBuilder::on(&rates)
+        .margin_right(24)
+        .margin_bottom(12)
+        .x_label_area_size(52)
+        .margin_left(10)
+        .y_label_area_size(84)
+        .build_cartesian_2d(tokens, 0.0..most * 1.1)?;
+    chart
+        .configure_mesh()
+        .light_line_style(WHITE)
+        .bold_line_style(GRID)
+        .axis_style(GREY)
+        .label_style(text(16))
+        .x_desc("real tokens")
+        .y_desc("learning rate")
+        .y_labels(3)
+        .x_label_formatter(&|value| amount(*value))
+        .y_label_formatter(&|value| significant(*value))
+        .draw()?;
+    chart.draw_series(LineSeries::new(
+        series(|line| line.learning_rate),
+        GREY.stroke_width(2),
+    ))?;
+    Ok(())
+}
+
+fn legend<'a, 'b, X: Ranged, Y: Ranged>(
+    chart: &mut ChartContext<'a, BitMapBackend<'b>, Cartesian2d<X, Y>>,
+) -> Drawn
+where
+    'b: 'a,
+    X::ValueType: 'static,
+    Y::ValueType: 'static,
+{
+    chart
+        .configure_series_labels()
+        .background_style(WHITE.mix(0.85))
+        .border_style(GRID)
+        .label_font(text(16))
+        .position(SeriesLabelPosition::MiddleRight)
+        .draw()
+        .map_err(|error| error.to_string().into())
+}
+
+fn swatch((x, y): (i32, i32), colour: RGBColor) -> Rectangle<(i32, i32)> {
+    Rectangle::new([(x, y - 2), (x + 18, y + 2)], colour.filled())
+}
+
+fn draw_attention(
+    area: &Drawing,
+    title: &str,
+    head: &str,
+    map: ArrayView2<f64>,
+    target: ArrayView2<f64>,
+    tokens_per_step: usize,
+) -> Drawn {
+    let area = area.margin(10, 0, 0, 0).titled(title, text(28))?;
+    let (maps, scale) = area.split_horizontally(1260);
+    let halves = maps.split_evenly((1, 2));
+    let panels = [
+        (format!("attention of {head}"), map),
+        ("annotated pairs, each row shared out".to_owned(), target),
+    ];
+    for (half, (caption, map)) in halves.iter().zip(panels) {
+        let per_step = tokens_per_step as f64;
+        let steps = map.nrows() as f64 / per_step;
+        let mut chart = ChartBuilder::on(half)
+            .caption(caption, text(20))
+            .margin_left(8)
+            .margin_right(16)
+            .x_label_area_size(52)
+            .y_label_area_size(64)
+            .build_cartesian_2d(0.0..steps, steps..0.0)?;
+        chart
+            .configure_mesh()
+            .disable_mesh()
+            .axis_style(GREY)
+            .label_style(text(16))
+            .x_desc("attended token, by time step")
+            .y_desc("attending token, by time step")
+            .x_label_formatter(&|value| amount(*value))
+            .y_label_formatter(&|value| amount(*value))
+            .draw()?;
+        let cells = map.indexed_iter().map(|((row, column), value)| {
+            let colour = if column > row { WHITE } else { heat(*value) };
+            let at = |index: usize| index as f64 / per_step;
+            Rectangle::new(
+                [(at(column), at(row)), (at(column + 1), at(row + 1))],
+                colour.filled(),
+            )
+        });
+        chart.draw_series(cells)?;
+    }
+    draw_scale(&scale)
+}
+
+/// The colours of 0 to 1, with their values.
+fn draw_scale(area: &Drawing) -> Drawn {
+    const TOP: i32 = 60;
+    const HEIGHT: i32 = 560;
+    for row in 0..HEIGHT {
+        let value = 1.0 - f64::from(row) / f64::from(HEIGHT - 1);
+        area.draw(&Rectangle::new(
+            [(8, TOP + row), (32, TOP + row + 1)],
+            heat(value).filled(),
+        ))?;
+    }
+    for tick in 0..=4 {
+        let value = f64::from(tick) / 4.0;
+        let y = TOP + HEIGHT - HEIGHT * tick / 4;
+        let style = text(16).pos(Pos::new(HPos::Left, VPos::Center));
+        area.draw(&Text::new(format!("{value:.2}"), (40, y), style))?;
+    }
+    Ok(())
+}
+
+/// From pale to dark, even to the eye: 0 is nearly white.
+fn heat(value: f64) -> RGBColor {
+    const STOPS: [[f64; 3]; 5] = [
+        [243.0, 246.0, 250.0],
+        [164.0, 203.0, 226.0],
+        [66.0, 146.0, 188.0],
+        [24.0, 85.0, 140.0],
+        [10.0, 29.0, 69.0],
+    ];
+    let value = if value.is_finite() {
+        value.clamp(0.0, 1.0)
+    } else {
+        0.0
+    };
+    let place = value * (STOPS.len() - 1) as f64;
+    let low = (place as usize).min(STOPS.len() - 2);
+    let share = place - low as f64;
+    let mix = |channel: usize| {
+        let (a, b) = (STOPS[low][channel], STOPS[low + 1][channel]);
+        (a + (b - a) * share).round() as u8
+    };
+    RGBColor(mix(0), mix(1), mix(2))
+}
+
+fn text(size: u32) -> TextStyle<'static> {
+    TextStyle::from((FONT, size).into_font()).color(&INK)
+}
+
+/// A number as an axis shows it: two significant digits, no trailing zeros.
+fn significant(value: f64) -> String {
+    if value == 0.0 {
+        return "0".to_owned();
+    }
+    if (0.01..1000.0).contains(&value.abs()) {
+        let digits = (1.0 - value.abs().log10().floor()).max(0.0) as usize;
+        let text = format!("{value:.digits$}");
+        if text.contains('.') {
+            return text.trim_end_matches('0').trim_end_matches('.').to_owned();
+        }
+        return text;
+    }
+    let text = format!("{value:.1e}");
+    text.replace(".0e", "e")
+}
+
+/// A count as an axis shows it: 12, 40 k, 2.5 M.
+fn amount(value: f64) -> String {
+    let (value, unit) = match value.abs() {
+        v if v >= 1e9 => (value / 1e9, " G"),
+        v if v >= 1e6 => (value / 1e6, " M"),
+        v if v >= 1e3 => (value / 1e3, " k"),
+        _ => (value, ""),
+    };
+    format!("{}{unit}", (value * 100.0).round() / 100.0)
+}
+
+/// Draws into memory, encodes as PNG and writes the file beside the old one.
+fn picture(
+    path: &Path,
+    size: (u32, u32),
+    draw: impl FnOnce(&Drawing) -> Drawn,
+) -> Result<(), Error> {
+    let fail = |message: String| Error::Picture {
+        path: path.to_owned(),
+        message,
+    };
+    register()?;
+    let mut pixels = vec![0; size.0 as usize * size.1 as usize * 3];
+    let drawn = (|| -> Drawn {
+        let area = BitMapBackend::with_buffer(&mut pixels, size).into_drawing_area();
+        area.fill(&WHITE)?;
+        draw(&area)?;
+        area.present()?;
+        Ok(())
+    })();
+    drawn.map_err(|error| fail(error.to_string()))?;
+    let bytes = encode(&pixels, size).map_err(|error| fail(error.to_string()))?;
+    write_beside(path, &bytes).map_err(Error::io("write it", path))
+}
+
+fn encode(pixels: &[u8], size: (u32, u32)) -> Result<Vec<u8>, png::EncodingError> {
+    let mut bytes = Vec::new();
+    let mut encoder = png::Encoder::new(&mut bytes, size.0, size.1);
+    encoder.set_color(png::ColorType::Rgb);
+    encoder.set_depth(png::BitDepth::Eight);
+    let mut writer = encoder.write_header()?;
+    writer.write_image_data(pixels)?;
+    writer.finish()?;
+    Ok(bytes)
+}
+
+/// Makes the built-in font known, once; no font of the system is needed.
+fn register() -> Result<(), Error> {
+    static REGISTERED: OnceLock<bool> = OnceLock::new();
+    let registered = *REGISTERED.get_or_init(|| {
+        register_font(FONT, FontStyle::Normal, epaint_default_fonts::HACK_REGULAR).is_ok()
+    });
+    if registered {
+        Ok(())
+    } else {
+        Err(Error::Picture {
+            path: "the built-in font".into(),
+            message: "it cannot be read".to_owned(),
+        })
+    }
+}

@@ -1,0 +1,626 @@
+//! A whole run: prepare, train, save, evaluate, draw.
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use serde::Serialize;
+use tracing::info;
+
+use super::checkpoint::{self, ModelHeader, State, StateHeader};
+use super::config::{Config, OptimiserKind, TrainConfig, validate_spaces};
+use super::data::{BatchOrder, Batches, TrainingData};
+use super::evaluate::{self, Conditions, Evaluation};
+use super::metrics::{MetricsFile, Window, per_second};
+use super::schedule::Schedule;
+use super::{Error, plots};
+use crate::backend::Cpu;
+use crate::model::{Model, OptimiserStep, StepMetrics, Training};
+use crate::tasks::{Demonstrations, Split, Task, write_beside};
+
+/// The files of an output folder.
+#[derive(Debug, Clone)]
+pub struct Folder(PathBuf);
+
+impl Folder {
+    /// The files of `path`.
+    pub fn new(path: impl Into<PathBuf>) -> Self {
+        Self(path.into())
+    }
+
+    /// The folder.
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+
+    /// The configuration with all its defaults.
+    pub fn config(&self) -> PathBuf {
+        self.0.join("config.toml")
+    }
+
+    /// One line per logged step.
+    pub fn metrics(&self) -> PathBuf {
+        self.0.join("metrics.jsonl")
+    }
+
+    /// The parameters by name.
+    pub fn model(&self) -> PathBuf {
+        self.0.join("model.safetensors")
+    }
+
+    /// What a resumed run starts from.
+    pub fn state(&self) -> PathBuf {
+        self.0.join("train_state.safetensors")
+    }
+
+    /// Loss and accuracy against tokens.
+    pub fn curves(&self) -> PathBuf {
+        self.0.join("curves.png")
+    }
+
+    /// One head beside its target.
+    pub fn attention(&self) -> PathBuf {
+        self.0.join("attention.png")
+    }
+
+    /// All of them; the state first, so that it never outlives what it belongs to.
+    fn files(&self) -> [PathBuf; 6] {
+        [
+            self.state(),
+            self.model(),
+            self.metrics(),
+            self.config(),
+            self.curves(),
+            self.attention(),
+        ]
+    }
+}
+
+/// What to do about a run that the output folder holds already.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Start {
+    /// Refuse.
+    Fresh,
+    /// Continue it.
+    Resume,
+    /// Remove it.
+    Overwrite,
+}
+
+/// What a run tells while it goes on.
+#[derive(Debug)]
+pub enum Event<'a> {
+    /// Demonstrations have been generated.
+    Demonstrations {
+        /// How many.
+        done: u64,
+        /// Of how many.
+        total: u64,
+    },
+    /// A step has been done.
+    Step {
+        /// Which, from 1.
+        step: u64,
+        /// Of how many.
+        steps: u64,
+        /// How it went.
+        metrics: &'a StepMetrics,
+        /// Seconds it took.
+        seconds: f64,
+    },
+    /// Episodes have been evaluated.
+    Evaluation {
+        /// How many.
+        done: u64,
+        /// Of how many.
+        total: u64,
+    },
+}
+
+/// Where a run goes, and who watches it.
+pub struct Options<'a> {
+    /// Output folder.
+    pub folder: &'a Folder,
+    /// What to do about a run that it holds already.
+    pub start: Start,
+    /// Set it to finish the current step, save and return.
+    pub stop: &'a AtomicBool,
+    /// Is told what happens.
+    pub watch: &'a mut (dyn FnMut(Event) + Send),
+}
+
+/// How a run ended.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Outcome {
+    /// It is done.
+    Finished(Summary),
+    /// It was stopped; this many steps are saved.
+    Stopped {
+        /// Steps done.
+        step: u64,
+    },
+}
+
+/// The last line on stdout.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Summary {
+    /// Name of the task; none for demonstrations of one's own.
+    pub task: Option<String>,
+    /// Share of the episodes that ended in success.
+    pub success_rate: Option<f64>,
+    /// Its 95 % interval.
+    pub interval: Option<[f64; 2]>,
+    /// Unseen episodes played.
+    pub episodes: u64,
+    /// Optimiser steps behind the model.
+    pub steps: u64,
+    /// Seconds of training (`train`) or of acting (`eval`).
+    pub seconds: f64,
+    /// Tokens of these seconds; none of them is padding.
+    pub real_tokens_per_s: f64,
+    /// Number of parameters.
+    pub parameters: usize,
+    /// How many of them are trained.
+    pub trained_parameters: usize,
+}
+
+impl Summary {
+    /// The summary of a model that was trained or only evaluated for `seconds`, over `tokens`.
+    pub fn new(
+        task: Option<&Task>,
+        evaluation: Option<&Evaluation>,
+        model: &Model<Cpu<f32>>,
+        steps: u64,
+        tokens: u64,
+        seconds: f64,
+    ) -> Self {
+        Self {
+            task: task.map(|task| task.name().to_owned()),
+            success_rate: evaluation.map(Evaluation::success_rate),
+            interval: evaluation.map(Evaluation::interval),
+            episodes: evaluation.map_or(0, |evaluation| evaluation.episodes),
+            steps,
+            seconds,
+            real_tokens_per_s: per_second(tokens, seconds),
+            parameters: model.parameter_count(),
+            trained_parameters: model.trained_count(),
+        }
+    }
+}
+
+/// Trains as the configuration says, from the start or from where the folder's run was left.
+pub fn train(config: &Config, options: Options) -> Result<Outcome, Error> {
+    let Options {
+        folder,
+        start,
+        stop,
+        watch,
+    } = options;
+    config.validate()?;
+    let saved = open_folder(folder, start, config)?;
+    let data = prepare_data(config, watch)?;
+    let spaces = data.spaces(config.task.as_ref());
+    validate_spaces(&config.model, &spaces)?;
+    let order = BatchOrder::new(
+        data.token_counts(config.model.layout),
+        config.train.batch_tokens,
+        config.seed,
+    )?;
+    let capacity = order.capacity(&config.model);
+    let steps = match (config.train.steps, config.train.epochs) {
+        (Some(steps), _) => steps,
+        (None, epochs) => order.steps_of(epochs.unwrap_or_default()),
+    };
+    let mut model = Model::new(
+        Cpu::<f32>::new(),
+        config.model.clone(),
+        spaces,
+        config.supervision(),
+    )?;
+    let mut training = Training::new(&model, capacity)?;
+    info!(
+        "model: {} parameters, {} of them trained; {steps} steps of at most {} tokens",
+        model.parameter_count(),
+        model.trained_count(),
+        config.train.batch_tokens
+    );
+    let mut batches = Batches::new(&data, order, model.packer());
+    let position = match saved {
+        Some(bytes) => restore(folder, &bytes, &mut model, &mut training, &mut batches)?,
+        None => {
+            model.initialise(config.seed)?;
+            StateHeader::start(config)
+        }
+    };
+    let mut run = Run {
+        config,
+        folder,
+        target_return: config
+            .evaluation
+            .target_return
+            .unwrap_or_else(|| data.best_return()),
+        steps,
+        metrics: MetricsFile::open(&folder.metrics(), position.step)?,
+        saved_step: (position.step > 0).then_some(position.step),
+        position: StateHeader {
+            config: config.clone(),
+            ..position
+        },
+        model,
+        training,
+        batches,
+    };
+    run.learn(stop, watch)?;
+    if run.position.step < steps {
+        return Ok(Outcome::Stopped {
+            step: run.position.step,
+        });
+    }
+    run.finish(&data, stop, watch)
+}
+
+/// Makes the folder ready and returns the state to resume from, if there is one.
+fn open_folder(folder: &Folder, start: Start, config: &Config) -> Result<Option<Vec<u8>>, Error> {
+    let path = folder.path();
+    let used = folder.files().iter().any(|file| file.exists());
+    let mut saved = None;
+    match start {
+        Start::Fresh if used => return Err(Error::Exists(path.to_owned())),
+        Start::Resume if !used => return Err(Error::NothingToResume(path.to_owned())),
+        Start::Overwrite => {
+            for file in folder.files().iter().filter(|file| file.exists()) {
+                std::fs::remove_file(file).map_err(Error::io("remove it", file))?;
+            }
+        }
+        Start::Resume if folder.state().exists() => {
+            let file = folder.state();
+            let bytes = std::fs::read(&file).map_err(Error::io("read it", &file))?;
+            let before = checkpoint::state_config(&file, &bytes)?;
+            if let Some((key, saved, found)) = before.difference(config)? {
+                return Err(Error::Changed {
+                    path: path.to_owned(),
+                    key,
+                    saved,
+                    found,
+                });
+            }
+            saved = Some(bytes);
+        }
+        Start::Resume => info!("no checkpoint yet: starting from the beginning"),
+        Start::Fresh => {}
+    }
+    std::fs::create_dir_all(path).map_err(Error::io("create this folder", path))?;
+    let file = folder.config();
+    write_beside(&file, config.to_toml()?.as_bytes()).map_err(Error::io("write it", &file))?;
+    Ok(saved)
+}
+
+fn prepare_data(config: &Config, watch: &mut dyn FnMut(Event)) -> Result<TrainingData, Error> {
+    if let Some(task) = &config.task {
+        info!("task: {}; {}", describe(task)?, without_memory(task));
+    }
+    let total = config.data.generated_episodes() as u64;
+    match &config.data.file {
+        Some(file) => info!("reading demonstrations from {}", file.display()),
+        None => info!("generating {total} demonstrations"),
+    }
+    let data = TrainingData::prepare(config, |done| {
+        watch(Event::Demonstrations {
+            done: done as u64,
+            total,
+        });
+    })?;
+    info!(
+        "{} demonstrations, {} of them annotated, the longest of {} steps",
+        data.episodes(),
+        data.annotated(),
+        data.longest()
+    );
+    Ok(data)
+}
+
+/// The task with its parameters, in one line.
+fn describe(task: &Task) -> Result<String, Error> {
+    let parameters = toml::Table::try_from(task)
+        .map_err(|error| super::config::ConfigError::value("task", error, "a task"))?;
+    let parameters: Vec<String> = parameters
+        .iter()
+        .filter(|(key, _)| *key != "name")
+        .map(|(key, value)| format!("{key} = {value}"))
+        .collect();
+    Ok(format!("{} ({})", task.name(), parameters.join(", ")))
+}
+
+/// What is said beside every success rate.
+pub fn without_memory(task: &Task) -> String {
+    format!(
+        "a policy without memory reaches about {:.1} %",
+        100.0 * task.chance()
+    )
+}
+
+/// Puts a saved state back.
+fn restore(
+    folder: &Folder,
+    bytes: &[u8],
+    model: &mut Model<Cpu<f32>>,
+    training: &mut Training<Cpu<f32>>,
+    batches: &mut Batches,
+) -> Result<StateHeader, Error> {
+    let file = folder.state();
+    let state =
+        checkpoint::state_from_bytes(&file, bytes, model.parameter_count(), model.trained_count())?;
+    model.set_values(&state.parameters)?;
+    training.set_moments(model, &state.first_moment, &state.second_moment)?;
+    let position = state.header.position;
+    if !batches.seek(position) {
+        return Err(Error::file(
+            &file,
+            "`position`",
+            format!("episode {} of an epoch", position.cursor),
+            "one that the demonstrations have",
+        ));
+    }
+    info!("resuming after step {}", state.header.step);
+    Ok(state.header)
+}
+
+/// A run under way.
+struct Run<'a> {
+    config: &'a Config,
+    folder: &'a Folder,
+    target_return: f64,
+    steps: u64,
+    metrics: MetricsFile,
+    saved_step: Option<u64>,
+    position: StateHeader,
+    model: Model<Cpu<f32>>,
+    training: Training<Cpu<f32>>,
+    batches: Batches<'a>,
+}
+
+impl Run<'_> {
+    /// Steps until the end or until `stop`, and saves.
+    fn learn(&mut self, stop: &AtomicBool, watch: &mut dyn FnMut(Event)) -> Result<(), Error> {
+        let train = &self.config.train;
+        let schedule = Schedule::new(train, self.steps);
+        let mut window = Window::default();
+        while self.position.step < self.steps && !stop.load(Ordering::Relaxed) {
+            let start = Instant::now();
+            let step = self.position.step + 1;
+            let optimiser = optimiser_step(train, schedule.learning_rate(step));
+            let batch = self.batches.next_batch()?;
+            let metrics =
+                self.training
+                    .step(&mut self.model, batch, self.config.seed, step, &optimiser)?;
+            for (what, value) in [
+                ("the loss", metrics.loss),
+                ("the norm of the gradient", metrics.gradient_norm),
+            ] {
+                if !value.is_finite() {
+                    return Err(self.not_finite(step, what, value));
+                }
+            }
+            let seconds = start.elapsed().as_secs_f64();
+            self.position.step = step;
+            self.position.position = self.batches.position();
+            self.position.tokens += metrics.tokens as u64;
+            self.position.seconds += seconds;
+            window.add(&metrics, seconds);
+            watch(Event::Step {
+                step,
+                steps: self.steps,
+                metrics: &metrics,
+                seconds,
+            });
+            let last = step == self.steps || stop.load(Ordering::Relaxed);
+            let save = last || step.is_multiple_of(train.checkpoint_every);
+            if save || step.is_multiple_of(train.log_every) {
+                let tokens = self.position.tokens;
+                if let Some(line) = window.take(step, tokens, optimiser.learning_rate) {
+                    self.metrics.append(line)?;
+                }
+            }
+            if save {
+                self.save()?;
+            }
+        }
+        // A stop that came between two steps.
+        if self.saved_step != Some(self.position.step) && self.position.step > 0 {
+            self.save()?;
+        }
+        Ok(())
+    }
+
+    fn not_finite(&self, step: u64, what: &'static str, value: f64) -> Error {
+        let kept = match self.saved_step {
+            Some(saved) => format!(
+                "the checkpoint of step {saved} is in {}",
+                self.folder.path().display()
+            ),
+            None => "no checkpoint had been written yet".to_owned(),
+        };
+        Error::NotFinite {
+            step,
+            what,
+            value,
+            kept,
+        }
+    }
+
+    /// Writes the state, and then the model for everyone else. A kill between the two leaves a
+    /// state and an older model; both load, and resuming writes the model again.
+    fn save(&mut self) -> Result<(), Error> {
+        let step = self.position.step;
+        let [first_moment, second_moment] = self.training.moments(&self.model)?;
+        let state = State {
+            header: self.position.clone(),
+            parameters: self.model.values()?,
+            first_moment,
+            second_moment,
+        };
+        let all = [&state.parameters, &state.first_moment, &state.second_moment];
+        if let Some(value) = all.into_iter().flatten().find(|value| !value.is_finite()) {
+            return Err(self.not_finite(step, "a parameter or moment", f64::from(*value)));
+        }
+        checkpoint::save_state(&self.folder.state(), &state)?;
+        self.save_model()?;
+        self.saved_step = Some(step);
+        Ok(())
+    }
+
+    fn save_model(&self) -> Result<(), Error> {
+        let header = ModelHeader::new(
+            self.config,
+            self.model.spaces(),
+            self.target_return,
+            self.position.step,
+        );
+        checkpoint::save_model(&self.folder.model(), &self.model, &header)
+    }
+
+    /// Evaluates, draws and sums up.
+    fn finish(
+        self,
+        data: &TrainingData,
+        stop: &AtomicBool,
+        watch: &mut dyn FnMut(Event),
+    ) -> Result<Outcome, Error> {
+        let Self { config, folder, .. } = self;
+        // A resumed run may have been killed before this.
+        self.save_model()?;
+        let mut evaluation = None;
+        if let Some(task) = &config.task {
+            let conditions = Conditions {
+                episodes: config.evaluation.episodes,
+                seed: config.evaluation.seed,
+                target_return: self.target_return,
+                return_scale: config.data.return_scale,
+            };
+            let total = conditions.episodes;
+            info!("evaluating on {total} unseen episodes");
+            let result = evaluate::evaluate(&self.model, task, &conditions, stop, |done| {
+                watch(Event::Evaluation { done, total });
+            })?;
+            let Some(result) = result else {
+                return Ok(Outcome::Stopped {
+                    step: self.position.step,
+                });
+            };
+            info!("{}", result_line(task, &result));
+            evaluation = Some(result);
+        }
+        let title = format!(
+            "{}, {} parameters, {} steps",
+            config
+                .task
+                .as_ref()
+                .map_or("own demonstrations", Task::name),
+            self.model.parameter_count(),
+            self.steps
+        );
+        plots::curves(
+            &folder.curves(),
+            &title,
+            self.metrics.lines(),
+            config.task.as_ref().zip(evaluation.as_ref()),
+        )?;
+        draw_attention(config, &self.model, data, &folder.attention())?;
+        info!("the run is in {}", folder.path().display());
+        Ok(Outcome::Finished(Summary::new(
+            config.task.as_ref(),
+            evaluation.as_ref(),
+            &self.model,
+            self.position.step,
+            self.position.tokens,
+            self.position.seconds,
+        )))
+    }
+}
+
+/// A success rate with its interval and what it is to be compared with.
+pub fn result_line(task: &Task, result: &Evaluation) -> String {
+    let [low, high] = result.interval();
+    format!(
+        "success rate {:.1} % (95 % interval {:.1} to {:.1}) on {} unseen episodes; {}",
+        100.0 * result.success_rate(),
+        100.0 * low,
+        100.0 * high,
+        result.episodes,
+        without_memory(task)
+    )
+}
+
+/// The optimiser's numbers at one step (SPEC section 6).
+fn optimiser_step(train: &TrainConfig, learning_rate: f64) -> OptimiserStep {
+    OptimiserStep {
+        learning_rate,
+        beta1: 0.9,
+        beta2: 0.999,
+        epsilon: 1e-8,
+        weight_decay: match train.optimiser {
+            OptimiserKind::Adam => 0.0,
+            OptimiserKind::Adamw => train.weight_decay,
+        },
+        clip: (train.clip > 0.0).then_some(train.clip),
+    }
+}
+
+/// Most tokens of an episode whose attention is drawn.
+const MOST_DRAWN: usize = 2048;
+
+/// Draws the first supervised head (or the first of all) beside its target, for the first unseen
+/// episode, or for the first demonstration if there is no task.
+fn draw_attention(
+    config: &Config,
+    model: &Model<Cpu<f32>>,
+    data: &TrainingData,
+    path: &Path,
+) -> Result<(), Error> {
+    let unseen;
+    let (data, episode) = match &config.task {
+        Some(task) => {
+            let episode = task.demonstrate(Split::Evaluation, config.evaluation.seed, 0)?;
+            let damaged = |error| Error::file(path, "an unseen episode", error, "a whole episode");
+            let mut set =
+                Demonstrations::new(task.observation_space(), task.actions()).map_err(damaged)?;
+            set.push((&episode).into()).map_err(damaged)?;
+            unseen = TrainingData::new(set, 1, config.data.return_scale);
+            (&unseen, "an unseen episode")
+        }
+        None => (data, "the first demonstration"),
+    };
+    let mut packer = model.packer();
+    packer.clear();
+    if let Some(trajectory) = data.trajectory(0) {
+        packer.push_trajectory(trajectory)?;
+    }
+    let tokens = packer.batch().tokens();
+    if tokens > MOST_DRAWN {
+        info!("no picture of the attention: {tokens} tokens are more than {MOST_DRAWN}");
+        return Ok(());
+    }
+    let (layer, head) = match config.supervision() {
+        Some(supervision) => (
+            supervision.layer,
+            supervision.heads.first().copied().unwrap_or(0),
+        ),
+        None => (0, 0),
+    };
+    let map = model.attention_map(packer.batch(), layer, head)?;
+    let title = format!(
+        "{}: {episode}",
+        config
+            .task
+            .as_ref()
+            .map_or("own demonstrations", Task::name)
+    );
+    plots::attention(
+        path,
+        &title,
+        &format!("layer {}, head {}", layer + 1, head + 1),
+        map.view(),
+        packer.batch(),
+        config.model.layout.tokens_per_step(),
+    )
+}
