@@ -1,2 +1,138 @@
 //! The `dtmem` command.
-fn main() {}
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+use dtmem::verify::{BackendChoice, DtypeChoice};
+
+mod commands;
+mod progress;
+
+/// Train and examine agents that remember: DT-Mem and AttentionTuner.
+#[derive(Debug, Parser)]
+#[command(version, arg_required_else_help = true)]
+struct Cli {
+    /// Number of threads; the results do not depend on it [default: one per core]
+    #[arg(long, global = true, value_name = "N")]
+    threads: Option<usize>,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Train a model as a configuration says, and evaluate it
+    Train(Train),
+    /// Evaluate a trained model on unseen episodes
+    Eval(Eval),
+    /// Write a demonstration file, or show what is in one
+    Demos(Demos),
+    /// Check numbers in fixture files against the reference and the backends
+    Verify(Verify),
+    /// Show version, features, CPU, GPUs and kernel images
+    Info,
+}
+
+#[derive(Debug, Args)]
+struct Train {
+    /// Configuration, such as configs/hallway-quick.toml
+    config: PathBuf,
+    /// Set a key, such as train.steps=100; an empty value brings its default back
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    overrides: Vec<String>,
+    /// Output folder [default: runs/NAME for NAME.toml]
+    #[arg(long, value_name = "DIR")]
+    out: Option<PathBuf>,
+    /// Continue the run in the output folder
+    #[arg(long)]
+    resume: bool,
+    /// Replace the run in the output folder
+    #[arg(long, conflicts_with = "resume")]
+    overwrite: bool,
+}
+
+#[derive(Debug, Args)]
+struct Eval {
+    /// Output folder of a run
+    folder: PathBuf,
+    /// Number of episodes [default: as the run was configured]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    episodes: Option<u64>,
+    /// Seed of the episodes [default: as the run was configured]
+    #[arg(long, value_name = "S")]
+    seed: Option<u64>,
+    /// Return to ask for [default: as the run was configured]
+    #[arg(long, value_name = "R", allow_negative_numbers = true)]
+    target_return: Option<f64>,
+}
+
+#[derive(Debug, Args)]
+struct Demos {
+    /// hallway, counting, ordering or recall
+    #[arg(required_unless_present = "inspect")]
+    task: Option<String>,
+    /// Show what is in a demonstration file
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["task", "out"])]
+    inspect: Option<PathBuf>,
+    /// File to write
+    #[arg(long, value_name = "FILE", required_unless_present = "inspect")]
+    out: Option<PathBuf>,
+    /// Number of episodes
+    #[arg(long, value_name = "N", default_value_t = 1000)]
+    episodes: usize,
+    /// Seed of the episodes
+    #[arg(long, value_name = "S", default_value_t = 0)]
+    seed: u64,
+    /// Share of the episodes that keep their pairs
+    #[arg(long, value_name = "SHARE", default_value_t = 1.0)]
+    annotated: f64,
+    /// hallway, counting, ordering: number of hallways, rooms, choices [default: the paper's]
+    #[arg(long, value_name = "L")]
+    length: Option<u64>,
+    /// counting: probability of a test room
+    #[arg(long, value_name = "P")]
+    test_frequency: Option<f64>,
+    /// counting: probability of an empty cell
+    #[arg(long, value_name = "P")]
+    empty_frequency: Option<f64>,
+    /// recall: delayed or associative
+    #[arg(long)]
+    kind: Option<String>,
+    /// recall: number of pairs
+    #[arg(long, value_name = "N")]
+    pairs: Option<u64>,
+    /// recall: number of steps before the query
+    #[arg(long, value_name = "K")]
+    steps: Option<u64>,
+}
+
+#[derive(Debug, Args)]
+struct Verify {
+    /// Fixture files (docs/fixtures.md)
+    #[arg(required = true, value_name = "FILE")]
+    files: Vec<PathBuf>,
+    /// reference, host, cuda or all
+    #[arg(long, default_value = "all")]
+    backend: BackendChoice,
+    /// f64, f32, bf16, f16 or all
+    #[arg(long, default_value = "all")]
+    dtype: DtypeChoice,
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    match commands::in_pool(cli.threads, || match &cli.command {
+        Command::Train(arguments) => commands::train(arguments),
+        Command::Eval(arguments) => commands::eval(arguments),
+        Command::Demos(arguments) => commands::demos(arguments),
+        Command::Verify(arguments) => commands::verify(arguments),
+        Command::Info => commands::info(),
+    }) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::from(2)
+        }
+    }
+}

@@ -1,0 +1,383 @@
+//! One function per command. Results go to stdout, everything else to stderr.
+
+use std::error::Error;
+use std::fmt::Write as _;
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use dtmem::tasks::{Demonstrations, Task};
+use dtmem::train::checkpoint;
+use dtmem::train::config::Config;
+use dtmem::train::evaluate::{self, Conditions};
+use dtmem::train::run::{self, Event, Folder, Options, Outcome, Start, Summary};
+use serde_json::{Map, Value};
+use tracing::info;
+
+use crate::progress::Progress;
+use crate::{Demos, Eval, Train, Verify};
+
+type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
+
+/// As if ended by Ctrl-C.
+const INTERRUPTED: u8 = 130;
+
+/// Runs a command on a pool of `threads` threads.
+pub fn in_pool<T: Send>(
+    threads: Option<usize>,
+    command: impl FnOnce() -> Result<T> + Send,
+) -> Result<T> {
+    const MOST: usize = 1024;
+    if threads.is_some_and(|threads| !(1..=MOST).contains(&threads)) {
+        return Err(format!("--threads: found {threads:?}, expected 1 to {MOST}").into());
+    }
+    rayon::ThreadPoolBuilder::new()
+        .num_threads(threads.unwrap_or(0))
+        .build()
+        .map_err(|error| format!("--threads: {error}"))?
+        .install(command)
+}
+
+/// `dtmem train`.
+pub fn train(arguments: &Train) -> Result<ExitCode> {
+    let config = Config::load(&arguments.config, &arguments.overrides)?;
+    let folder = Folder::new(arguments.out.clone().unwrap_or_else(|| {
+        let name = arguments.config.file_stem().unwrap_or_default();
+        Path::new("runs").join(name)
+    }));
+    let mut progress = Progress::new();
+    let stop = stop_on_interrupt()?;
+    let outcome = run::train(
+        &config,
+        Options {
+            folder: &folder,
+            start: match (arguments.resume, arguments.overwrite) {
+                (true, _) => Start::Resume,
+                (_, true) => Start::Overwrite,
+                _ => Start::Fresh,
+            },
+            stop: &stop,
+            watch: &mut |event| progress.show(event),
+        },
+    )?;
+    match outcome {
+        Outcome::Finished(summary) => {
+            print_json(&summary)?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Outcome::Stopped { step } => {
+            let mut command = format!("dtmem train {}", arguments.config.display());
+            for argument in &arguments.overrides {
+                write!(command, " --set '{argument}'")?;
+            }
+            write!(command, " --out {} --resume", folder.path().display())?;
+            info!("stopped after step {step}, saved; continue with: {command}");
+            Ok(ExitCode::from(INTERRUPTED))
+        }
+    }
+}
+
+/// `dtmem eval`.
+pub fn eval(arguments: &Eval) -> Result<ExitCode> {
+    let file = Folder::new(&arguments.folder).model();
+    let (model, header) = checkpoint::load_model(&file)?;
+    let config = &header.config;
+    let Some(task) = &config.task else {
+        return Err(format!(
+            "{}: this model was trained on demonstrations of its own and has no task to be \
+             evaluated on",
+            file.display()
+        )
+        .into());
+    };
+    if arguments
+        .target_return
+        .is_some_and(|value| !value.is_finite())
+    {
+        return Err("--target-return: expected a finite number".into());
+    }
+    let conditions = Conditions {
+        episodes: arguments.episodes.unwrap_or(config.evaluation.episodes),
+        seed: arguments.seed.unwrap_or(config.evaluation.seed),
+        target_return: arguments.target_return.unwrap_or(header.target_return),
+        return_scale: config.data.return_scale,
+    };
+    let mut progress = Progress::new();
+    let stop = stop_on_interrupt()?;
+    let total = conditions.episodes;
+    let result = evaluate::evaluate(&model, task, &conditions, &stop, |done| {
+        progress.show(Event::Evaluation { done, total });
+    })?;
+    let Some(result) = result else {
+        return Ok(ExitCode::from(INTERRUPTED));
+    };
+    info!("{}", run::result_line(task, &result));
+    print_json(&Summary::new(
+        Some(task),
+        Some(&result),
+        &model,
+        header.step,
+        result.tokens,
+        result.seconds,
+    ))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// `dtmem demos`.
+pub fn demos(arguments: &Demos) -> Result<ExitCode> {
+    match (&arguments.inspect, &arguments.task, &arguments.out) {
+        (Some(file), _, _) => print(&describe(&Demonstrations::load(file)?)?)?,
+        (None, Some(name), Some(out)) => {
+            let task = task(name, arguments)?;
+            let mut progress = Progress::new();
+            let total = arguments.episodes as u64;
+            let set = Demonstrations::generate(
+                &task,
+                arguments.episodes,
+                arguments.seed,
+                arguments.annotated,
+                |done| {
+                    progress.show(Event::Demonstrations {
+                        done: done as u64,
+                        total,
+                    });
+                },
+            )?;
+            set.save(out)?;
+            info!(
+                "{} episodes of {}, {} steps, in {}",
+                set.len(),
+                task.name(),
+                set.steps(),
+                out.display()
+            );
+        }
+        _ => return Err("demos: expected TASK and --out FILE, or --inspect FILE".into()),
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The task of a command line: the same keys as in a configuration.
+fn task(name: &str, arguments: &Demos) -> Result<Task> {
+    let given = [
+        ("name", Some(Value::from(name))),
+        ("length", arguments.length.map(Value::from)),
+        ("test_frequency", arguments.test_frequency.map(Value::from)),
+        (
+            "empty_frequency",
+            arguments.empty_frequency.map(Value::from),
+        ),
+        ("kind", arguments.kind.clone().map(Value::from)),
+        ("pairs", arguments.pairs.map(Value::from)),
+        ("steps", arguments.steps.map(Value::from)),
+    ];
+    let table: Map<String, Value> = given
+        .into_iter()
+        .filter_map(|(key, value)| Some((key.to_owned(), value?)))
+        .collect();
+    let task: Task =
+        serde_json::from_value(table.into()).map_err(|error| format!("task `{name}`: {error}"))?;
+    task.validate()?;
+    Ok(task)
+}
+
+/// What `--inspect` shows.
+fn describe(set: &Demonstrations) -> Result<String> {
+    let mut text = String::new();
+    let space = set.space();
+    if let Some(task) = &set.task {
+        writeln!(text, "task           {}", serde_json::to_string(task)?)?;
+    }
+    if let Some(seed) = set.seed {
+        writeln!(text, "seed           {seed}")?;
+    }
+    let steps: Vec<usize> = set.episodes().map(|episode| episode.steps()).collect();
+    let annotated = set.episodes().filter(|episode| episode.annotated).count();
+    let pairs: usize = set.episodes().map(|episode| episode.pairs.len()).sum();
+    let earlier = set
+        .episodes()
+        .flat_map(|episode| episode.pairs)
+        .filter(|(recalling, recalled)| recalled < recalling)
+        .count();
+    let returns: Vec<f64> = set
+        .episodes()
+        .map(|episode| episode.rewards.iter().copied().map(f64::from).sum())
+        .collect();
+    let mut actions = vec![0_u64; set.action_count()];
+    for action in set.episodes().flat_map(|episode| episode.actions) {
+        if let Some(count) = actions.get_mut(usize::from(*action)) {
+            *count += 1;
+        }
+    }
+    let count = steps.len().max(1) as f64;
+    let least = |values: &[f64]| values.iter().copied().fold(f64::INFINITY, f64::min);
+    let most = |values: &[f64]| values.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    writeln!(text, "episodes       {}", set.len())?;
+    writeln!(
+        text,
+        "steps          {} ({} to {} an episode, {:.1} on average)",
+        set.steps(),
+        steps.iter().min().unwrap_or(&0),
+        set.longest(),
+        set.steps() as f64 / count
+    )?;
+    writeln!(
+        text,
+        "observations   {:?}, codes below {:?}",
+        space.shape, space.cardinalities
+    )?;
+    writeln!(
+        text,
+        "actions        {}, taken {actions:?}",
+        set.action_count()
+    )?;
+    if !returns.is_empty() {
+        writeln!(
+            text,
+            "returns        {:.3} to {:.3}, {:.3} on average",
+            least(&returns),
+            most(&returns),
+            returns.iter().sum::<f64>() / count
+        )?;
+    }
+    writeln!(
+        text,
+        "annotated      {annotated} episodes, {pairs} pairs, {earlier} of them to an earlier step"
+    )?;
+    Ok(text)
+}
+
+/// `dtmem verify`: exit code 1 if any number is off.
+pub fn verify(arguments: &Verify) -> Result<ExitCode> {
+    let mut out = std::io::stdout().lock();
+    let Verify {
+        files,
+        backend,
+        dtype,
+    } = arguments;
+    let passed = dtmem::verify::run(files, *backend, *dtype, &mut out)?;
+    Ok(if passed {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}
+
+/// `dtmem info`.
+pub fn info() -> Result<ExitCode> {
+    let mut text = String::new();
+    writeln!(text, "dtmem          {}", env!("CARGO_PKG_VERSION"))?;
+    writeln!(text, "features       trainer")?;
+    writeln!(
+        text,
+        "cpu            {}, {} threads",
+        cpu_name().unwrap_or_else(|| std::env::consts::ARCH.to_owned()),
+        rayon::current_num_threads()
+    )?;
+    writeln!(text, "simd           {}", simd())?;
+    writeln!(text, "gpus           {}", gpus())?;
+    writeln!(text, "kernel images  none in this build")?;
+    print(&text)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn cpu_name() -> Option<String> {
+    let text = std::fs::read_to_string("/proc/cpuinfo").ok()?;
+    let line = text.lines().find(|line| line.starts_with("model name"))?;
+    Some(line.split_once(':')?.1.trim().to_owned())
+}
+
+/// The instruction sets that matter for matrix products.
+fn simd() -> String {
+    #[cfg(target_arch = "x86_64")]
+    let found = [
+        ("avx", is_x86_feature_detected!("avx")),
+        ("fma", is_x86_feature_detected!("fma")),
+        ("avx2", is_x86_feature_detected!("avx2")),
+        ("avx512f", is_x86_feature_detected!("avx512f")),
+    ];
+    #[cfg(target_arch = "aarch64")]
+    let found = [("neon", std::arch::is_aarch64_feature_detected!("neon"))];
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+    let found = [("", false)];
+    let names: Vec<&str> = found
+        .iter()
+        .filter(|(_, has)| *has)
+        .map(|(name, _)| *name)
+        .collect();
+    if names.is_empty() {
+        "none of those this program looks for".to_owned()
+    } else {
+        names.join(", ")
+    }
+}
+
+/// NVIDIA GPUs and the driver library, found without loading anything.
+fn gpus() -> String {
+    let entries = std::fs::read_dir("/proc/driver/nvidia/gpus");
+    let names: Vec<String> = entries
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter_map(|entry| std::fs::read_to_string(entry.path().join("information")).ok())
+        .map(|text| {
+            let model = text.lines().find_map(|line| line.strip_prefix("Model:"));
+            model.unwrap_or("unnamed").trim().to_owned()
+        })
+        .collect();
+    let devices = (0..64).filter(|number| Path::new(&format!("/dev/nvidia{number}")).exists());
+    let devices = devices.count();
+    let driver = match driver_library() {
+        Some(path) => format!("driver library {}", path.display()),
+        None => "no driver library (libcuda.so.1)".to_owned(),
+    };
+    match (names.len(), devices) {
+        (0, 0) => format!("none found; {driver}"),
+        (0, devices) => format!("{devices} found; {driver}"),
+        _ => format!("{}; {driver}", names.join(", ")),
+    }
+}
+
+fn driver_library() -> Option<PathBuf> {
+    let configured = std::env::var("LD_LIBRARY_PATH").unwrap_or_default();
+    configured
+        .split(':')
+        .filter(|folder| !folder.is_empty())
+        .chain([
+            "/usr/lib/x86_64-linux-gnu",
+            "/usr/lib/aarch64-linux-gnu",
+            "/usr/lib64",
+            "/usr/lib",
+            "/usr/lib/wsl/lib",
+            "/usr/local/cuda/compat",
+        ])
+        .map(|folder| Path::new(folder).join("libcuda.so.1"))
+        .find(|path| path.exists())
+}
+
+/// A flag that Ctrl-C sets; a second Ctrl-C ends the process at once.
+fn stop_on_interrupt() -> Result<Arc<AtomicBool>> {
+    let stop = Arc::new(AtomicBool::new(false));
+    let flag = Arc::clone(&stop);
+    ctrlc::set_handler(move || {
+        if flag.swap(true, Ordering::Relaxed) {
+            std::process::exit(INTERRUPTED.into());
+        }
+        info!("stopping after this step; once more to stop at once, without saving");
+    })?;
+    Ok(stop)
+}
+
+fn print_json(summary: &Summary) -> Result<()> {
+    print(&(serde_json::to_string(summary)? + "\n"))
+}
+
+/// To stdout. A closed pipe is an error and not a panic.
+fn print(text: &str) -> Result<()> {
+    let mut out = std::io::stdout().lock();
+    out.write_all(text.as_bytes())
+        .and_then(|()| out.flush())
+        .map_err(|error| format!("stdout: {error}").into())
+}

@@ -1,0 +1,157 @@
+//! What a person sees while a command runs: a bar on a terminal, a line now and then elsewhere.
+//! Everything goes to stderr; stdout is for results.
+
+use std::io::{self, IsTerminal, Write};
+use std::time::{Duration, Instant};
+
+use dtmem::train::run::Event;
+use indicatif::{HumanDuration, MultiProgress, ProgressBar, ProgressStyle};
+use tracing::info;
+
+/// Time between two lines where there is no terminal.
+const LINE_EVERY: Duration = Duration::from_secs(10);
+/// Weight of the past in the speed that is shown.
+const SMOOTHING: f64 = 0.98;
+
+/// Shows events.
+#[derive(Debug)]
+pub struct Progress {
+    bars: MultiProgress,
+    terminal: bool,
+    current: Option<Current>,
+}
+
+/// The phase that is under way.
+#[derive(Debug)]
+struct Current {
+    name: &'static str,
+    bar: ProgressBar,
+    started: Instant,
+    first: u64,
+    last_line: Instant,
+    tokens: f64,
+    seconds: f64,
+}
+
+impl Progress {
+    /// Sets up bars and the log.
+    pub fn new() -> Self {
+        let bars = MultiProgress::new();
+        let log = bars.clone();
+        // A second call in one process changes nothing: the first log stays.
+        let _ = tracing_subscriber::fmt()
+            .with_writer(move || LogWriter(log.clone()))
+            .without_time()
+            .with_target(false)
+            .with_level(false)
+            .try_init();
+        Self {
+            bars,
+            terminal: io::stderr().is_terminal(),
+            current: None,
+        }
+    }
+
+    /// Shows an event of a run.
+    pub fn show(&mut self, event: Event) {
+        match event {
+            Event::Demonstrations { done, total } => {
+                self.advance("generating", done, total, |_| String::new());
+            }
+            Event::Evaluation { done, total } => {
+                self.advance("evaluating", done, total, |_| String::new());
+            }
+            Event::Step {
+                step,
+                steps,
+                metrics,
+                seconds,
+            } => self.advance("training", step, steps, |current| {
+                current.tokens = current.tokens * SMOOTHING + metrics.tokens as f64;
+                current.seconds = current.seconds * SMOOTHING + seconds;
+                format!(
+                    "loss {:.4}  action {:.4}  memory {:.4}  accuracy {:.3}  {:.0} tokens/s",
+                    metrics.loss,
+                    metrics.action_loss,
+                    metrics.memory_loss,
+                    metrics.accuracy,
+                    current.tokens / current.seconds.max(1e-9),
+                )
+            }),
+        }
+    }
+
+    fn advance(
+        &mut self,
+        name: &'static str,
+        done: u64,
+        total: u64,
+        message: impl FnOnce(&mut Current) -> String,
+    ) {
+        let (bars, now) = (&self.bars, Instant::now());
+        let fresh = || Current {
+            name,
+            bar: bars.add(ProgressBar::new(total).with_style(style())),
+            started: now,
+            first: done.saturating_sub(1),
+            last_line: now,
+            tokens: 0.0,
+            seconds: 0.0,
+        };
+        if self
+            .current
+            .as_ref()
+            .is_some_and(|current| current.name != name)
+        {
+            self.current = None;
+        }
+        let current = self.current.get_or_insert_with(fresh);
+        let message = message(current);
+        if self.terminal {
+            current.bar.set_position(done);
+            current.bar.set_prefix(name);
+            current.bar.set_message(message);
+        } else if now - current.last_line >= LINE_EVERY {
+            current.last_line = now;
+            info!(
+                "{name} {done}/{total}  {message}{}",
+                current.left(done, total)
+            );
+        }
+        if done >= total {
+            current.bar.finish_and_clear();
+            self.current = None;
+        }
+    }
+}
+
+impl Current {
+    /// How long it will still take.
+    fn left(&self, done: u64, total: u64) -> String {
+        let share = (total - done.min(total)) as f64 / (done - self.first).max(1) as f64;
+        let seconds = self.started.elapsed().as_secs_f64() * share;
+        match Duration::try_from_secs_f64(seconds.round()) {
+            Ok(left) => format!("  about {} left", HumanDuration(left)),
+            Err(_) => String::new(),
+        }
+    }
+}
+
+fn style() -> ProgressStyle {
+    ProgressStyle::with_template("{prefix} {bar:30} {pos}/{len}  {msg}  {elapsed} (left: {eta})")
+        .unwrap_or_else(|_| ProgressStyle::default_bar())
+}
+
+/// Writes log lines above the bars.
+struct LogWriter(MultiProgress);
+
+impl Write for LogWriter {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.suspend(|| io::stderr().write_all(bytes))?;
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        io::stderr().flush()
+    }
+}
