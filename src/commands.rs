@@ -268,7 +268,7 @@ pub fn verify(arguments: &Verify) -> Result<ExitCode> {
 /// `dtmem info`.
 pub fn info() -> Result<ExitCode> {
     let mut text = String::new();
-    writeln!(text, "dtmem          {}", env!("CARGO_PKG_VERSION"))?;
+    writeln!(text, "version        {}", env!("CARGO_PKG_VERSION"))?;
     writeln!(text, "features       trainer")?;
     writeln!(
         text,

@@ -1,0 +1,666 @@
+//! Whole runs at toy size: repeatable bits, stopping and resuming, damaged files, the command.
+
+#![cfg(feature = "trainer")]
+
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use dtmem::tasks::{Demonstrations, Task};
+use dtmem::train::Error;
+use dtmem::train::checkpoint::{load_model, model_from_bytes, state_from_bytes};
+use dtmem::train::config::Config;
+use dtmem::train::evaluate::{Conditions, evaluate};
+use dtmem::train::metrics::Line;
+use dtmem::train::run::{Event, Folder, Options, Outcome, Start, Summary, train};
+use proptest::prelude::*;
+use tempfile::TempDir;
+
+/// AttentionTuner in a hallway; dropout on, so that the masks matter.
+const HALLWAY: &str = r#"
+seed = 7
+[task]
+name = "hallway"
+length = 1
+[data]
+episodes = 30
+[model]
+front_end = "linear"
+width = 8
+layers = 1
+heads = 2
+feed_forward = 16
+dropout = 0.1
+[loss]
+heads = [1, 2]
+[train]
+steps = 11
+batch_tokens = 90
+learning_rate = 1e-2
+schedule = "cosine"
+log_every = 3
+checkpoint_every = 4
+[evaluation]
+episodes = 6
+"#;
+
+/// DT-Mem with adapters on recall: other tokens, memory, frozen parameters.
+const RECALL: &str = r#"
+[task]
+name = "recall"
+steps = 6
+pairs = 2
+[data]
+episodes = 30
+[model]
+block = "pre_ln"
+layout = "return_obs_action"
+front_end = "linear"
+width = 8
+layers = 2
+heads = 2
+feed_forward = 16
+attention = "segment"
+segment_steps = 2
+[model.memory]
+slots = 4
+[model.adapter]
+rank = 2
+dropout = 0.2
+[loss]
+lambda = 0
+[train]
+epochs = 2
+batch_tokens = 100
+optimiser = "adamw"
+weight_decay = 1e-2
+clip = 1.0
+learning_rate = 1e-2
+log_every = 2
+checkpoint_every = 3
+[evaluation]
+episodes = 6
+"#;
+
+fn config(text: &str, overrides: &[&str]) -> Config {
+    let overrides: Vec<String> = overrides.iter().map(|&s| s.to_owned()).collect();
+    Config::parse("toy.toml", text, &overrides).unwrap()
+}
+
+/// Runs until it is done, or until `stop_after` steps are.
+fn run(
+    config: &Config,
+    folder: &Path,
+    start: Start,
+    stop_after: Option<u64>,
+) -> Result<Outcome, Error> {
+    let stop = AtomicBool::new(false);
+    let mut watch = |event: Event| {
+        if let Event::Step { step, .. } = event
+            && Some(step) == stop_after
+        {
+            stop.store(true, Ordering::Relaxed);
+        }
+    };
+    let options = Options {
+        folder: &Folder::new(folder),
+        start,
+        stop: &stop,
+        watch: &mut watch,
+    };
+    train(config, options)
+}
+
+fn finish(config: &Config, folder: &Path, start: Start) -> Summary {
+    match run(config, folder, start, None).unwrap() {
+        Outcome::Finished(summary) => summary,
+        stopped => panic!("{stopped:?}"),
+    }
+}
+
+fn message(config: &Config, folder: &Path, start: Start) -> String {
+    run(config, folder, start, None).unwrap_err().to_string()
+}
+
+fn model_bytes(folder: &Path) -> Vec<u8> {
+    std::fs::read(Folder::new(folder).model()).unwrap()
+}
+
+fn lines(folder: &Path) -> Vec<Line> {
+    let text = std::fs::read_to_string(Folder::new(folder).metrics()).unwrap();
+    text.lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect()
+}
+
+/// One finished run, for the tests that only read it.
+fn finished() -> &'static TempDir {
+    static RUN: OnceLock<TempDir> = OnceLock::new();
+    RUN.get_or_init(|| {
+        let folder = TempDir::new().unwrap();
+        finish(&config(HALLWAY, &[]), folder.path(), Start::Fresh);
+        folder
+    })
+}
+
+#[test]
+fn a_run_leaves_its_files_and_sums_itself_up() {
+    let folder = TempDir::new().unwrap();
+    let summary = finish(&config(HALLWAY, &[]), folder.path(), Start::Fresh);
+    assert_eq!(
+        (summary.task.as_deref(), summary.episodes, summary.steps),
+        (Some("hallway"), 6, 11)
+    );
+    let (rate, [low, high]) = (summary.success_rate.unwrap(), summary.interval.unwrap());
+    assert!((0.0..=1.0).contains(&rate) && low <= rate && rate <= high);
+    assert_eq!(summary.parameters, summary.trained_parameters);
+    let steps: Vec<u64> = lines(folder.path()).iter().map(|line| line.step).collect();
+    assert_eq!(
+        steps,
+        [3, 4, 6, 8, 9, 11],
+        "logged every 3, checkpoints every 4, and the end"
+    );
+    for line in lines(folder.path()) {
+        let loss = line.action_loss + 10.0 * line.memory_loss;
+        assert!((line.loss - loss).abs() < 1e-5 * loss && line.gradient_norm > 0.0);
+        assert!((0.0..=1.0).contains(&line.accuracy) && line.tokens <= 90 * line.step);
+    }
+    for picture in ["curves.png", "attention.png"] {
+        let bytes = std::fs::read(folder.path().join(picture)).unwrap();
+        assert!(bytes.starts_with(b"\x89PNG"), "{picture}");
+    }
+    let files = std::fs::read_dir(folder.path()).unwrap().count();
+    assert_eq!(files, 6, "nothing else is left behind");
+    let resolved = Config::load(&folder.path().join("config.toml"), &[]).unwrap();
+    assert_eq!(resolved, config(HALLWAY, &[]));
+}
+
+#[test]
+fn stopping_anywhere_and_resuming_gives_the_bits_of_never_stopping() {
+    for text in [HALLWAY, RECALL] {
+        let config = config(text, &[]);
+        let straight = TempDir::new().unwrap();
+        let steps = finish(&config, straight.path(), Start::Fresh).steps;
+        for stop in 1..=steps {
+            let folder = TempDir::new().unwrap();
+            // Stop twice: a resumed run must be resumable.
+            for (start, stop) in [(Start::Fresh, stop), (Start::Resume, stop + 2)] {
+                match run(&config, folder.path(), start, Some(stop)).unwrap() {
+                    Outcome::Stopped { step } => assert_eq!(step, stop.min(steps)),
+                    Outcome::Finished(_) => assert!(stop > steps),
+                }
+            }
+            finish(&config, folder.path(), Start::Resume);
+            assert!(
+                model_bytes(folder.path()) == model_bytes(straight.path()),
+                "stopped after {stop}"
+            );
+            assert_eq!(lines(folder.path()).last().unwrap().step, steps);
+        }
+    }
+}
+
+#[test]
+fn thread_count_does_not_change_a_bit() {
+    for text in [HALLWAY, RECALL] {
+        let bigger = [
+            "data.episodes=200",
+            "train.batch_tokens=1500",
+            "model.width=32",
+        ];
+        let config = config(text, &bigger);
+        let of = |threads| {
+            let folder = TempDir::new().unwrap();
+            let pool = rayon::ThreadPoolBuilder::new()
+                .num_threads(threads)
+                .build()
+                .unwrap();
+            let summary = pool.install(|| finish(&config, folder.path(), Start::Fresh));
+            (model_bytes(folder.path()), summary.success_rate)
+        };
+        let one = of(1);
+        assert!(one == of(2) && one == of(5));
+    }
+}
+
+#[test]
+fn seed_changes_the_model() {
+    let folder = TempDir::new().unwrap();
+    finish(&config(HALLWAY, &["seed=8"]), folder.path(), Start::Fresh);
+    assert_ne!(model_bytes(folder.path()), model_bytes(finished().path()));
+}
+
+#[test]
+fn only_adapters_are_trained_where_there_are_any() {
+    let folder = TempDir::new().unwrap();
+    let config = config(RECALL, &[]);
+    let summary = finish(&config, folder.path(), Start::Fresh);
+    // Five projections in two layers, each with A [2, 8] and B [8, 2].
+    assert_eq!(summary.trained_parameters, 2 * 5 * 2 * 2 * 8);
+    assert!(summary.parameters > summary.trained_parameters);
+}
+
+#[test]
+fn a_folder_with_a_run_is_not_overwritten_unless_asked() {
+    let folder = TempDir::new().unwrap();
+    let (first, second) = (config(HALLWAY, &[]), config(HALLWAY, &["seed=8"]));
+    let error = message(&first, folder.path(), Start::Resume);
+    assert!(error.contains("no run to resume"), "{error}");
+    finish(&first, folder.path(), Start::Fresh);
+    let before = model_bytes(folder.path());
+    let error = message(&second, folder.path(), Start::Fresh);
+    for part in ["--resume", "--overwrite", "--out"] {
+        assert!(error.contains(part), "{error}");
+    }
+    let error = message(&second, folder.path(), Start::Resume);
+    assert!(
+        error.contains("seed = 7") && error.contains("seed = 8"),
+        "{error}"
+    );
+    assert_eq!(
+        model_bytes(folder.path()),
+        before,
+        "a refused start changes nothing"
+    );
+    finish(&second, folder.path(), Start::Overwrite);
+    assert_ne!(model_bytes(folder.path()), before);
+}
+
+#[test]
+fn a_kill_between_the_two_files_leaves_a_run_that_resumes() {
+    let config = config(HALLWAY, &[]);
+    let folder = TempDir::new().unwrap();
+    run(&config, folder.path(), Start::Fresh, Some(4)).unwrap();
+    let old_model = model_bytes(folder.path());
+    run(&config, folder.path(), Start::Resume, Some(8)).unwrap();
+    // As if killed after the state of step 8 was renamed, with the model half written.
+    let files = Folder::new(folder.path());
+    std::fs::write(files.model(), &old_model).unwrap();
+    let mut half = files.model().into_os_string();
+    half.push(".tmp");
+    std::fs::write(&half, &old_model[..old_model.len() / 2]).unwrap();
+    assert_eq!(load_model(&files.model()).unwrap().1.step, 4);
+    finish(&config, folder.path(), Start::Resume);
+    assert_eq!(model_bytes(folder.path()), model_bytes(finished().path()));
+    // And before the first checkpoint there is nothing to lose.
+    std::fs::remove_file(files.state()).unwrap();
+    finish(&config, folder.path(), Start::Resume);
+    assert_eq!(model_bytes(folder.path()), model_bytes(finished().path()));
+}
+
+#[test]
+fn loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint() {
+    let folder = TempDir::new().unwrap();
+    // The first step leaves finite parameters, with which the second overflows.
+    let wild = config(
+        HALLWAY,
+        &[
+            "train.learning_rate=1e30",
+            "train.checkpoint_every=1",
+            "train.schedule=constant",
+        ],
+    );
+    let error = message(&wild, folder.path(), Start::Fresh);
+    let saved = load_model(&Folder::new(folder.path()).model())
+        .unwrap()
+        .1
+        .step;
+    for part in [
+        format!("step {}: ", saved + 1),
+        format!("the checkpoint of step {saved} is in"),
+        "a finite number".to_owned(),
+    ] {
+        assert!(error.contains(&part), "{part} is missing in: {error}");
+    }
+    assert!(
+        lines(folder.path())
+            .iter()
+            .all(|line| line.loss.is_finite())
+    );
+}
+
+#[test]
+fn configurations_that_do_not_fit_the_data_are_refused() {
+    let folder = TempDir::new().unwrap();
+    let refused = |text: &str, overrides: &[&str], parts: &[&str]| {
+        let error = message(&config(text, overrides), folder.path(), Start::Overwrite);
+        for part in parts {
+            assert!(error.contains(part), "{part} is missing in: {error}");
+        }
+    };
+    refused(
+        HALLWAY,
+        &["train.batch_tokens=19"],
+        &["train.batch_tokens", "19", "at least 20"],
+    );
+    refused(
+        HALLWAY,
+        &["train.batch_tokens=9999"],
+        &["train.batch_tokens", "at most"],
+    );
+    refused(
+        RECALL,
+        &["model.front_end=convolution"],
+        &["model.front_end", "linear"],
+    );
+
+    let file = folder.path().join("own.safetensors");
+    let path = format!("data.file={}", file.display());
+    refused(HALLWAY, &[&path], &["own.safetensors"]);
+    let task: Task = serde_json::from_str(r#"{"name":"recall"}"#).unwrap();
+    let set = Demonstrations::generate(&task, 5, 0, 1.0, |_| {}).unwrap();
+    set.save(&file).unwrap();
+    refused(
+        HALLWAY,
+        &[&path],
+        &["data.file", "own.safetensors", "[7, 7, 3]", "hallway"],
+    );
+    refused(
+        RECALL,
+        &[&path, "data.episodes=6"],
+        &["data.episodes", "6", "at most the 5"],
+    );
+    let bytes = std::fs::read(&file).unwrap();
+    std::fs::write(&file, &bytes[..bytes.len() - 1]).unwrap();
+    refused(RECALL, &[&path], &["own.safetensors"]);
+}
+
+#[test]
+fn own_demonstrations_train_without_a_task() {
+    let folder = TempDir::new().unwrap();
+    let file = folder.path().join("own.safetensors");
+    let task: Task = serde_json::from_str(r#"{"name":"hallway","length":1}"#).unwrap();
+    let set = Demonstrations::generate(&task, 30, 7, 1.0, |_| {}).unwrap();
+    set.save(&file).unwrap();
+    let path = format!("data.file={}", file.display());
+    let out = folder.path().join("run");
+    let summary = finish(&config(HALLWAY, &[&path, "task="]), &out, Start::Fresh);
+    assert_eq!((summary.task, summary.success_rate), (None, None));
+    assert!(out.join("attention.png").exists());
+    load_model(&Folder::new(&out).model()).unwrap();
+    // The same demonstrations give the same losses, wherever they come from.
+    let mine: Vec<f64> = lines(&out).iter().map(|line| line.action_loss).collect();
+    let generated: Vec<f64> = lines(finished().path())
+        .iter()
+        .map(|line| line.action_loss)
+        .collect();
+    assert_eq!(mine, generated);
+}
+
+#[test]
+fn unwritable_folder_is_named_before_anything_is_generated() {
+    let folder = TempDir::new().unwrap();
+    let file = folder.path().join("file");
+    std::fs::write(&file, "").unwrap();
+    let error = message(&config(HALLWAY, &[]), &file.join("run"), Start::Fresh);
+    assert!(
+        error.contains(&file.join("run").display().to_string()),
+        "{error}"
+    );
+}
+
+#[test]
+fn evaluation_does_not_depend_on_how_many_act_at_once() {
+    let folder = Folder::new(finished().path());
+    let (model, header) = load_model(&folder.model()).unwrap();
+    let task = header.config.task.as_ref().unwrap();
+    let stop = AtomicBool::new(false);
+    let play = |episodes| {
+        let conditions = Conditions {
+            episodes,
+            seed: 3,
+            target_return: header.target_return,
+            return_scale: 1.0,
+        };
+        let result = evaluate(&model, task, &conditions, &stop, |_| {});
+        result.unwrap().unwrap()
+    };
+    // Prefixes of one list of episodes: each one alone adds what it adds in company.
+    let mut before = 0;
+    for episodes in 1..=8 {
+        let successes = play(episodes).successes;
+        assert!(successes == before || successes == before + 1);
+        before = successes;
+    }
+}
+
+#[test]
+fn checkpoint_of_another_model_is_refused_by_name() {
+    let folder = finished().path();
+    let bytes = model_bytes(folder);
+    let text = String::from_utf8_lossy(&bytes).into_owned();
+    let path = Path::new("other.safetensors");
+    // The same length, so that the file stays whole.
+    for (from, to, part) in [
+        ("\\\"width\\\":8", "\\\"width\\\":4", "tensor"),
+        ("\\\"heads\\\":2", "\\\"heads\\\":3", "model.heads"),
+        ("\\\"version\\\":1", "\\\"version\\\":2", "version"),
+        ("\\\"actions\\\":7", "\\\"actions\\\":6", "spaces"),
+        ("\\\"length\\\":1", "\\\"length\\\":9", "spaces"),
+        ("\\\"dtmem\\\"", "\\\"dtmen\\\"", ""),
+    ] {
+        if let Some(place) = text.find(from) {
+            let mut other = bytes.clone();
+            // Everything before the tensors is ASCII, so places agree.
+            other[place..place + from.len()].copy_from_slice(to.as_bytes());
+            let error = model_from_bytes(path, &other).unwrap_err().to_string();
+            assert!(error.contains(part), "{to}: {error}");
+        } else {
+            assert!(part.is_empty(), "{from} is not in the header");
+        }
+    }
+    for length in [0, 7, 8, 100, bytes.len() - 1] {
+        let error = model_from_bytes(path, &bytes[..length])
+            .unwrap_err()
+            .to_string();
+        assert!(error.contains("other.safetensors"), "{error}");
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 400, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn damaged_checkpoints_never_panic(
+        edits in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..4),
+        header_only: bool,
+        cut in prop::option::of(any::<prop::sample::Index>()),
+    ) {
+        let folder = Folder::new(finished().path());
+        for file in [folder.model(), folder.state()] {
+            let mut bytes = std::fs::read(&file).unwrap();
+            let header = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+            for (place, byte) in &edits {
+                let place = place.index(if header_only { header } else { bytes.len() });
+                bytes[place] = *byte;
+            }
+            if let Some(cut) = cut {
+                bytes.truncate(cut.index(bytes.len()));
+            }
+            if let Err(error) = model_from_bytes(&file, &bytes) {
+                prop_assert!(error.to_string().len() > 10);
+            }
+            if let Err(error) = state_from_bytes(&file, &bytes, 100, 100) {
+                prop_assert!(error.to_string().len() > 10);
+            }
+        }
+    }
+}
+
+fn dtmem(folder: &Path, arguments: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_dtmem"))
+        .args(arguments)
+        .current_dir(folder)
+        .stdin(Stdio::null())
+        .output()
+        .unwrap()
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+#[test]
+fn command_trains_evaluates_and_prints_one_json_line() {
+    let folder = TempDir::new().unwrap();
+    std::fs::write(folder.path().join("toy.toml"), HALLWAY).unwrap();
+    let output = dtmem(folder.path(), &["train", "toy.toml", "--threads", "1"]);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    assert!(text(&output.stderr).contains("without memory reaches about 50.0 %"));
+    let trained: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let mut keys: Vec<&String> = trained.as_object().unwrap().keys().collect();
+    keys.sort();
+    assert_eq!(
+        keys,
+        [
+            "episodes",
+            "interval",
+            "parameters",
+            "real_tokens_per_s",
+            "seconds",
+            "steps",
+            "success_rate",
+            "task",
+            "trained_parameters"
+        ]
+    );
+    let output = dtmem(folder.path(), &["eval", "runs/toy"]);
+    let evaluated: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(trained["success_rate"], evaluated["success_rate"]);
+    let output = dtmem(
+        folder.path(),
+        &["eval", "runs/toy", "--episodes", "3", "--seed", "5"],
+    );
+    let evaluated: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(evaluated["episodes"], 3);
+    let output = dtmem(folder.path(), &["train", "toy.toml"]);
+    assert_eq!(output.status.code(), Some(2));
+    assert!(text(&output.stderr).contains("runs/toy: there is a run in this folder already"));
+}
+
+#[test]
+fn command_writes_and_shows_demonstrations() {
+    let folder = TempDir::new().unwrap();
+    let write = [
+        "demos",
+        "recall",
+        "--episodes",
+        "9",
+        "--steps",
+        "5",
+        "--pairs",
+        "2",
+    ];
+    let output = dtmem(
+        folder.path(),
+        &[&write[..], &["--out", "d.safetensors"]].concat(),
+    );
+    assert!(
+        output.status.success() && output.stdout.is_empty(),
+        "{}",
+        text(&output.stderr)
+    );
+    let output = dtmem(folder.path(), &["demos", "--inspect", "d.safetensors"]);
+    let shown = text(&output.stdout);
+    for part in [
+        "recall",
+        "episodes       9",
+        "steps          54",
+        "9 episodes, 9 pairs",
+    ] {
+        assert!(shown.contains(part), "{part} is missing in: {shown}");
+    }
+}
+
+#[test]
+fn command_refuses_bad_input_with_exit_code_2() {
+    let folder = TempDir::new().unwrap();
+    for (arguments, part) in [
+        (vec!["train", "none.toml"], "none.toml"),
+        (vec!["eval", "none"], "none/model.safetensors"),
+        (vec!["demos", "--inspect", "none"], "none"),
+        (vec!["demos", "maze", "--out", "x"], "hallway"),
+        (
+            vec!["demos", "hallway", "--pairs", "2", "--out", "x"],
+            "pairs",
+        ),
+        (
+            vec!["demos", "hallway", "--length", "0", "--out", "x"],
+            "length",
+        ),
+        (vec!["demos", "hallway"], "--out"),
+        (vec!["info", "--threads", "0"], "--threads"),
+        (vec!["verify", "none.safetensors"], "none.safetensors"),
+        (vec!["fly"], "fly"),
+    ] {
+        let output = dtmem(folder.path(), &arguments);
+        let error = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{arguments:?}: {error}");
+        assert!(
+            error.contains("error: ") && error.contains(part),
+            "{arguments:?}: {error}"
+        );
+        assert!(!error.contains("panicked"), "{error}");
+    }
+}
+
+#[test]
+fn command_says_what_this_build_can_do() {
+    let folder = TempDir::new().unwrap();
+    let shown = text(&dtmem(folder.path(), &["info"]).stdout);
+    for part in ["version", "features", "cpu", "gpus", "kernel images"] {
+        assert!(shown.contains(part), "{shown}");
+    }
+}
+
+#[cfg(unix)]
+#[test]
+fn interrupt_saves_and_says_how_to_go_on() {
+    use std::io::{BufRead, BufReader};
+
+    let folder = TempDir::new().unwrap();
+    std::fs::write(folder.path().join("toy.toml"), HALLWAY).unwrap();
+    let long = ["train", "toy.toml", "--set", "train.steps=1000000"];
+    let mut child = Command::new(env!("CARGO_BIN_EXE_dtmem"))
+        .args(long)
+        .current_dir(folder.path())
+        .stderr(Stdio::piped())
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap();
+    let mut said = BufReader::new(child.stderr.take().unwrap())
+        .lines()
+        .map(Result::unwrap);
+    assert!(said.by_ref().any(|line| line.contains("1000000 steps")));
+    // The first line of metrics tells that training is under way.
+    let files = Folder::new(folder.path().join("runs/toy"));
+    while std::fs::metadata(files.metrics()).map_or(0, |metadata| metadata.len()) == 0 {
+        std::thread::yield_now();
+    }
+    let pid = child.id().to_string();
+    assert!(
+        Command::new("kill")
+            .args(["-INT", &pid])
+            .status()
+            .unwrap()
+            .success()
+    );
+    let rest: Vec<String> = said.collect();
+    assert_eq!(child.wait().unwrap().code(), Some(130), "{rest:?}");
+    let hint = rest.last().unwrap();
+    assert!(
+        hint.contains("dtmem train toy.toml --set 'train.steps=1000000' --out runs/toy --resume"),
+        "{hint}"
+    );
+    let (_, header) = load_model(&files.model()).unwrap();
+    assert!(
+        header.step > 0 && hint.contains(&format!("step {}", header.step)),
+        "{hint}"
+    );
+    assert_eq!(
+        lines(files.path()).last().unwrap().step,
+        header.step,
+        "the steps since the last line are logged"
+    );
+}
