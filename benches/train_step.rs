@@ -16,6 +16,9 @@ use dtmem_reference::dropout::philox;
 /// Steps of the eight trajectories of the paper's case.
 const PAPER_STEPS: [usize; 8] = [145, 20, 96, 40, 64, 33, 88, 26];
 
+/// As many as the cores that the numbers are for.
+const SHARDS: usize = 2;
+
 struct Case {
     name: &'static str,
     config: ModelConfig,
@@ -141,7 +144,7 @@ fn train_step(criterion: &mut Criterion) {
             sequences: batch.sequences(),
             segments: batch.segments(),
         };
-        let mut training = Training::new(&model, capacity).expect("buffers");
+        let mut training = Training::new(&model, capacity, SHARDS).expect("buffers");
         let optimiser = OptimiserStep {
             learning_rate: 1e-4,
             beta1: 0.9,

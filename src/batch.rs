@@ -1,5 +1,7 @@
 //! Packed batches: what a backend computes on. Nothing here knows what a task is.
 
+use std::ops::Range;
+
 use thiserror::Error;
 
 /// Which tokens stand for one time step (SPEC section 1).
@@ -77,6 +79,9 @@ pub struct PackedBatch {
     pub pair_keys: Vec<i32>,
     /// For each sequence: 1 takes part in the memory loss, 0 does not.
     pub annotated: Vec<u8>,
+    /// First token of each sequence in the batch that it was selected from ([`Self::select`]), so
+    /// that dropout draws the same mask for it; its own first token otherwise.
+    pub origins: Vec<i32>,
 }
 
 impl PackedBatch {
@@ -94,6 +99,105 @@ impl PackedBatch {
     pub fn segments(&self) -> usize {
         self.segment_offsets.len().saturating_sub(1)
     }
+
+    /// Tokens of one sequence.
+    pub fn tokens_of(&self, sequence: usize) -> Range<usize> {
+        self.cu_seqlens[sequence] as usize..self.cu_seqlens[sequence + 1] as usize
+    }
+
+    /// Makes `to` the batch of some of these sequences, reusing its memory.
+    pub fn select(&self, sequences: &[usize], to: &mut Self) {
+        to.clear();
+        let fields = self.observations.len() / self.observation_tokens.len().max(1);
+        for &sequence in sequences {
+            let tokens = self.tokens_of(sequence);
+            let shift = to.tokens() as i32 - tokens.start as i32;
+            let segments = [0, 1].map(|next| self.sequence_segments[sequence + next] as usize);
+            let ends = &self.segment_offsets[segments[0] + 1..=segments[1]];
+            to.segment_offsets
+                .extend(ends.iter().map(|end| end + shift));
+            for token in tokens.clone() {
+                let at = to.tokens() as i32;
+                let row = self.token_row[token] as usize;
+                let new_row = match self.token_kind[token] {
+                    kind if kind == TokenKind::Observation as u8 => {
+                        let codes = &self.observations[row * fields..][..fields];
+                        to.observations.extend_from_slice(codes);
+                        to.targets.push(self.targets[row]);
+                        push_row(&mut to.observation_tokens, at)
+                    }
+                    kind if kind == TokenKind::Action as u8 => {
+                        to.actions.push(self.actions[row]);
+                        push_row(&mut to.action_tokens, at)
+                    }
+                    _ => {
+                        to.returns.push(self.returns[row]);
+                        push_row(&mut to.return_tokens, at)
+                    }
+                };
+                let pairs = [0, 1].map(|next| self.pair_offsets[token + next] as usize);
+                to.pair_keys
+                    .extend_from_slice(&self.pair_keys[pairs[0]..pairs[1]]);
+                to.pair_offsets.push(to.pair_keys.len() as i32);
+                to.token_kind.push(self.token_kind[token]);
+                to.token_row.push(new_row);
+                to.token_time.push(self.token_time[token]);
+            }
+            to.sequence_segments.push(to.segments() as i32);
+            to.cu_seqlens.push(to.tokens() as i32);
+            to.annotated.push(self.annotated[sequence]);
+            to.origins.push(self.origins[sequence]);
+        }
+    }
+
+    /// Back to no sequences.
+    fn clear(&mut self) {
+        let Self {
+            cu_seqlens,
+            segment_offsets,
+            sequence_segments,
+            token_kind,
+            token_row,
+            token_time,
+            observations,
+            observation_tokens,
+            targets,
+            actions,
+            action_tokens,
+            returns,
+            return_tokens,
+            pair_offsets,
+            pair_keys,
+            annotated,
+            origins,
+        } = self;
+        for offsets in [cu_seqlens, segment_offsets, sequence_segments, pair_offsets] {
+            offsets.clear();
+            offsets.push(0);
+        }
+        for list in [
+            token_row,
+            token_time,
+            observation_tokens,
+            targets,
+            action_tokens,
+            return_tokens,
+            pair_keys,
+            origins,
+        ] {
+            list.clear();
+        }
+        for bytes in [token_kind, observations, actions, annotated] {
+            bytes.clear();
+        }
+        returns.clear();
+    }
+}
+
+/// Appends a token and returns the row that it has among its kind.
+fn push_row(tokens: &mut Vec<i32>, token: i32) -> i32 {
+    tokens.push(token);
+    tokens.len() as i32 - 1
 }
 
 /// Why a sequence cannot be packed.
@@ -153,7 +257,6 @@ pub struct Packer {
     fields: usize,
     segment_steps: usize,
     batch: PackedBatch,
-    sequence_start: usize,
     segment: Option<i32>,
 }
 
@@ -166,7 +269,6 @@ impl Packer {
             fields,
             segment_steps: segment_steps.unwrap_or(usize::MAX).max(1),
             batch: PackedBatch::default(),
-            sequence_start: 0,
             segment: None,
         };
         packer.clear();
@@ -175,44 +277,7 @@ impl Packer {
 
     /// Starts an empty batch.
     pub fn clear(&mut self) {
-        let PackedBatch {
-            cu_seqlens,
-            segment_offsets,
-            sequence_segments,
-            token_kind,
-            token_row,
-            token_time,
-            observations,
-            observation_tokens,
-            targets,
-            actions,
-            action_tokens,
-            returns,
-            return_tokens,
-            pair_offsets,
-            pair_keys,
-            annotated,
-        } = &mut self.batch;
-        for offsets in [cu_seqlens, segment_offsets, sequence_segments, pair_offsets] {
-            offsets.clear();
-            offsets.push(0);
-        }
-        for list in [
-            token_row,
-            token_time,
-            observation_tokens,
-            targets,
-            action_tokens,
-            return_tokens,
-            pair_keys,
-        ] {
-            list.clear();
-        }
-        for bytes in [token_kind, observations, actions, annotated] {
-            bytes.clear();
-        }
-        returns.clear();
-        self.sequence_start = 0;
+        self.batch.clear();
         self.segment = None;
     }
 
@@ -318,12 +383,12 @@ impl Packer {
         if self.segment.take().is_some() {
             self.batch.segment_offsets.push(tokens);
         }
+        self.batch.origins.extend(self.batch.cu_seqlens.last());
         self.batch
             .sequence_segments
             .push(self.batch.segments() as i32);
         self.batch.cu_seqlens.push(tokens);
         self.batch.annotated.push(u8::from(annotated));
-        self.sequence_start = self.batch.tokens();
     }
 
     fn push_token(&mut self, kind: TokenKind, row: usize, time: i32) {

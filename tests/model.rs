@@ -178,7 +178,7 @@ fn check_gradients(config: &ModelConfig, spaces: &Spaces, supervision: Option<Su
     }
     model.set_values(&values).expect("values");
     let batch = data.pack(&model);
-    let mut training = Training::new(&model, capacity(&batch)).expect("buffers");
+    let mut training = Training::new(&model, capacity(&batch), 2).expect("buffers");
     training.gradients(&model, &batch, 5, 1).expect("gradients");
     let gradients = training.gradient_values(&model).expect("gradients");
     let mut checked = 0;
@@ -342,7 +342,7 @@ fn frozen_parameters_keep_their_bits() {
     let mut model = model::<f32>(&config, &symbols(), None);
     let before = model.values().expect("values");
     let batch = Data::new(&symbols(), &[6, 4], 2).pack(&model);
-    let mut training = Training::new(&model, capacity(&batch)).expect("buffers");
+    let mut training = Training::new(&model, capacity(&batch), 2).expect("buffers");
     for step in 1..=3 {
         training
             .step(&mut model, &batch, 0, step, &optimiser())
@@ -459,7 +459,7 @@ fn train_bits(threads: usize, config: &ModelConfig, spaces: &Spaces) -> Vec<u32>
         let supervision = (config.attention == AttentionSpan::Episode).then(supervision);
         let mut model = model::<f32>(config, spaces, supervision);
         let batch = Data::new(spaces, &[9; 60], 6).pack(&model);
-        let mut training = Training::new(&model, capacity(&batch)).expect("buffers");
+        let mut training = Training::new(&model, capacity(&batch), 2).expect("buffers");
         for step in 1..=3 {
             let metrics = training
                 .step(&mut model, &batch, 3, step, &optimiser())
@@ -556,7 +556,7 @@ fn batches_beyond_the_buffers_are_an_error() {
         tokens: 4,
         ..capacity(&batch)
     };
-    let mut training = Training::new(&model, small).expect("buffers");
+    let mut training = Training::new(&model, small, 2).expect("buffers");
     let error = training
         .gradients(&model, &batch, 0, 1)
         .expect_err("too large a batch");

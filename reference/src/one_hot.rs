@@ -30,7 +30,7 @@ pub fn forward<T: Scalar>(
             None => y.fill(T::zero()),
         }
         for (&code, &offset) in codes.iter().zip(offsets) {
-            y += &weight.row(offset + usize::from(code));
+            add(weight.row(offset + usize::from(code)), y.view_mut());
         }
     }
     Ok(())
@@ -53,11 +53,22 @@ pub fn backward<T: Scalar>(
     }
     for (codes, dy) in codes.rows().into_iter().zip(dy.rows()) {
         for (&code, &offset) in codes.iter().zip(offsets) {
-            let mut row = dweight.row_mut(offset + usize::from(code));
-            row += &dy;
+            add(dy, dweight.row_mut(offset + usize::from(code)));
         }
     }
     Ok(())
+}
+
+/// sum += x: the inner loop of both directions, on slices where the rows are contiguous.
+fn add<T: Scalar>(x: ArrayView1<T>, mut sum: ArrayViewMut1<T>) {
+    match (x.as_slice(), sum.as_slice_mut()) {
+        (Some(x), Some(sum)) => {
+            for (sum, &x) in sum.iter_mut().zip(x) {
+                *sum += x;
+            }
+        }
+        _ => sum += &x,
+    }
 }
 
 /// Checks that every code names a weight row of its own field.

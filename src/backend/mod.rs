@@ -360,25 +360,49 @@ pub enum Metric {
     ActionLoss,
     /// Number of right predictions.
     Correct,
-    /// The attention-BCE, already averaged.
+    /// Numerator of the attention-BCE: −Σ (E log A + (1−E) log(1−A)).
     MemoryLoss,
 }
 
 /// Length of the metrics buffer.
 pub const METRICS: usize = 3;
 
+/// A dropout mask and the batch whose tokens it is drawn for: element e of token t is drawn at
+/// index (origin of t)·width + e, wherever the token's sequence stands in this batch.
+#[derive(Debug)]
+pub struct Dropped<'a, Batch> {
+    /// The mask.
+    pub mask: dropout::Mask,
+    /// The batch.
+    pub batch: &'a Batch,
+}
+
+impl<Batch> Clone for Dropped<'_, Batch> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<Batch> Copy for Dropped<'_, Batch> {}
+
 /// Operations on buffers. All shapes are row-major; `rows` counts packed tokens unless said
 /// otherwise. Input gradients are overwritten, parameter gradients (`gradients`) added to.
-pub trait Backend {
+pub trait Backend: Sync {
     /// Type of one number as it travels to and from the host.
     type Element: Scalar;
     /// Floating-point memory.
-    type Buffer: Debug;
+    type Buffer: Debug + Send + Sync;
     /// A batch in the backend's memory.
-    type Batch: Default;
+    type Batch: Default + Debug + Send + Sync;
 
     /// Short name for messages: `cpu`.
     fn name(&self) -> &'static str;
+
+    /// Runs `work` on every item, side by side where the backend has threads.
+    fn for_each<S: Send, E: Send>(
+        &self,
+        items: &mut [S],
+        work: impl Fn(&mut S) -> std::result::Result<(), E> + Sync,
+    ) -> std::result::Result<(), E>;
 
     /// A buffer of `len` numbers. Its content is not defined.
     fn buffer(&self, len: usize) -> Result<Self::Buffer>;
@@ -491,7 +515,7 @@ pub trait Backend {
     ) -> Result<()>;
 
     /// y = x·Wᵀ + b + adapters. `adapted` [rows, Σ rank] keeps x̃·Aᵀ for the backward pass;
-    /// `dropout` applies to the adapters' input alone, drawn for [rows, inputs].
+    /// `dropout` applies to the adapters' input alone.
     fn linear(
         &self,
         rows: usize,
@@ -499,7 +523,7 @@ pub trait Backend {
         parameters: &Self::Buffer,
         x: In<Self::Buffer>,
         adapted: &mut Self::Buffer,
-        dropout: Option<dropout::Mask>,
+        dropout: Option<Dropped<Self::Batch>>,
         y: Out<Self::Buffer>,
     ) -> Result<()>;
 
@@ -511,7 +535,7 @@ pub trait Backend {
         parameters: &Self::Buffer,
         x: In<Self::Buffer>,
         adapted: &Self::Buffer,
-        dropout: Option<dropout::Mask>,
+        dropout: Option<Dropped<Self::Batch>>,
         grad_y: In<Self::Buffer>,
         grad_x: Option<Out<Self::Buffer>>,
         accumulate: bool,
@@ -537,8 +561,13 @@ pub trait Backend {
         grad: &mut Self::Buffer,
     ) -> Result<()>;
 
-    /// x ← dropout(x); also its own gradient.
-    fn dropout(&self, len: usize, mask: dropout::Mask, x: &mut Self::Buffer) -> Result<()>;
+    /// x ← dropout(x) on [tokens, width]; also its own gradient. `width` is a multiple of 4.
+    fn dropout(
+        &self,
+        dropout: Dropped<Self::Batch>,
+        width: usize,
+        x: &mut Self::Buffer,
+    ) -> Result<()>;
 
     /// out = x + y.
     fn add(
@@ -549,7 +578,7 @@ pub trait Backend {
         out: &mut Self::Buffer,
     ) -> Result<()>;
 
-    /// x += y.
+    /// x += y, on the first `len` numbers.
     fn add_assign(&self, len: usize, y: &Self::Buffer, x: &mut Self::Buffer) -> Result<()>;
 
     /// y = LayerNorm(x); `statistics` [2, rows] keeps mean and rstd.
@@ -588,7 +617,7 @@ pub trait Backend {
         metrics: &mut Self::Buffer,
     ) -> Result<()>;
 
-    /// Gradients of Σ grad_out·out + grad_memory_loss·memory_loss.
+    /// Gradients of Σ grad_out·out + `pair_gradient` · the numerator of the memory loss.
     fn attention_backward(
         &self,
         batch: &Self::Batch,
@@ -597,7 +626,7 @@ pub trait Backend {
         out: &Self::Buffer,
         lse: &Self::Buffer,
         grad_out: &Self::Buffer,
-        grad_memory_loss: f64,
+        pair_gradient: f64,
         grad_qkv: &mut Self::Buffer,
     ) -> Result<()>;
 
@@ -653,12 +682,13 @@ pub trait Backend {
         to: &mut Self::Buffer,
     ) -> Result<()>;
 
-    /// Mean cross-entropy of the batch's targets: writes [`Metric::ActionLoss`] (the sum),
-    /// [`Metric::Correct`] and dlogits [observations, actions] of the mean.
+    /// Cross-entropy of the batch's targets: writes [`Metric::ActionLoss`] (the sum),
+    /// [`Metric::Correct`] and dlogits [observations, actions] of `scale` times the sum.
     fn cross_entropy(
         &self,
         batch: &Self::Batch,
         actions: usize,
+        scale: f64,
         logits: &Self::Buffer,
         grad_logits: &mut Self::Buffer,
         metrics: &mut Self::Buffer,

@@ -1,8 +1,9 @@
 //! What a model is made of.
 
+use dtmem_reference::attention::Denominator;
 use serde::{Deserialize, Serialize};
 
-use crate::batch::TokenLayout;
+use crate::batch::{PackedBatch, TokenLayout};
 
 /// Where the layer normalisations of a block stand (SPEC section 2).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -206,5 +207,20 @@ pub struct SupervisionConfig {
     /// Supervised heads, from 0, ascending.
     pub heads: Vec<usize>,
     /// What the loss is divided by.
-    pub denominator: dtmem_reference::attention::Denominator,
+    pub denominator: Denominator,
+}
+
+impl SupervisionConfig {
+    /// heads · Σ over annotated sequences of den_b (SPEC section 3), for causal attention.
+    pub fn divisor(&self, batch: &PackedBatch) -> f64 {
+        let of_sequence = |sequence: usize| {
+            let tokens = batch.tokens_of(sequence).len() as f64;
+            match self.denominator {
+                Denominator::Square => tokens * tokens,
+                Denominator::Causal => tokens * (tokens + 1.0) / 2.0,
+            }
+        };
+        let annotated = (0..batch.sequences()).filter(|&sequence| batch.annotated[sequence] != 0);
+        self.heads.len() as f64 * annotated.map(of_sequence).sum::<f64>()
+    }
 }

@@ -7,7 +7,7 @@ use super::config::Block;
 use super::network::{BlockNetwork, MemoryNetwork, ObservationEmbedding};
 use super::{Model, ModelError};
 use crate::backend::{
-    Activation, Backend, Codes, In, KeyValueCache, Linear, MemoryGradients, MemoryInputs,
+    Activation, Backend, Codes, Dropped, In, KeyValueCache, Linear, MemoryGradients, MemoryInputs,
     MemoryStart, Out, Positions,
 };
 use crate::batch::PackedBatch;
@@ -30,6 +30,15 @@ impl From<&PackedBatch> for Counts {
             returns: batch.return_tokens.len(),
         }
     }
+}
+
+/// What each summed loss counts in the gradient.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct LossWeights {
+    /// Of the cross-entropy of one action: 1 / actions of the whole batch.
+    pub action: f64,
+    /// Of the numerator of the memory loss: λ / its denominator over the whole batch.
+    pub pair: f64,
 }
 
 /// Draws the dropout masks of one training step; none outside of training.
@@ -63,10 +72,16 @@ impl Site {
 }
 
 impl Masks {
-    fn mask(self, probability: f64, site: Site) -> Result<Option<Mask>, ModelError> {
+    fn mask<Batch>(
+        self,
+        probability: f64,
+        site: Site,
+        batch: &Batch,
+    ) -> Result<Option<Dropped<'_, Batch>>, ModelError> {
         match self.training {
             Some((seed, step)) if probability > 0.0 => {
-                Ok(Some(Mask::new(seed, step, site.number(), probability)?))
+                let mask = Mask::new(seed, step, site.number(), probability)?;
+                Ok(Some(Dropped { mask, batch }))
             }
             _ => Ok(None),
         }
@@ -130,8 +145,8 @@ impl<B: Backend> Model<B> {
                 &mut acts.statistics,
             )?;
         }
-        if let Some(mask) = masks.mask(self.config.dropout, Site::Embedding)? {
-            backend.dropout(counts.tokens * width, mask, &mut acts.residual[0])?;
+        if let Some(mask) = masks.mask(self.config.dropout, Site::Embedding, batch)? {
+            backend.dropout(mask, width, &mut acts.residual[0])?;
         }
         for index in 0..network.blocks.len() {
             self.block(index, batch, counts.tokens, masks, &mut acting, acts)?;
@@ -364,8 +379,8 @@ impl<B: Backend> Model<B> {
             None,
             Out::rows(branch, width),
         )?;
-        if let Some(mask) = masks.mask(self.config.dropout, Site::FeedForward(index))? {
-            backend.dropout(len, mask, branch)?;
+        if let Some(mask) = masks.mask(self.config.dropout, Site::FeedForward(index), batch)? {
+            backend.dropout(mask, width, branch)?;
         }
         if pre {
             backend.add(len, stream, branch, y)?;
@@ -407,7 +422,7 @@ impl<B: Backend> Model<B> {
             &mut acts.normed,
             &mut acts.statistics,
         )?;
-        let [on_keys, on_address, on_strength] = self.adapter_masks(masks, index)?;
+        let [on_keys, on_address, on_strength] = self.adapter_masks(masks, index, batch)?;
         self.linear(
             rows,
             &network.keys,
@@ -484,25 +499,31 @@ impl<B: Backend> Model<B> {
         Ok(())
     }
 
-    fn adapter_masks(&self, masks: Masks, block: usize) -> Result<[Option<Mask>; 3], ModelError> {
+    fn adapter_masks<'b>(
+        &self,
+        masks: Masks,
+        block: usize,
+        batch: &'b B::Batch,
+    ) -> Result<[Option<Dropped<'b, B::Batch>>; 3], ModelError> {
         let probability = self
             .config
             .adapter
             .as_ref()
             .map_or(0.0, |adapter| adapter.dropout);
         Ok([
-            masks.mask(probability, Site::AdaptedKeys(block))?,
-            masks.mask(probability, Site::AdaptedAddress(block))?,
-            masks.mask(probability, Site::AdaptedStrength(block))?,
+            masks.mask(probability, Site::AdaptedKeys(block), batch)?,
+            masks.mask(probability, Site::AdaptedAddress(block), batch)?,
+            masks.mask(probability, Site::AdaptedStrength(block), batch)?,
         ])
     }
 
-    /// Adds the gradients of the mean action loss + λ·memory loss to `gradients`.
+    /// Adds the gradients of the weighted losses to `gradients`.
     pub(super) fn backward(
         &self,
         batch: &B::Batch,
         counts: Counts,
         masks: Masks,
+        weights: LossWeights,
         acts: &mut Activations<B>,
         grads: &mut Backward<B>,
         gradients: &mut B::Buffer,
@@ -513,6 +534,7 @@ impl<B: Backend> Model<B> {
         backend.cross_entropy(
             batch,
             network.head.outputs,
+            weights.action,
             &acts.logits,
             &mut grads.logits,
             &mut acts.metrics,
@@ -556,6 +578,7 @@ impl<B: Backend> Model<B> {
                     batch,
                     counts.tokens,
                     masks,
+                    weights,
                     x,
                     acts,
                     none,
@@ -568,6 +591,7 @@ impl<B: Backend> Model<B> {
                     batch,
                     counts.tokens,
                     masks,
+                    weights,
                     x,
                     acts,
                     none,
@@ -576,8 +600,8 @@ impl<B: Backend> Model<B> {
                 )?,
             }
         }
-        if let Some(mask) = masks.mask(self.config.dropout, Site::Embedding)? {
-            backend.dropout(counts.tokens * width, mask, &mut grads.stream)?;
+        if let Some(mask) = masks.mask(self.config.dropout, Site::Embedding, batch)? {
+            backend.dropout(mask, width, &mut grads.stream)?;
         }
         let assembled = match &network.embedding_norm {
             Some(norm) => {
@@ -696,6 +720,7 @@ impl<B: Backend> Model<B> {
         batch: &B::Batch,
         rows: usize,
         masks: Masks,
+        weights: LossWeights,
         x: &B::Buffer,
         acts: &BlockActivations<B>,
         none: &B::Buffer,
@@ -720,7 +745,7 @@ impl<B: Backend> Model<B> {
         )?;
         std::mem::swap(&mut grads.stream, &mut grads.side);
         self.feed_forward_backward(
-            index, block, rows, masks, stream, acts, none, grads, gradients,
+            index, block, batch, rows, masks, stream, acts, none, grads, gradients,
         )?;
         backend.add_assign(rows * width, &grads.side, &mut grads.stream)?;
         if let (Some(memory), Some(acts_memory)) = (&block.memory, &acts.memory) {
@@ -749,7 +774,7 @@ impl<B: Backend> Model<B> {
             gradients,
         )?;
         std::mem::swap(&mut grads.stream, &mut grads.side);
-        self.attention_backward(block, batch, rows, x, acts, none, grads, gradients)?;
+        self.attention_backward(block, batch, rows, weights, x, acts, none, grads, gradients)?;
         backend.add_assign(rows * width, &grads.side, &mut grads.stream)?;
         Ok(())
     }
@@ -762,6 +787,7 @@ impl<B: Backend> Model<B> {
         batch: &B::Batch,
         rows: usize,
         masks: Masks,
+        weights: LossWeights,
         x: &B::Buffer,
         acts: &BlockActivations<B>,
         none: &B::Buffer,
@@ -776,7 +802,7 @@ impl<B: Backend> Model<B> {
             .map_or(&acts.middle, |memory| &memory.out);
         let normed = &acts.feed_forward_side;
         self.feed_forward_backward(
-            index, block, rows, masks, normed, acts, none, grads, gradients,
+            index, block, batch, rows, masks, normed, acts, none, grads, gradients,
         )?;
         backend.layer_norm_backward(
             rows,
@@ -805,7 +831,9 @@ impl<B: Backend> Model<B> {
             )?;
         }
         let normed = &acts.attention_side;
-        self.attention_backward(block, batch, rows, normed, acts, none, grads, gradients)?;
+        self.attention_backward(
+            block, batch, rows, weights, normed, acts, none, grads, gradients,
+        )?;
         backend.layer_norm_backward(
             rows,
             &block.attention_norm,
@@ -826,6 +854,7 @@ impl<B: Backend> Model<B> {
         &self,
         index: usize,
         block: &BlockNetwork,
+        batch: &B::Batch,
         rows: usize,
         masks: Masks,
         x: &B::Buffer,
@@ -836,10 +865,10 @@ impl<B: Backend> Model<B> {
     ) -> Result<(), ModelError> {
         let backend = &self.backend;
         let (width, wide) = (self.config.width, block.up.outputs);
-        let grad_down = match masks.mask(self.config.dropout, Site::FeedForward(index))? {
+        let grad_down = match masks.mask(self.config.dropout, Site::FeedForward(index), batch)? {
             Some(mask) => {
                 backend.copy(&grads.stream, &mut grads.branch, rows * width)?;
-                backend.dropout(rows * width, mask, &mut grads.branch)?;
+                backend.dropout(mask, width, &mut grads.branch)?;
                 &grads.branch
             }
             None => &grads.stream,
@@ -882,6 +911,7 @@ impl<B: Backend> Model<B> {
         block: &BlockNetwork,
         batch: &B::Batch,
         rows: usize,
+        weights: LossWeights,
         x: &B::Buffer,
         acts: &BlockActivations<B>,
         none: &B::Buffer,
@@ -900,10 +930,6 @@ impl<B: Backend> Model<B> {
             false,
             gradients,
         )?;
-        let lambda = self
-            .supervision
-            .as_ref()
-            .map_or(0.0, |supervision| supervision.lambda);
         self.backend.attention_backward(
             batch,
             &block.attention,
@@ -911,7 +937,7 @@ impl<B: Backend> Model<B> {
             &acts.attended,
             &acts.lse,
             &grads.branch,
-            lambda,
+            weights.pair,
             &mut grads.qkv,
         )?;
         self.linear_backward(
@@ -980,7 +1006,7 @@ impl<B: Backend> Model<B> {
             &mut grads.states,
             gradients,
         )?;
-        let [on_keys, on_address, on_strength] = self.adapter_masks(masks, index)?;
+        let [on_keys, on_address, on_strength] = self.adapter_masks(masks, index, batch)?;
         for (map, adapted, mask, column) in [
             (&network.address_query, &acts.address_adapted, on_address, 0),
             (
@@ -1053,7 +1079,7 @@ impl<B: Backend> Model<B> {
         map: &Linear,
         x: In<B::Buffer>,
         adapted: &mut B::Buffer,
-        dropout: Option<Mask>,
+        dropout: Option<Dropped<B::Batch>>,
         y: Out<B::Buffer>,
     ) -> Result<(), ModelError> {
         Ok(self
@@ -1067,7 +1093,7 @@ impl<B: Backend> Model<B> {
         map: &Linear,
         x: In<B::Buffer>,
         adapted: &B::Buffer,
-        dropout: Option<Mask>,
+        dropout: Option<Dropped<B::Batch>>,
         grad_y: In<B::Buffer>,
         grad_x: Option<Out<B::Buffer>>,
         accumulate: bool,

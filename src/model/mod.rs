@@ -342,6 +342,13 @@ fn validate(
             format!("a multiple of heads = {}", config.heads),
         ));
     }
+    if !config.width.is_multiple_of(4) {
+        return Err(ModelError::setting(
+            "width",
+            config.width,
+            "a multiple of 4",
+        ));
+    }
     if !(0.0..1.0).contains(&config.dropout) {
         return Err(ModelError::setting(
             "dropout",

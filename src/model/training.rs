@@ -1,10 +1,12 @@
 //! One optimiser step: forward, backward, clipping, AdamW.
 
+use std::cmp::Reverse;
+
 use dtmem_reference::Scalar;
 use dtmem_reference::optimiser::clip_scale;
 
 use super::activations::{Activations, Backward};
-use super::forward::{Counts, Masks};
+use super::forward::{Counts, LossWeights, Masks};
 use super::{Capacity, Model, ModelError};
 use crate::backend::{AdamW, Backend, METRICS, Metric, Span};
 use crate::batch::PackedBatch;
@@ -51,38 +53,128 @@ impl StepMetrics {
 }
 
 /// Everything that training needs beside the parameters, allocated once.
+///
+/// A batch is divided into shards of whole sequences, of about the same number of tokens, and each
+/// goes forward and backward on its own, so that threads meet once a step. The number of shards
+/// is part of the arithmetic (their gradients are added in order): the same number gives the same
+/// bits on any number of threads.
 #[derive(Debug)]
 pub struct Training<B: Backend> {
     capacity: Capacity,
+    shards: Vec<Shard<B>>,
+    first_moment: B::Buffer,
+    second_moment: B::Buffer,
+    /// Sequences of the batch, longest first.
+    order: Vec<usize>,
+}
+
+/// The part of one shard.
+#[derive(Debug)]
+struct Shard<B: Backend> {
+    sequences: Vec<usize>,
+    tokens: usize,
+    part: PackedBatch,
     batch: B::Batch,
     activations: Activations<B>,
     backward: Backward<B>,
     gradients: B::Buffer,
-    first_moment: B::Buffer,
-    second_moment: B::Buffer,
+    metrics: [B::Element; METRICS],
 }
 
-impl<B: Backend> Training<B> {
-    /// Buffers for batches up to `capacity`, and moments of zero.
-    pub fn new(model: &Model<B>, capacity: Capacity) -> Result<Self, ModelError> {
+impl<B: Backend> Shard<B> {
+    fn new(model: &Model<B>, capacity: Capacity) -> Result<Self, ModelError> {
         let (backend, network, config) = (&model.backend, &model.network, &model.config);
-        let trained = model.parameters.trained();
-        let mut training = Self {
-            capacity,
+        Ok(Self {
+            sequences: Vec::with_capacity(capacity.sequences),
+            tokens: 0,
+            part: PackedBatch::default(),
             batch: B::Batch::default(),
             activations: Activations::new(backend, network, config, capacity)?,
             backward: Backward::new(backend, network, config, capacity)?,
-            gradients: backend.buffer(trained)?,
+            gradients: backend.buffer(model.parameters.trained())?,
+            metrics: [B::Element::default(); METRICS],
+        })
+    }
+
+    fn run(
+        &mut self,
+        model: &Model<B>,
+        batch: &PackedBatch,
+        masks: Masks,
+        weights: LossWeights,
+    ) -> Result<(), ModelError> {
+        let backend = &model.backend;
+        batch.select(&self.sequences, &mut self.part);
+        backend.stage(&self.part, &mut self.batch)?;
+        let counts = Counts::from(&self.part);
+        let acts = &mut self.activations;
+        backend.zero(&mut self.gradients, model.trained_span())?;
+        model.forward(&self.batch, counts, masks, None, acts)?;
+        model.backward(
+            &self.batch,
+            counts,
+            masks,
+            weights,
+            acts,
+            &mut self.backward,
+            &mut self.gradients,
+        )?;
+        Ok(backend.download(&acts.metrics, 0, &mut self.metrics)?)
+    }
+}
+
+impl<B: Backend> Training<B> {
+    /// Buffers for batches up to `capacity` in `shards` shards, and moments of zero.
+    pub fn new(model: &Model<B>, capacity: Capacity, shards: usize) -> Result<Self, ModelError> {
+        let backend = &model.backend;
+        if shards == 0 {
+            return Err(ModelError::setting("shards", shards, "at least 1"));
+        }
+        // Given longest first to the emptiest, a shard is at most one sequence above the mean.
+        let longest = model.spaces.steps * model.config.layout.tokens_per_step();
+        let tokens = capacity
+            .tokens
+            .min(capacity.tokens.div_ceil(shards) + longest);
+        let of_shard = Capacity {
+            tokens,
+            observations: capacity.observations.min(tokens),
+            segments: capacity.segments.min(tokens),
+            ..capacity
+        };
+        let trained = model.parameters.trained();
+        let mut training = Self {
+            capacity,
+            shards: (0..shards)
+                .map(|_| Shard::new(model, of_shard))
+                .collect::<Result<_, _>>()?,
             first_moment: backend.buffer(trained)?,
             second_moment: backend.buffer(trained)?,
+            order: Vec::with_capacity(capacity.sequences),
         };
-        let all = Span {
-            offset: 0,
-            len: trained,
-        };
-        backend.zero(&mut training.first_moment, all)?;
-        backend.zero(&mut training.second_moment, all)?;
+        backend.zero(&mut training.first_moment, model.trained_span())?;
+        backend.zero(&mut training.second_moment, model.trained_span())?;
         Ok(training)
+    }
+
+    /// Gives every sequence to a shard.
+    fn divide(&mut self, batch: &PackedBatch) {
+        self.order.clear();
+        self.order.extend(0..batch.sequences());
+        self.order
+            .sort_unstable_by_key(|&sequence| (Reverse(batch.tokens_of(sequence).len()), sequence));
+        for shard in &mut self.shards {
+            shard.sequences.clear();
+            shard.tokens = 0;
+        }
+        for &sequence in &self.order {
+            if let Some(shard) = self.shards.iter_mut().min_by_key(|shard| shard.tokens) {
+                shard.sequences.push(sequence);
+                shard.tokens += batch.tokens_of(sequence).len();
+            }
+        }
+        for shard in &mut self.shards {
+            shard.sequences.sort_unstable();
+        }
     }
 
     /// Loss and gradients of a batch, without an update. Dropout masks are a function of the seed
@@ -95,47 +187,62 @@ impl<B: Backend> Training<B> {
         step: u64,
     ) -> Result<StepMetrics, ModelError> {
         model.check(batch, self.capacity)?;
-        let backend = &model.backend;
-        backend.stage(batch, &mut self.batch)?;
-        let counts = Counts::from(batch);
+        self.divide(batch);
         let masks = Masks {
             training: Some((seed, step as u32)),
         };
-        backend.zero(&mut self.gradients, model.trained_span())?;
-        let acts = &mut self.activations;
-        model.forward(&self.batch, counts, masks, None, acts)?;
-        model.backward(
-            &self.batch,
-            counts,
-            masks,
-            acts,
-            &mut self.backward,
-            &mut self.gradients,
-        )?;
-        let mut metrics = [B::Element::default(); METRICS];
-        backend.download(&acts.metrics, 0, &mut metrics)?;
-        let metric = |metric: Metric| metrics[metric as usize].to_f64();
-        let rows = counts.observations.max(1) as f64;
-        let action_loss = metric(Metric::ActionLoss) / rows;
-        let (lambda, memory_loss) = match &model.supervision {
-            Some(supervision) => (supervision.lambda, metric(Metric::MemoryLoss)),
+        let actions = batch.observation_tokens.len().max(1) as f64;
+        let (lambda, denominator) = match &model.supervision {
+            Some(supervision) => (supervision.lambda, supervision.divisor(batch)),
             None => (0.0, 0.0),
+        };
+        let per_pair = if denominator > 0.0 {
+            1.0 / denominator
+        } else {
+            0.0
+        };
+        let weights = LossWeights {
+            action: 1.0 / actions,
+            pair: lambda * per_pair,
+        };
+        let backend = &model.backend;
+        backend.for_each(&mut self.shards, |shard| {
+            shard.run(model, batch, masks, weights)
+        })?;
+
+        let trained = model.parameters.trained();
+        if let [first, rest @ ..] = self.shards.as_mut_slice() {
+            for shard in rest {
+                backend.add_assign(trained, &shard.gradients, &mut first.gradients)?;
+            }
+        }
+        let sum = |metric: Metric| -> f64 {
+            let metrics = self
+                .shards
+                .iter()
+                .map(|shard| shard.metrics[metric as usize].to_f64());
+            metrics.sum()
+        };
+        let action_loss = sum(Metric::ActionLoss) / actions;
+        let memory_loss = match model.supervision {
+            Some(_) => sum(Metric::MemoryLoss) * per_pair,
+            None => 0.0,
         };
         let spans = [model.parameters.decayed, model.parameters.plain];
         Ok(StepMetrics {
             loss: action_loss + lambda * memory_loss,
             action_loss,
             memory_loss,
-            accuracy: metric(Metric::Correct) / rows,
-            gradient_norm: backend.norm(&self.gradients, &spans)?,
-            tokens: counts.tokens,
+            accuracy: sum(Metric::Correct) / actions,
+            gradient_norm: backend.norm(&self.shards[0].gradients, &spans)?,
+            tokens: batch.tokens(),
         })
     }
 
     /// The gradients of the last call of [`Self::gradients`] or [`Self::step`]: the trained part of
     /// the arena.
     pub fn gradient_values(&self, model: &Model<B>) -> Result<Vec<B::Element>, ModelError> {
-        download(model, &self.gradients)
+        download(model, &self.shards[0].gradients)
     }
 
     /// One optimiser step, number `step` from 1. Nothing is updated if the loss or the gradient is
@@ -171,7 +278,7 @@ impl<B: Backend> Training<B> {
             model.backend.adamw(
                 &hyper,
                 span,
-                &self.gradients,
+                &self.shards[0].gradients,
                 &mut model.values,
                 &mut self.first_moment,
                 &mut self.second_moment,

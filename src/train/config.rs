@@ -143,6 +143,9 @@ pub struct TrainConfig {
     pub epochs: Option<u64>,
     /// Most tokens of a batch.
     pub batch_tokens: usize,
+    /// Parts of a batch that threads compute side by side. Part of the arithmetic: the same number
+    /// gives the same bits on any number of threads.
+    pub shards: usize,
     /// Optimiser.
     pub optimiser: OptimiserKind,
     /// Highest learning rate.
@@ -167,6 +170,7 @@ impl Default for TrainConfig {
             steps: None,
             epochs: None,
             batch_tokens: 4096,
+            shards: 2,
             optimiser: OptimiserKind::Adam,
             learning_rate: 1e-4,
             schedule: ScheduleKind::Constant,
@@ -598,6 +602,7 @@ impl TrainConfig {
             1,
             MOST_BATCH_TOKENS,
         )?;
+        whole("train.shards", self.shards as u64, 1, MOST_SHARDS)?;
         positive("train.learning_rate", self.learning_rate)?;
         whole(
             "train.warmup_steps",
@@ -624,6 +629,8 @@ impl TrainConfig {
     }
 }
 
+/// More shards than any CPU has cores.
+const MOST_SHARDS: u64 = 1024;
 /// Most tokens of a batch.
 const MOST_BATCH_TOKENS: u64 = 1 << 24;
 

@@ -217,7 +217,7 @@ pub fn train(config: &Config, options: Options) -> Result<Outcome, Error> {
         spaces,
         config.supervision(),
     )?;
-    let mut training = Training::new(&model, capacity)?;
+    let mut training = Training::new(&model, capacity, config.train.shards)?;
     info!(
         "model: {} parameters, {} of them trained; {steps} steps of at most {} tokens",
         model.parameter_count(),

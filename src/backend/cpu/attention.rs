@@ -113,8 +113,8 @@ impl<'a, T: Scalar> Heads<'a, T> {
         [self.k, self.v]
     }
 
-    /// The reference's call for the whole batch: checks it, and knows its denominator.
-    pub(super) fn call(&self) -> Result<reference::attention::Attention<'a>> {
+    /// Checks offsets and pairs of the whole batch.
+    pub(super) fn check(&self) -> Result<()> {
         let offsets = self.offsets();
         let call = reference::attention::Attention {
             cu_seqlens_q: offsets,
@@ -136,8 +136,7 @@ impl<'a, T: Scalar> Heads<'a, T> {
             self.attention.heads,
             self.attention.head_width,
         ];
-        named("attention", call.validate(&shape, &shape))?;
-        Ok(call)
+        named("attention", call.validate(&shape, &shape))
     }
 
     fn offsets(&self) -> &'a [i32] {
@@ -286,7 +285,7 @@ impl<'a, T: Scalar> Heads<'a, T> {
 pub(super) struct HeadSaved<'a, T> {
     pub(super) lse: ArrayView2<'a, T>,
     pub(super) grad_out: ArrayView2<'a, T>,
-    /// c = grad_memory_loss / (heads·Σ den).
+    /// c = λ / (heads·Σ den).
     pub(super) pair_gradient: f64,
 }
 

@@ -1,11 +1,13 @@
 //! The CPU backend: the reference, threaded.
 //!
-//! How work is split depends on the shapes alone, never on the number of threads, and partial sums
-//! are added in a fixed order, so the bits do not depend on the machine's core count.
+//! Bits do not depend on the number of threads: what is split by it has independent results (rows
+//! and columns of a product, each summed in one order), and sums over rows are split by shape alone
+//! and added in a fixed order.
 
 mod attention;
 mod memory;
 
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use dtmem_reference as reference;
@@ -20,14 +22,16 @@ use attention::{Cached, HeadGradients, HeadSaved, Heads};
 use memory::{ChainGradients, Chains};
 
 use super::{
-    Activation, AdamW, Attention, Backend, BackendError, Codes, Convolutions, In, KeyValueCache,
-    LayerNorm, Linear, METRICS, Memory, MemoryGradients, MemoryInputs, MemoryStart, Metric, OneHot,
-    Out, Positions, Result, Span,
+    Activation, AdamW, Attention, Backend, BackendError, Codes, Convolutions, Dropped, In,
+    KeyValueCache, LayerNorm, Linear, METRICS, Memory, MemoryGradients, MemoryInputs, MemoryStart,
+    Metric, OneHot, Out, Positions, Result, Span,
 };
 use crate::batch::{PackedBatch, TokenKind};
 
 /// Numbers that one task of an element-wise operation touches.
 const ELEMENTS: usize = 1 << 14;
+/// Rows that one task of a gather copies.
+const GATHERED: usize = 64;
 /// Partial parameter gradients of an operation that adds over rows.
 const PARTIALS: usize = 8;
 
@@ -36,8 +40,10 @@ const PARTIALS: usize = 8;
 pub struct Cpu<T> {
     /// One scratch buffer per thread; it grows to what the largest shape needs and stays.
     scratch: Vec<Mutex<Vec<T>>>,
-    /// Partial sums of parameter gradients.
-    partials: Mutex<Vec<T>>,
+    /// Memory for partial sums that is not in use.
+    partials: Mutex<Vec<Vec<T>>>,
+    /// Items of the running [`Backend::for_each`]: threads that are busy anyway.
+    items: AtomicUsize,
 }
 
 impl<T: Scalar> Default for Cpu<T> {
@@ -49,14 +55,15 @@ impl<T: Scalar> Default for Cpu<T> {
 impl<T: Scalar> Cpu<T> {
     /// A backend for the current rayon pool (it works in any other, too).
     pub fn new() -> Self {
+        let threads = rayon::current_num_threads().max(1);
         Self {
-            scratch: (0..rayon::current_num_threads().max(1))
-                .map(|_| Mutex::default())
-                .collect(),
+            scratch: (0..threads).map(|_| Mutex::default()).collect(),
             partials: Mutex::default(),
+            items: AtomicUsize::new(1),
         }
     }
 
+    /// The current thread's scratch. Not to be held while waiting for other tasks.
     fn scratch(&self) -> MutexGuard<'_, Vec<T>> {
         let thread = rayon::current_thread_index().unwrap_or(0) % self.scratch.len();
         self.scratch[thread]
@@ -64,12 +71,30 @@ impl<T: Scalar> Cpu<T> {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Rows (or columns) of one task of an operation whose results do not depend on how it is
+    /// split. An item of [`Backend::for_each`] that has one thread to itself is not split at all.
+    fn piece(&self, len: usize) -> usize {
+        let threads = rayon::current_num_threads() / self.items.load(Ordering::Relaxed).max(1);
+        match threads {
+            0 | 1 => len.max(1),
+            threads => len.div_ceil(2 * threads).next_multiple_of(16).max(64),
+        }
+    }
+
     /// Zeroed partial sums of `width` parameter gradients, one for each piece of the rows.
     fn partials(&self, width: usize) -> Partials<'_, T> {
-        let mut sums = self.partials.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut sums = self.spare_partials().pop().unwrap_or_default();
         sums.clear();
         sums.resize(PARTIALS * width, T::zero());
-        Partials { sums, width }
+        Partials {
+            backend: self,
+            sums,
+            width,
+        }
+    }
+
+    fn spare_partials(&self) -> MutexGuard<'_, Vec<Vec<T>>> {
+        self.partials.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn adapters_backward(
@@ -78,7 +103,7 @@ impl<T: Scalar> Cpu<T> {
         parameters: &[T],
         x: ArrayView2<T>,
         adapted: &[T],
-        dropout: Option<dropout::Mask>,
+        dropout: Option<Dropped<PackedBatch>>,
         grad_y: ArrayView2<T>,
         mut grad_x: Option<ArrayViewMut2<T>>,
         gradients: &mut [T],
@@ -118,10 +143,11 @@ impl<T: Scalar> Cpu<T> {
                 lora_linear::backward_adapter(x, xa, lora_view, dy, dxa, dx, da, db),
             )?;
         }
-        if let (Some(mask), Some(mut grad), Some(grad_x)) = (dropout, grad_dropped, grad_x.as_mut())
+        if let (Some(dropout), Some(mut grad), Some(grad_x)) =
+            (dropout, grad_dropped, grad_x.as_mut())
         {
             if let Some(grad) = grad.as_slice_mut() {
-                named(NAME, dropout::apply(mask, 0, grad))?;
+                draw(NAME, dropout, 0, x.ncols(), grad)?;
             }
             *grad_x += &grad;
         }
@@ -131,9 +157,17 @@ impl<T: Scalar> Cpu<T> {
 
 /// Partial sums of parameter gradients: each piece of the rows has its own, so that threads do not
 /// meet and the order of the additions is fixed.
-struct Partials<'a, T> {
-    sums: MutexGuard<'a, Vec<T>>,
+struct Partials<'a, T: Scalar> {
+    backend: &'a Cpu<T>,
+    sums: Vec<T>,
     width: usize,
+}
+
+impl<T: Scalar> Drop for Partials<'_, T> {
+    fn drop(&mut self) {
+        let sums = std::mem::take(&mut self.sums);
+        self.backend.spare_partials().push(sums);
+    }
 }
 
 impl<T: Scalar> Partials<'_, T> {
@@ -211,12 +245,6 @@ impl<'a> ConvolutionShapes<'a> {
 /// Attaches the operation's name to an error of the reference.
 fn named<R>(operation: &'static str, result: reference::Result<R>) -> Result<R> {
     result.map_err(|source| BackendError::Operation { operation, source })
-}
-
-/// How many rows a task of a matrix product gets: at least 64, and four tasks for each 1024.
-fn piece(len: usize) -> usize {
-    let tasks = 4 * len.div_ceil(1024).max(1);
-    len.div_ceil(tasks).next_multiple_of(16).max(64)
 }
 
 fn part<'a, T>(operation: &'static str, buffer: &'a [T], span: Span) -> Result<&'a [T]> {
@@ -356,7 +384,7 @@ fn gather<T: Scalar>(
 ) -> Result<()> {
     front_mut(operation, out, tokens.len() * width)?
         .par_chunks_mut(width.max(1))
-        .with_min_len(piece(tokens.len()))
+        .with_min_len(GATHERED)
         .zip(tokens)
         .try_for_each(|(out, &token)| {
             let row = Span {
@@ -381,24 +409,49 @@ fn code_matrix<'a>(
     matrix("one_hot", codes, rows, map.offsets.len())
 }
 
-/// x after the dropout of an adapter's input: x itself without a mask. `first` is the number of
+/// Drops elements of rows `first ..` of a batch's tokens.
+fn draw<T: Scalar>(
+    operation: &'static str,
+    dropout: Dropped<PackedBatch>,
+    first: usize,
+    width: usize,
+    rows: &mut [T],
+) -> Result<()> {
+    let batch = dropout.batch;
+    let mut token = first;
+    let mut sequence = batch
+        .cu_seqlens
+        .partition_point(|&start| start as usize <= token)
+        - 1;
+    let mut rest = rows;
+    while !rest.is_empty() {
+        let tokens = batch.tokens_of(sequence);
+        let len = ((tokens.end - token) * width).min(rest.len());
+        let (here, after) = rest.split_at_mut(len);
+        let index = (batch.origins[sequence] as usize + token - tokens.start) * width;
+        named(operation, dropout::apply(dropout.mask, index as u64, here))?;
+        rest = after;
+        token = tokens.end;
+        sequence += 1;
+    }
+    Ok(())
+}
+
+/// x after the dropout of an adapter's input: x itself without dropout. `first` is the number of
 /// x's first row.
 fn dropped<'a, T: Scalar>(
     operation: &'static str,
-    mask: Option<dropout::Mask>,
+    dropout: Option<Dropped<PackedBatch>>,
     first: usize,
     x: ArrayView2<'a, T>,
     scratch: &'a mut Vec<T>,
 ) -> Result<ArrayView2<'a, T>> {
-    let Some(mask) = mask else {
+    let Some(dropout) = dropout else {
         return Ok(x);
     };
     scratch.clear();
     scratch.extend(x.iter());
-    named(
-        operation,
-        dropout::apply(mask, (first * x.ncols()) as u64, scratch),
-    )?;
+    draw(operation, dropout, first, x.ncols(), scratch)?;
     matrix(operation, scratch, x.nrows(), x.ncols())
 }
 
@@ -449,6 +502,17 @@ impl<T: Scalar> Backend for Cpu<T> {
 
     fn name(&self) -> &'static str {
         "cpu"
+    }
+
+    fn for_each<S: Send, E: Send>(
+        &self,
+        items: &mut [S],
+        work: impl Fn(&mut S) -> std::result::Result<(), E> + Sync,
+    ) -> std::result::Result<(), E> {
+        self.items.store(items.len(), Ordering::Relaxed);
+        let result = items.par_iter_mut().with_max_len(1).try_for_each(&work);
+        self.items.store(1, Ordering::Relaxed);
+        result
     }
 
     fn buffer(&self, len: usize) -> Result<Vec<T>> {
@@ -511,7 +575,7 @@ impl<T: Scalar> Backend for Cpu<T> {
         )?;
         let bias = ArrayView1::from(part(NAME, parameters, map.bias)?);
         let mut out = matrix_mut(NAME, out, codes.nrows(), map.width)?;
-        let piece = piece(codes.nrows());
+        let piece = self.piece(codes.nrows());
         out.axis_chunks_iter_mut(Axis(0), piece)
             .into_par_iter()
             .zip(codes.axis_chunks_iter(Axis(0), piece))
@@ -532,8 +596,6 @@ impl<T: Scalar> Backend for Cpu<T> {
         gradients: &mut Vec<T>,
     ) -> Result<()> {
         const NAME: &str = "one_hot_backward";
-        /// Columns of one task.
-        const COLUMNS: usize = 32;
         if !map.trainable {
             return Ok(());
         }
@@ -542,11 +604,12 @@ impl<T: Scalar> Backend for Cpu<T> {
         let (weight, bias) = two_parts(NAME, gradients, map.weight, map.bias)?;
         let mut weight = matrix_mut(NAME, weight, map.inputs, map.width)?;
         let mut bias = ArrayViewMut1::from(bias);
+        let columns = self.piece(map.width);
         weight
-            .axis_chunks_iter_mut(Axis(1), COLUMNS)
+            .axis_chunks_iter_mut(Axis(1), columns)
             .into_par_iter()
-            .zip(bias.axis_chunks_iter_mut(Axis(0), COLUMNS))
-            .zip(grad_out.axis_chunks_iter(Axis(1), COLUMNS))
+            .zip(bias.axis_chunks_iter_mut(Axis(0), columns))
+            .zip(grad_out.axis_chunks_iter(Axis(1), columns))
             .try_for_each(|((weight, bias), grad_out)| {
                 named(
                     NAME,
@@ -700,7 +763,7 @@ impl<T: Scalar> Backend for Cpu<T> {
         let table = part(NAME, table, span)?;
         front_mut(NAME, out, batch.tokens() * width)?
             .par_chunks_mut(width)
-            .with_min_len(piece(batch.tokens()))
+            .with_min_len(GATHERED)
             .enumerate()
             .try_for_each(|(token, out)| {
                 let source = match batch.token_kind[token] {
@@ -733,8 +796,6 @@ impl<T: Scalar> Backend for Cpu<T> {
         gradients: &mut Vec<T>,
     ) -> Result<()> {
         const NAME: &str = "assemble_tokens_backward";
-        /// Columns of one task of the position gradient.
-        const COLUMNS: usize = 32;
         gather(
             NAME,
             &batch.observation_tokens,
@@ -750,10 +811,11 @@ impl<T: Scalar> Backend for Cpu<T> {
         let table = part_mut(NAME, gradients, span)?;
         let mut table = matrix_mut(NAME, table, span.len / width.max(1), width)?;
         let grad_out = matrix(NAME, grad_out, batch.tokens(), width)?;
+        let columns = self.piece(width);
         table
-            .axis_chunks_iter_mut(Axis(1), COLUMNS)
+            .axis_chunks_iter_mut(Axis(1), columns)
             .into_par_iter()
-            .zip(grad_out.axis_chunks_iter(Axis(1), COLUMNS))
+            .zip(grad_out.axis_chunks_iter(Axis(1), columns))
             .for_each(|(mut table, grad_out)| {
                 for (grad_out, &time) in grad_out.rows().into_iter().zip(&batch.token_time) {
                     let mut row = table.row_mut(time as usize);
@@ -790,7 +852,7 @@ impl<T: Scalar> Backend for Cpu<T> {
         let grad_out = front(NAME, grad_out, batch.observation_tokens.len() * width)?;
         front_mut(NAME, grad_x, batch.tokens() * width)?
             .par_chunks_mut(width)
-            .with_min_len(piece(batch.tokens()))
+            .with_min_len(GATHERED)
             .enumerate()
             .for_each(|(token, grad_x)| {
                 if batch.token_kind[token] == TokenKind::Observation as u8 {
@@ -810,7 +872,7 @@ impl<T: Scalar> Backend for Cpu<T> {
         parameters: &Vec<T>,
         x: In<Vec<T>>,
         adapted: &mut Vec<T>,
-        dropout: Option<dropout::Mask>,
+        dropout: Option<Dropped<PackedBatch>>,
         y: Out<Vec<T>>,
     ) -> Result<()> {
         const NAME: &str = "linear";
@@ -822,7 +884,7 @@ impl<T: Scalar> Backend for Cpu<T> {
             None => None,
         };
         if rows >= map.outputs {
-            let piece = piece(rows);
+            let piece = self.piece(rows);
             y.axis_chunks_iter_mut(Axis(0), piece)
                 .into_par_iter()
                 .zip(x.axis_chunks_iter(Axis(0), piece))
@@ -830,7 +892,7 @@ impl<T: Scalar> Backend for Cpu<T> {
                     named(NAME, linear::forward(x, weight, bias, T::zero(), y))
                 })?;
         } else {
-            let piece = piece(map.outputs);
+            let piece = self.piece(map.outputs);
             y.axis_chunks_iter_mut(Axis(1), piece)
                 .into_par_iter()
                 .zip(weight.axis_chunks_iter(Axis(0), piece))
@@ -845,7 +907,7 @@ impl<T: Scalar> Backend for Cpu<T> {
             return Ok(());
         }
         let mut adapted = matrix_mut(NAME, adapted, rows, map.ranks())?;
-        let piece = piece(rows);
+        let piece = self.piece(rows);
         y.axis_chunks_iter_mut(Axis(0), piece)
             .into_par_iter()
             .zip(adapted.axis_chunks_iter_mut(Axis(0), piece))
@@ -873,7 +935,7 @@ impl<T: Scalar> Backend for Cpu<T> {
         parameters: &Vec<T>,
         x: In<Vec<T>>,
         adapted: &Vec<T>,
-        dropout: Option<dropout::Mask>,
+        dropout: Option<Dropped<PackedBatch>>,
         grad_y: In<Vec<T>>,
         grad_x: Option<Out<Vec<T>>>,
         accumulate: bool,
@@ -890,7 +952,7 @@ impl<T: Scalar> Backend for Cpu<T> {
         let beta = if accumulate { T::one() } else { T::zero() };
         if let Some(grad_x) = &mut grad_x {
             if rows >= map.inputs {
-                let piece = piece(rows);
+                let piece = self.piece(rows);
                 grad_x
                     .axis_chunks_iter_mut(Axis(0), piece)
                     .into_par_iter()
@@ -899,7 +961,7 @@ impl<T: Scalar> Backend for Cpu<T> {
                         named(NAME, linear::backward_input(dy, weight, beta, dx))
                     })?;
             } else {
-                let piece = piece(map.inputs);
+                let piece = self.piece(map.inputs);
                 grad_x
                     .axis_chunks_iter_mut(Axis(1), piece)
                     .into_par_iter()
@@ -918,7 +980,7 @@ impl<T: Scalar> Backend for Cpu<T> {
             };
             let stored = part_mut(NAME, gradients, map.weight)?;
             let mut stored = matrix_mut(NAME, stored, left.ncols(), right.ncols())?;
-            let piece = piece(left.ncols());
+            let piece = self.piece(left.ncols());
             stored
                 .axis_chunks_iter_mut(Axis(0), piece)
                 .into_par_iter()
@@ -979,14 +1041,13 @@ impl<T: Scalar> Backend for Cpu<T> {
             })
     }
 
-    fn dropout(&self, len: usize, mask: dropout::Mask, x: &mut Vec<T>) -> Result<()> {
+    fn dropout(&self, dropout: Dropped<PackedBatch>, width: usize, x: &mut Vec<T>) -> Result<()> {
         const NAME: &str = "dropout";
-        front_mut(NAME, x, len)?
-            .par_chunks_mut(ELEMENTS)
+        let rows = ELEMENTS.div_ceil(width.max(1));
+        front_mut(NAME, x, dropout.batch.tokens() * width)?
+            .par_chunks_mut(rows * width.max(1))
             .enumerate()
-            .try_for_each(|(index, x)| {
-                named(NAME, dropout::apply(mask, (index * ELEMENTS) as u64, x))
-            })
+            .try_for_each(|(index, x)| draw(NAME, dropout, index * rows, width, x))
     }
 
     fn add(&self, len: usize, x: &Vec<T>, y: &Vec<T>, out: &mut Vec<T>) -> Result<()> {
@@ -1027,7 +1088,7 @@ impl<T: Scalar> Backend for Cpu<T> {
         let weight = ArrayView1::from(part(NAME, parameters, norm.weight)?);
         let bias = ArrayView1::from(part(NAME, parameters, norm.bias)?);
         let (mean, rstd) = front_mut(NAME, statistics, 2 * rows)?.split_at_mut(rows);
-        let piece = piece(rows);
+        let piece = self.piece(rows);
         matrix_mut(NAME, y, rows, norm.width)?
             .axis_chunks_iter_mut(Axis(0), piece)
             .into_par_iter()
@@ -1091,17 +1152,13 @@ impl<T: Scalar> Backend for Cpu<T> {
     ) -> Result<()> {
         const NAME: &str = "attention";
         let heads = Heads::new(self, attention, batch, qkv)?;
-        let denominator = heads.call()?.denominator();
+        heads.check()?;
         let out = matrix_mut(NAME, out, batch.tokens(), attention.width())?;
         let lse = matrix_mut(NAME, lse, batch.tokens(), attention.heads)?;
         let numerator = heads.forward(heads.task(), out, lse)?;
         if attention.supervised.is_some() {
-            let loss = if denominator > 0.0 {
-                numerator / denominator
-            } else {
-                0.0
-            };
-            front_mut(NAME, metrics, METRICS)?[Metric::MemoryLoss as usize] = T::from_f64(loss);
+            let metrics = front_mut(NAME, metrics, METRICS)?;
+            metrics[Metric::MemoryLoss as usize] = T::from_f64(numerator);
         }
         Ok(())
     }
@@ -1114,21 +1171,17 @@ impl<T: Scalar> Backend for Cpu<T> {
         _out: &Vec<T>,
         lse: &Vec<T>,
         grad_out: &Vec<T>,
-        grad_memory_loss: f64,
+        pair_gradient: f64,
         grad_qkv: &mut Vec<T>,
     ) -> Result<()> {
         const NAME: &str = "attention_backward";
         let (tokens, width) = (batch.tokens(), attention.width());
         let heads = Heads::new(self, attention, batch, qkv)?;
-        let denominator = heads.call()?.denominator();
+        heads.check()?;
         let saved = HeadSaved {
             lse: matrix(NAME, lse, tokens, attention.heads)?,
             grad_out: matrix(NAME, grad_out, tokens, width)?,
-            pair_gradient: if denominator > 0.0 {
-                grad_memory_loss / denominator
-            } else {
-                0.0
-            },
+            pair_gradient,
         };
         let (q, rest) = matrix_mut(NAME, grad_qkv, tokens, 3 * width)?.split_at(Axis(1), width);
         let (k, v) = rest.split_at(Axis(1), width);
@@ -1297,18 +1350,23 @@ impl<T: Scalar> Backend for Cpu<T> {
         &self,
         batch: &PackedBatch,
         actions: usize,
+        scale: f64,
         logits: &Vec<T>,
         grad_logits: &mut Vec<T>,
         metrics: &mut Vec<T>,
     ) -> Result<()> {
         const NAME: &str = "cross_entropy";
         let rows = batch.targets.len();
-        let scale = T::from_f64(1.0 / rows.max(1) as f64);
         let logits = matrix(NAME, logits, rows, actions)?;
         let grad_logits = matrix_mut(NAME, grad_logits, rows, actions)?;
         let sums = named(
             NAME,
-            cross_entropy::forward_backward(logits, &batch.targets, scale, grad_logits),
+            cross_entropy::forward_backward(
+                logits,
+                &batch.targets,
+                T::from_f64(scale),
+                grad_logits,
+            ),
         )?;
         let metrics = front_mut(NAME, metrics, METRICS)?;
         metrics[Metric::ActionLoss as usize] = T::from_f64(sums.loss);
