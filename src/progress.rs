@@ -19,6 +19,9 @@ pub struct Progress {
     bars: MultiProgress,
     terminal: bool,
     current: Option<Current>,
+    /// Tokens and seconds of the last steps, the older the fainter.
+    tokens: f64,
+    seconds: f64,
 }
 
 /// The phase that is under way.
@@ -29,8 +32,6 @@ struct Current {
     started: Instant,
     first: u64,
     last_line: Instant,
-    tokens: f64,
-    seconds: f64,
 }
 
 impl Progress {
@@ -49,6 +50,8 @@ impl Progress {
             bars,
             terminal: io::stderr().is_terminal(),
             current: None,
+            tokens: 0.0,
+            seconds: 0.0,
         }
     }
 
@@ -56,28 +59,27 @@ impl Progress {
     pub fn show(&mut self, event: Event) {
         match event {
             Event::Demonstrations { done, total } => {
-                self.advance("generating", done, total, |_| String::new());
+                self.advance("generating", done, total, String::new);
             }
             Event::Evaluation { done, total } => {
-                self.advance("evaluating", done, total, |_| String::new());
+                self.advance("evaluating", done, total, String::new);
             }
             Event::Step {
                 step,
                 steps,
                 metrics,
                 seconds,
-            } => self.advance("training", step, steps, |current| {
-                current.tokens = current.tokens * SMOOTHING + metrics.tokens as f64;
-                current.seconds = current.seconds * SMOOTHING + seconds;
-                format!(
-                    "loss {:.4}  action {:.4}  memory {:.4}  accuracy {:.3}  {:.0} tokens/s",
-                    metrics.loss,
-                    metrics.action_loss,
-                    metrics.memory_loss,
-                    metrics.accuracy,
-                    current.tokens / current.seconds.max(1e-9),
-                )
-            }),
+            } => {
+                self.tokens = self.tokens * SMOOTHING + metrics.tokens as f64;
+                self.seconds = self.seconds * SMOOTHING + seconds;
+                let speed = self.tokens / self.seconds.max(1e-9);
+                self.advance("training", step, steps, || {
+                    format!(
+                        "loss {:.4}  action {:.4}  memory {:.4}  accuracy {:.3}  {speed:.0} tokens/s",
+                        metrics.loss, metrics.action_loss, metrics.memory_loss, metrics.accuracy,
+                    )
+                });
+            }
         }
     }
 
@@ -86,18 +88,9 @@ impl Progress {
         name: &'static str,
         done: u64,
         total: u64,
-        message: impl FnOnce(&mut Current) -> String,
+        message: impl FnOnce() -> String,
     ) {
         let (bars, now) = (&self.bars, Instant::now());
-        let fresh = || Current {
-            name,
-            bar: bars.add(ProgressBar::new(total).with_style(style())),
-            started: now,
-            first: done.saturating_sub(1),
-            last_line: now,
-            tokens: 0.0,
-            seconds: 0.0,
-        };
         if self
             .current
             .as_ref()
@@ -105,18 +98,24 @@ impl Progress {
         {
             self.current = None;
         }
-        let current = self.current.get_or_insert_with(fresh);
-        let message = message(current);
+        let current = self.current.get_or_insert_with(|| Current {
+            name,
+            bar: bars.add(
+                ProgressBar::new(total)
+                    .with_style(style())
+                    .with_prefix(name),
+            ),
+            started: now,
+            first: done.saturating_sub(1),
+            last_line: now,
+        });
         if self.terminal {
+            current.bar.set_message(message());
             current.bar.set_position(done);
-            current.bar.set_prefix(name);
-            current.bar.set_message(message);
         } else if now - current.last_line >= LINE_EVERY {
             current.last_line = now;
-            info!(
-                "{name} {done}/{total}  {message}{}",
-                current.left(done, total)
-            );
+            let left = current.left(done, total);
+            info!("{name} {done}/{total}  {}{left}", message());
         }
         if done >= total {
             current.bar.finish_and_clear();
