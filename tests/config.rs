@@ -185,6 +185,11 @@ fn values_out_of_range_are_named_with_what_was_expected() {
             "model.adapter",
             "[model.memory]",
         ),
+        (
+            vec!["model.adapter.rank=2", "model.memory.slots=4"],
+            "model.adapter",
+            "train.start_from",
+        ),
         (vec!["loss.layer=5"], "loss.layer", "model.layers = 4"),
         (vec!["loss.layer=0"], "loss.layer", "model.layers = 4"),
         (vec!["loss.heads=[3]"], "loss.heads", "model.heads = 2"),
@@ -256,6 +261,7 @@ fn resolved_configuration_reads_back_as_itself() {
     let config = parse(&[
         "model.memory.slots=3",
         "model.adapter.rank=2",
+        "train.start_from=base",
         "evaluation.target_return=1",
     ])
     .unwrap();
@@ -289,6 +295,7 @@ fn documentation_names_every_key() {
     let config = parse(&[
         "model.memory.slots=3",
         "model.adapter.rank=2",
+        "train.start_from=base",
         "evaluation.target_return=1",
         "data.episodes=5",
         "data.file=x.safetensors",

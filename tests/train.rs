@@ -45,7 +45,7 @@ checkpoint_every = 4
 episodes = 6
 "#;
 
-/// DT-Mem with adapters on recall: other tokens, memory, frozen parameters.
+/// DT-Mem on recall: other tokens, segments, memory.
 const RECALL: &str = r#"
 [task]
 name = "recall"
@@ -65,9 +65,6 @@ attention = "segment"
 segment_steps = 2
 [model.memory]
 slots = 4
-[model.adapter]
-rank = 2
-dropout = 0.2
 [loss]
 lambda = 0
 [train]
@@ -144,6 +141,19 @@ fn finished() -> &'static TempDir {
     })
 }
 
+/// Adapters on a finished run of [`RECALL`], whose folder is the second value.
+fn adapted() -> (Config, &'static Path) {
+    static RUN: OnceLock<TempDir> = OnceLock::new();
+    let base = RUN.get_or_init(|| {
+        let folder = TempDir::new().unwrap();
+        finish(&config(RECALL, &[]), folder.path(), Start::Fresh);
+        folder
+    });
+    let start = format!("train.start_from={}", base.path().display());
+    let adapters = [&start, "model.adapter.rank=2", "model.adapter.dropout=0.2"];
+    (config(RECALL, &adapters), base.path())
+}
+
 #[test]
 fn a_run_leaves_its_files_and_sums_itself_up() {
     let folder = TempDir::new().unwrap();
@@ -178,8 +188,7 @@ fn a_run_leaves_its_files_and_sums_itself_up() {
 
 #[test]
 fn stopping_anywhere_and_resuming_gives_the_bits_of_never_stopping() {
-    for text in [HALLWAY, RECALL] {
-        let config = config(text, &[]);
+    for config in [config(HALLWAY, &[]), config(RECALL, &[]), adapted().0] {
         let straight = TempDir::new().unwrap();
         let steps = finish(&config, straight.path(), Start::Fresh).steps;
         for stop in 1..=steps {
@@ -232,13 +241,62 @@ fn seed_changes_the_model() {
 }
 
 #[test]
-fn only_adapters_are_trained_where_there_are_any() {
+fn adapters_are_trained_on_a_base_that_stays_as_it_is() {
     let folder = TempDir::new().unwrap();
-    let config = config(RECALL, &[]);
+    let (config, base) = adapted();
     let summary = finish(&config, folder.path(), Start::Fresh);
     // Five projections in two layers, each with A [2, 8] and B [8, 2].
     assert_eq!(summary.trained_parameters, 2 * 5 * 2 * 2 * 8);
-    assert!(summary.parameters > summary.trained_parameters);
+    let load = |folder| load_model(&Folder::new(folder).model()).unwrap().0;
+    let (base, model) = (load(base), load(folder.path()));
+    let (before, after) = (base.values().unwrap(), model.values().unwrap());
+    let mut moved = 0;
+    for own in model.parameters() {
+        let mut same = base
+            .parameters()
+            .iter()
+            .filter(|base| base.name == own.name);
+        match same.next() {
+            Some(base) => assert_eq!(before[base.span.range()], after[own.span.range()]),
+            None => {
+                moved += after[own.span.range()]
+                    .iter()
+                    .filter(|v| **v != 0.0)
+                    .count()
+            }
+        }
+    }
+    assert_eq!(moved, summary.trained_parameters);
+}
+
+#[test]
+fn start_from_another_model_is_refused_by_name() {
+    let folder = TempDir::new().unwrap();
+    let hallway = format!("train.start_from={}", finished().path().display());
+    let recall = format!("train.start_from={}", adapted().1.display());
+    for (text, overrides, parts) in [
+        (
+            RECALL,
+            vec![hallway.as_str()],
+            ["model.safetensors: parameter", "expected"],
+        ),
+        (RECALL, vec![&recall, "model.width=4"], ["[", "expected ["]),
+        (
+            RECALL,
+            vec![&recall, "model.layers=1"],
+            ["blocks.1", "part of the one to train"],
+        ),
+        (
+            HALLWAY,
+            vec!["train.start_from=none"],
+            ["none/model.safetensors", "cannot read it"],
+        ),
+    ] {
+        let error = message(&config(text, &overrides), folder.path(), Start::Overwrite);
+        for part in parts {
+            assert!(error.contains(part), "{part} is missing in: {error}");
+        }
+    }
 }
 
 #[test]

@@ -170,6 +170,46 @@ pub fn model_from_bytes(
     Ok((model, header))
 }
 
+/// Copies the parameters of a model file into a model that has all of them, by name. Returns how
+/// many numbers the file did not have; only trainable ones may be missing, such as adapters.
+pub fn start_from(path: &Path, model: &mut Model<Cpu<f32>>) -> Result<usize, Error> {
+    let (base, _) = load_model(path)?;
+    let (base_values, mut values) = (base.values()?, model.values()?);
+    let (ours, theirs) = (model.parameters(), base.parameters());
+    let differs = |name: &str, found: String, expected: String| {
+        Error::file(path, format!("parameter `{name}`"), found, expected)
+    };
+    if let Some(left) = theirs
+        .iter()
+        .find(|parameter| ours.iter().all(|own| own.name != parameter.name))
+    {
+        let expected = "a model that is part of the one to train".to_owned();
+        return Err(differs(&left.name, format!("{:?}", left.shape), expected));
+    }
+    let mut fresh = 0;
+    for own in ours {
+        match theirs.iter().find(|parameter| parameter.name == own.name) {
+            Some(base) if base.shape == own.shape => {
+                let source = base_values.get(base.span.range());
+                if let (Some(place), Some(source)) = (values.get_mut(own.span.range()), source) {
+                    place.copy_from_slice(source);
+                }
+            }
+            Some(base) => {
+                let found = format!("{:?}", base.shape);
+                return Err(differs(&own.name, found, format!("{:?}", own.shape)));
+            }
+            None if own.trainable => fresh += own.span.len,
+            None => {
+                let expected = format!("{:?}, which is not trained here", own.shape);
+                return Err(differs(&own.name, "none".to_owned(), expected));
+            }
+        }
+    }
+    model.set_values(&values)?;
+    Ok(fresh)
+}
+
 /// What `train_state.safetensors` says beside its numbers.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

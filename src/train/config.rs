@@ -135,6 +135,9 @@ pub enum ScheduleKind {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct TrainConfig {
+    /// Output folder of the run whose parameters are the start; those it lacks start fresh.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub start_from: Option<PathBuf>,
     /// Optimiser steps; this or `epochs`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub steps: Option<u64>,
@@ -167,6 +170,7 @@ pub struct TrainConfig {
 impl Default for TrainConfig {
     fn default() -> Self {
         Self {
+            start_from: None,
             steps: None,
             epochs: None,
             batch_tokens: 4096,
@@ -343,6 +347,13 @@ impl Config {
         self.data.validate()?;
         validate_model(&self.model)?;
         self.validate_loss()?;
+        if self.model.adapter.is_some() && self.train.start_from.is_none() {
+            return Err(ConfigError::value(
+                "model.adapter",
+                "adapters without `train.start_from`",
+                "a trained model in `train.start_from`: with adapters everything else is frozen",
+            ));
+        }
         self.train.validate()?;
         self.evaluation.validate()
     }

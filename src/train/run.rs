@@ -225,10 +225,17 @@ pub fn train(config: &Config, options: Options) -> Result<Outcome, Error> {
         config.train.batch_tokens
     );
     let mut batches = Batches::new(&data, order, model.packer());
-    let position = match saved {
+    let state = match saved {
         Some(bytes) => restore(folder, &bytes, &mut model, &mut training, &mut batches)?,
         None => {
             model.initialise(config.seed)?;
+            if let Some(base) = &config.train.start_from {
+                let fresh = checkpoint::start_from(&Folder::new(base).model(), &mut model)?;
+                info!(
+                    "starting from the model in {}; {fresh} parameters start fresh",
+                    base.display()
+                );
+            }
             StateHeader::start(config)
         }
     };
@@ -240,20 +247,20 @@ pub fn train(config: &Config, options: Options) -> Result<Outcome, Error> {
             .target_return
             .unwrap_or_else(|| data.best_return()),
         steps,
-        metrics: MetricsFile::open(&folder.metrics(), position.step)?,
-        saved_step: (position.step > 0).then_some(position.step),
-        position: StateHeader {
+        metrics: MetricsFile::open(&folder.metrics(), state.step)?,
+        saved_step: (state.step > 0).then_some(state.step),
+        state: StateHeader {
             config: config.clone(),
-            ..position
+            ..state
         },
         model,
         training,
         batches,
     };
     run.learn(stop, watch)?;
-    if run.position.step < steps {
+    if run.state.step < steps {
         return Ok(Outcome::Stopped {
-            step: run.position.step,
+            step: run.state.step,
         });
     }
     run.finish(&data, stop, watch)
@@ -373,7 +380,7 @@ struct Run<'a> {
     steps: u64,
     metrics: MetricsFile,
     saved_step: Option<u64>,
-    position: StateHeader,
+    state: StateHeader,
     model: Model<Cpu<f32>>,
     training: Training<Cpu<f32>>,
     batches: Batches<'a>,
@@ -385,9 +392,9 @@ impl Run<'_> {
         let train = &self.config.train;
         let schedule = Schedule::new(train, self.steps);
         let mut window = Window::default();
-        while self.position.step < self.steps && !stop.load(Ordering::Relaxed) {
+        while self.state.step < self.steps && !stop.load(Ordering::Relaxed) {
             let start = Instant::now();
-            let step = self.position.step + 1;
+            let step = self.state.step + 1;
             let optimiser = optimiser_step(train, schedule.learning_rate(step));
             let batch = self.batches.next_batch()?;
             let metrics =
@@ -402,10 +409,10 @@ impl Run<'_> {
                 }
             }
             let seconds = start.elapsed().as_secs_f64();
-            self.position.step = step;
-            self.position.position = self.batches.position();
-            self.position.tokens += metrics.tokens as u64;
-            self.position.seconds += seconds;
+            self.state.step = step;
+            self.state.position = self.batches.position();
+            self.state.tokens += metrics.tokens as u64;
+            self.state.seconds += seconds;
             window.add(&metrics, seconds);
             watch(Event::Step {
                 step,
@@ -416,7 +423,7 @@ impl Run<'_> {
             let last = step == self.steps || stop.load(Ordering::Relaxed);
             let save = last || step.is_multiple_of(train.checkpoint_every);
             if save || step.is_multiple_of(train.log_every) {
-                let tokens = self.position.tokens;
+                let tokens = self.state.tokens;
                 if let Some(line) = window.take(step, tokens, optimiser.learning_rate) {
                     self.metrics.append(line)?;
                 }
@@ -426,7 +433,7 @@ impl Run<'_> {
             }
         }
         // A stop that came between two steps.
-        if self.saved_step != Some(self.position.step) && self.position.step > 0 {
+        if self.saved_step != Some(self.state.step) && self.state.step > 0 {
             self.save()?;
         }
         Ok(())
@@ -451,10 +458,10 @@ impl Run<'_> {
     /// Writes the state, and then the model for everyone else. A kill between the two leaves a
     /// state and an older model; both load, and resuming writes the model again.
     fn save(&mut self) -> Result<(), Error> {
-        let step = self.position.step;
+        let step = self.state.step;
         let [first_moment, second_moment] = self.training.moments(&self.model)?;
         let state = State {
-            header: self.position.clone(),
+            header: self.state.clone(),
             parameters: self.model.values()?,
             first_moment,
             second_moment,
@@ -474,7 +481,7 @@ impl Run<'_> {
             self.config,
             self.model.spaces(),
             self.target_return,
-            self.position.step,
+            self.state.step,
         );
         checkpoint::save_model(&self.folder.model(), &self.model, &header)
     }
@@ -504,7 +511,7 @@ impl Run<'_> {
             })?;
             let Some(result) = result else {
                 return Ok(Outcome::Stopped {
-                    step: self.position.step,
+                    step: self.state.step,
                 });
             };
             info!("{}", result_line(task, &result));
@@ -531,9 +538,9 @@ impl Run<'_> {
             config.task.as_ref(),
             evaluation.as_ref(),
             &self.model,
-            self.position.step,
-            self.position.tokens,
-            self.position.seconds,
+            self.state.step,
+            self.state.tokens,
+            self.state.seconds,
         )))
     }
 }
