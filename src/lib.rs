@@ -3,6 +3,8 @@
 pub mod backend;
 pub mod batch;
 pub mod model;
+#[cfg(feature = "cuda")]
+pub mod ops;
 #[cfg(feature = "trainer")]
 pub mod tasks;
 #[cfg(feature = "trainer")]

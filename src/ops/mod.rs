@@ -1,0 +1,3 @@
+//! The operations on CUDA devices.
+
+pub mod images;
