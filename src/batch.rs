@@ -240,9 +240,9 @@ pub enum BatchError {
 pub struct Trajectory<'a> {
     /// Codes [steps, fields].
     pub observations: &'a [u8],
-    /// Actions [steps]: input of the action tokens and target of the observations.
+    /// Actions `[steps]`: input of the action tokens and target of the observations.
     pub actions: &'a [u8],
-    /// Returns to go [steps], already scaled; only read by [`TokenLayout::ReturnObsAction`].
+    /// Returns to go `[steps]`, already scaled; only read by [`TokenLayout::ReturnObsAction`].
     pub returns: &'a [f32],
     /// (recalling step, recalled step), sorted, without duplicates.
     pub pairs: &'a [(u32, u32)],

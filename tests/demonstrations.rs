@@ -1,5 +1,7 @@
 //! Demonstrations: generated the same whatever the threads, kept in files that are checked value by value.
 
+#![cfg(feature = "trainer")]
+
 use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};

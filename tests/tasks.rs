@@ -2,6 +2,8 @@
 //!
 //! `$DTMEM_TRACES` may name a trace file or a folder of them; they are replayed as well.
 
+#![cfg(feature = "trainer")]
+
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};

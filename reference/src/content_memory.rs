@@ -77,7 +77,7 @@ pub struct Inputs<'a, T> {
     pub strength_key: ArrayView2<'a, T>,
     /// v [T, D].
     pub value: ArrayView2<'a, T>,
-    /// κ [T], for cosine addressing (and only then).
+    /// κ `[T]`, for cosine addressing (and only then).
     pub key_strength: Option<ArrayView1<'a, T>>,
     /// b, for sigmoid strength (ignored otherwise).
     pub strength_bias: T,
@@ -94,7 +94,7 @@ pub struct Gradients<'a, T> {
     pub strength_key: ArrayViewMut2<'a, T>,
     /// [T, D]
     pub value: ArrayViewMut2<'a, T>,
-    /// [T], with cosine addressing (and only then).
+    /// `[T]`, with cosine addressing (and only then).
     pub key_strength: Option<ArrayViewMut1<'a, T>>,
     /// Scalar; 0 with softmax strength.
     pub strength_bias: &'a mut T,
@@ -494,8 +494,8 @@ impl ContentMemory {
     /// From dot products to w and β, all [T, N].
     ///
     /// `similarity`: M·a on entry; divided by √(|M|²+ε)·√(|a|²+ε)+ε with cosine addressing.
-    /// `beta`: M·s on entry, β on return. `norms` [N] receives √(|M|²+ε) with cosine addressing;
-    /// `selection` [N] is overwritten with `top_k`.
+    /// `beta`: M·s on entry, β on return. `norms` `[N]` receives √(|M|²+ε) with cosine addressing;
+    /// `selection` `[N]` is overwritten with `top_k`.
     fn finish_scores<T: Scalar>(
         &self,
         inputs: &Inputs<T>,

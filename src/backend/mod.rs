@@ -153,7 +153,7 @@ pub struct Adapter {
 pub struct Linear {
     /// W [outputs, inputs], or [inputs, outputs] where `transposed`.
     pub weight: Span,
-    /// b [outputs].
+    /// b `[outputs]`.
     pub bias: Option<Span>,
     /// Columns of x.
     pub inputs: usize,
@@ -178,9 +178,9 @@ impl Linear {
 /// A layer normalisation.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct LayerNorm {
-    /// Weight [width].
+    /// Weight `[width]`.
     pub weight: Span,
-    /// Bias [width].
+    /// Bias `[width]`.
     pub bias: Span,
     /// Columns.
     pub width: usize,
@@ -195,7 +195,7 @@ pub struct LayerNorm {
 pub struct OneHot {
     /// W [inputs, width], one row per one-hot input.
     pub weight: Span,
-    /// b [width].
+    /// b `[width]`.
     pub bias: Span,
     /// First input of each field.
     pub offsets: Vec<usize>,
@@ -214,11 +214,11 @@ pub struct Convolutions {
     pub grid: Grid,
     /// W₁ [channels·9, middle], input-major.
     pub weight1: Span,
-    /// b₁ [middle].
+    /// b₁ `[middle]`.
     pub bias1: Span,
     /// W₂ [out, middle·9].
     pub weight2: Span,
-    /// b₂ [out].
+    /// b₂ `[out]`.
     pub bias2: Span,
     /// Channels after the first.
     pub middle: usize,
@@ -318,7 +318,7 @@ pub struct MemoryInputs<'a, B> {
     pub strength_key: In<'a, B>,
     /// v [tokens, D].
     pub value: In<'a, B>,
-    /// κ [tokens], for cosine addressing.
+    /// κ `[tokens]`, for cosine addressing.
     pub key_strength: Option<&'a B>,
 }
 
@@ -329,7 +329,7 @@ pub struct MemoryGradients<'a, B> {
     pub keys: &'a mut B,
     /// [tokens, D].
     pub value: Out<'a, B>,
-    /// [tokens].
+    /// `[tokens]`.
     pub key_strength: Option<&'a mut B>,
 }
 

@@ -107,7 +107,7 @@ impl<B: Backend> Actor<B> {
     }
 
     /// The next time step of the episodes `active` (ascending, none that was left out before):
-    /// `observations` [active, fields] and `returns` to go [active] (read by
+    /// `observations` [active, fields] and `returns` to go `[active]` (read by
     /// [`TokenLayout::ReturnObsAction`] only). Returns the action of largest logit of each, the
     /// first of equals, and takes it as the action of that step.
     pub fn act(
