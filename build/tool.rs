@@ -33,15 +33,14 @@ fn run() -> Result<()> {
     let families = sources::families(&root)?;
     let nvcc = Nvcc::find(&root, &|name| env::var_os(name))?;
     let nvcc = nvcc.ok_or("no nvcc: scripts/install-nvcc, or set NVCC")?;
-    let version = nvcc.version.clone();
     let target = env::var_os("CARGO_TARGET_DIR").unwrap_or("target".into());
-    let compiler = Compiler::new(nvcc, &root, &root.join(target).join(CACHE))?;
+    let compiler = Compiler::new(nvcc.clone(), &root, &root.join(target).join(CACHE))?;
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     match arguments.as_slice() {
-        ["update-ptx"] => update(&root, &families, &compiler, version),
-        ["check-ptx"] => check(&root, &families, &compiler, &version),
+        ["update-ptx"] => update(&root, &families, &compiler, nvcc.version),
+        ["check-ptx"] => check(&root, &families, &compiler, &nvcc.version),
         ["cubins", architectures, names @ ..] => {
-            cubins(families, &compiler, &version, architectures, names)
+            cubins(families, &compiler, &nvcc, architectures, names)
         }
         _ => Err("update-ptx, check-ptx, or cubins ARCHITECTURES [FAMILY…]".to_owned()),
     }
@@ -129,11 +128,12 @@ fn strangers(root: &Path, families: &[Family]) -> Result<Vec<String>> {
     Ok(strangers)
 }
 
-/// Compiles, and prints the compiler's version, then a line per image: family, architecture, PTX, machine code, separated by tabs.
+/// Compiles, and prints lines of fields separated by tabs: nvcc and its version, then for each image
+/// family, architecture, PTX, machine code.
 fn cubins(
     mut families: Vec<Family>,
     compiler: &Compiler,
-    version: &str,
+    nvcc: &Nvcc,
     architectures: &str,
     names: &[&str],
 ) -> Result<()> {
@@ -145,7 +145,7 @@ fn cubins(
     families.retain(|family| names.is_empty() || names.contains(&family.name.as_str()));
     let architectures = nvcc::architectures(Some(architectures), Vec::new)?;
     compiler.machine_code(&families, &architectures)?;
-    println!("{version}");
+    println!("{}\t{}", nvcc.program.display(), nvcc.version);
     for family in &families {
         for architecture in &architectures {
             let ptx = compiler.ptx(family, architecture)?;
