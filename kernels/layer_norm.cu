@@ -1,0 +1,271 @@
+// Layer normalisation over rows of `width` ≤ 4096, with the residual sum before it. Reference: layer_norm.rs.
+//
+//   s = x + residual              kept in `sum`; without a residual s = x
+//   y = (s − mean)·rstd·weight + bias,  rstd = 1/√(variance + epsilon)
+//   ds = rstd·(g − mean(g) − ŝ·mean(g·ŝ)) + dsum,  ŝ = (s − mean)·rstd,  g = dy·weight
+//   dweight += Σ dy·ŝ,  dbias += Σ dy over the rows
+//
+// x, residual, sum, y, dy, dsum, ds [rows, width] in the storage type; weight, bias [width] likewise; mean, rstd [rows]
+// and dweight, dbias [width] in f32.
+//
+// A warp owns up to 512 columns of a row, 16 of them per lane in registers; `warps_per_row` warps of a block of 8 own
+// a row. So a row is read once, and the variance is taken around the mean. The backward pass walks over rows with a
+// fixed number of blocks; each keeps its sums for dweight and dbias in registers, adds those of its warps in shared
+// memory and writes one row of partial sums, which layer_norm_reduce adds up: no atomics, one order, the same bits.
+//
+// Bound by memory. Forward: x, residual read, sum, y written, 4·width elements a row, ≈ 8 operations each. Backward: s,
+// dy, dsum read, ds written, 4·width elements a row, ≈ 14 operations each; partial sums 8·width bytes per block.
+//
+// History
+//   1  this version: vectors of 16 bytes where width and addresses allow it, else single elements
+
+#include "reduce.cuh"
+#include "types.cuh"
+
+namespace {
+
+constexpr int kWarps = 8;
+constexpr int kThreads = kWarps * kWarpSize;
+constexpr int kPerLane = 16;
+constexpr int kSlab = kPerLane * kWarpSize;  // columns of a row that one warp owns
+
+// Which rows and columns are this thread's.
+struct Owner {
+    int lane, warp;
+    int warps_per_row, rows_per_block;
+    int row_in_block, slab;
+
+    __device__ explicit Owner(int warps_per_row)
+        : lane(threadIdx.x % kWarpSize), warp(threadIdx.x / kWarpSize), warps_per_row(warps_per_row),
+          rows_per_block(kWarps / warps_per_row), row_in_block(warp / warps_per_row), slab(warp % warps_per_row) {}
+
+    // First column of vector `v` of this lane.
+    template <int kSize>
+    __device__ int column(int v) const {
+        return slab * kSlab + (v * kWarpSize + lane) * kSize;
+    }
+};
+
+// Σ over the warps that own the row, in all of their lanes. Every thread of the block calls it; each use has an
+// exchange of its own.
+__device__ inline float row_sum(float x, const Owner& owner, float (&exchange)[kWarps]) {
+    x = warp_sum(x);
+    if (owner.warps_per_row == 1) return x;
+    if (owner.lane == 0) exchange[owner.warp] = x;
+    __syncthreads();
+    float sum = 0.0f;
+    for (int w = 0; w < owner.warps_per_row; ++w) sum += exchange[owner.warp - owner.slab + w];
+    return sum;
+}
+
+template <int kSize, typename T>
+__device__ inline void forward(const T* x, const T* residual, const T* weight, const T* bias, T* sum, T* y, float* mean,
+                               float* rstd, int rows, int width, int warps_per_row, float epsilon, float (&exchange)[2][kWarps]) {
+    constexpr int kVectors = kPerLane / kSize;
+    const Owner owner(warps_per_row);
+    const int row = blockIdx.x * owner.rows_per_block + owner.row_in_block;
+    const int end = row < rows ? width : 0;
+    const int64_t start = static_cast<int64_t>(row) * width;
+
+    float values[kVectors][kSize];
+    float total = 0.0f;
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+        const int column = owner.column<kSize>(v);
+        if (column >= end) continue;
+        load<kSize>(x + start + column, values[v]);
+        if (residual != nullptr) {
+            float other[kSize];
+            load<kSize>(residual + start + column, other);
+#pragma unroll
+            for (int i = 0; i < kSize; ++i) {
+                T rounded;  // as the backward pass will find it
+                narrow(values[v][i] + other[i], rounded);
+                values[v][i] = widen(rounded);
+            }
+            store<kSize>(values[v], sum + start + column);
+        }
+#pragma unroll
+        for (int i = 0; i < kSize; ++i) total += values[v][i];
+    }
+    const float centre = row_sum(total, owner, exchange[0]) / static_cast<float>(width);
+
+    float squares = 0.0f;
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+        if (owner.column<kSize>(v) >= end) continue;
+#pragma unroll
+        for (int i = 0; i < kSize; ++i) squares += (values[v][i] - centre) * (values[v][i] - centre);
+    }
+    const float variance = row_sum(squares, owner, exchange[1]) / static_cast<float>(width);
+    const float scale = 1.0f / sqrtf(variance + epsilon);
+
+    if (row < rows && owner.slab == 0 && owner.lane == 0) {
+        mean[row] = centre;
+        rstd[row] = scale;
+    }
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+        const int column = owner.column<kSize>(v);
+        if (column >= end) continue;
+        float slope[kSize], offset[kSize];
+        load<kSize>(weight + column, slope);
+        load<kSize>(bias + column, offset);
+#pragma unroll
+        for (int i = 0; i < kSize; ++i) values[v][i] = (values[v][i] - centre) * scale * slope[i] + offset[i];
+        store<kSize>(values[v], y + start + column);
+    }
+}
+
+template <int kSize, typename T>
+__device__ inline void backward(const T* s, const T* weight, const float* mean, const float* rstd, const T* dy,
+                                const T* dsum, T* ds, float* partial, int rows, int width, int warps_per_row,
+                                float (&exchange)[2][kWarps], float (&sums)[kWarps][kSlab]) {
+    constexpr int kVectors = kPerLane / kSize;
+    const Owner owner(warps_per_row);
+
+    float dweight[kVectors][kSize] = {}, dbias[kVectors][kSize] = {};
+    // The same number of turns for every warp: all of them meet in row_sum.
+    for (int first = blockIdx.x * owner.rows_per_block; first < rows; first += gridDim.x * owner.rows_per_block) {
+        const int row = first + owner.row_in_block;
+        const int end = row < rows ? width : 0;
+        const int64_t start = static_cast<int64_t>(row) * width;
+        const float centre = row < rows ? mean[row] : 0.0f;
+        const float scale = row < rows ? rstd[row] : 0.0f;
+
+        float normal[kVectors][kSize], g[kVectors][kSize];
+        float g_total = 0.0f, g_normal_total = 0.0f;
+#pragma unroll
+        for (int v = 0; v < kVectors; ++v) {
+            const int column = owner.column<kSize>(v);
+            if (column >= end) continue;
+            float slope[kSize];
+            load<kSize>(s + start + column, normal[v]);
+            load<kSize>(dy + start + column, g[v]);
+            load<kSize>(weight + column, slope);
+#pragma unroll
+            for (int i = 0; i < kSize; ++i) {
+                normal[v][i] = (normal[v][i] - centre) * scale;
+                dweight[v][i] += g[v][i] * normal[v][i];
+                dbias[v][i] += g[v][i];
+                g[v][i] *= slope[i];
+                g_total += g[v][i];
+                g_normal_total += g[v][i] * normal[v][i];
+            }
+        }
+        const float share = 1.0f / static_cast<float>(width);
+        const float g_mean = row_sum(g_total, owner, exchange[0]) * share;
+        const float g_slope = row_sum(g_normal_total, owner, exchange[1]) * share;
+#pragma unroll
+        for (int v = 0; v < kVectors; ++v) {
+            const int column = owner.column<kSize>(v);
+            if (column >= end) continue;
+            float other[kSize] = {};
+            if (dsum != nullptr) load<kSize>(dsum + start + column, other);
+#pragma unroll
+            for (int i = 0; i < kSize; ++i) {
+                other[i] += scale * (g[v][i] - g_mean - normal[v][i] * g_slope);
+            }
+            store<kSize>(other, ds + start + column);
+        }
+        __syncthreads();  // before the next row uses the exchange
+    }
+
+    // Row blockIdx.x of partial sums: [dweight, dbias][gridDim.x][width]
+    for (int which = 0; which < 2; ++which) {
+        const auto& mine = which == 0 ? dweight : dbias;
+#pragma unroll
+        for (int v = 0; v < kVectors; ++v) {
+#pragma unroll
+            for (int i = 0; i < kSize; ++i) sums[owner.warp][(v * kWarpSize + owner.lane) * kSize + i] = mine[v][i];
+        }
+        __syncthreads();
+        float* row = partial + (static_cast<int64_t>(which) * gridDim.x + blockIdx.x) * width;
+        for (int column = threadIdx.x; column < width; column += kThreads) {
+            float sum = 0.0f;
+            for (int w = column / kSlab; w < kWarps; w += warps_per_row) sum += sums[w][column % kSlab];
+            row[column] = sum;
+        }
+        __syncthreads();
+    }
+}
+
+template <typename T>
+__device__ inline void forward_any(const T* x, const T* residual, const T* weight, const T* bias, T* sum, T* y,
+                                   float* mean, float* rstd, int rows, int width, int warps_per_row, float epsilon) {
+    constexpr int kSize = kVectorSize<T>;
+    __shared__ float exchange[2][kWarps];
+    const bool aligned = is_aligned<kSize>(x, width) && is_aligned<kSize>(residual, width) &&
+                         is_aligned<kSize>(weight, width) && is_aligned<kSize>(bias, width) &&
+                         is_aligned<kSize>(sum, width) && is_aligned<kSize>(y, width);
+    if (aligned) {
+        forward<kSize>(x, residual, weight, bias, sum, y, mean, rstd, rows, width, warps_per_row, epsilon, exchange);
+    } else {
+        forward<1>(x, residual, weight, bias, sum, y, mean, rstd, rows, width, warps_per_row, epsilon, exchange);
+    }
+}
+
+template <typename T>
+__device__ inline void backward_any(const T* s, const T* weight, const float* mean, const float* rstd, const T* dy,
+                                    const T* dsum, T* ds, float* partial, int rows, int width, int warps_per_row) {
+    constexpr int kSize = kVectorSize<T>;
+    __shared__ float exchange[2][kWarps];
+    __shared__ float sums[kWarps][kSlab];
+    const bool aligned = is_aligned<kSize>(s, width) && is_aligned<kSize>(weight, width) && is_aligned<kSize>(dy, width) &&
+                         is_aligned<kSize>(dsum, width) && is_aligned<kSize>(ds, width);
+    if (aligned) {
+        backward<kSize>(s, weight, mean, rstd, dy, dsum, ds, partial, rows, width, warps_per_row, exchange,
+                        sums);
+    } else {
+        backward<1>(s, weight, mean, rstd, dy, dsum, ds, partial, rows, width, warps_per_row, exchange, sums);
+    }
+}
+
+}  // namespace
+
+// grid ⌈rows / (8 / warps_per_row)⌉, block 256; warps_per_row = 1, 2, 4 or 8 with 512·warps_per_row ≥ width.
+// Without a residual, `residual` and `sum` are null. y may be x; sum may be x or residual.
+#define LAYER_NORM_FORWARD(NAME, T)                                                                                    \
+    extern "C" __global__ void __launch_bounds__(kThreads) layer_norm_forward_##NAME(                                  \
+        const T* x, const T* residual, const T* weight, const T* bias, T* sum, T* y, float* mean, float* rstd,         \
+        int32_t rows, int32_t width, int32_t warps_per_row, float epsilon) {                                           \
+        forward_any(x, residual, weight, bias, sum, y, mean, rstd, rows, width, warps_per_row, epsilon);               \
+    }
+
+// block 256; any grid, which is part of the result's definition. partial [2, grid, width]. dsum is null where nothing
+// else uses the sum; ds may be dy or dsum.
+#define LAYER_NORM_BACKWARD(NAME, T)                                                                                   \
+    extern "C" __global__ void __launch_bounds__(kThreads) layer_norm_backward_##NAME(                                 \
+        const T* s, const T* weight, const float* mean, const float* rstd, const T* dy, const T* dsum, T* ds,          \
+        float* partial, int32_t rows, int32_t width, int32_t warps_per_row) {                                          \
+        backward_any(s, weight, mean, rstd, dy, dsum, ds, partial, rows, width, warps_per_row);                        \
+    }
+
+LAYER_NORM_FORWARD(f32, float)
+LAYER_NORM_FORWARD(bf16, bf16)
+LAYER_NORM_FORWARD(f16, f16)
+LAYER_NORM_BACKWARD(f32, float)
+LAYER_NORM_BACKWARD(bf16, bf16)
+LAYER_NORM_BACKWARD(f16, f16)
+
+// dweight += Σ partial[0], dbias += Σ partial[1] over `blocks` rows of `width`.
+// grid (⌈width/32⌉, 2), block 256: warp w of a block adds rows w, w + 8, … of 32 columns, then the warps are added.
+extern "C" __global__ void __launch_bounds__(kThreads)
+    layer_norm_reduce(const float* partial, float* dweight, float* dbias, int32_t blocks, int32_t width) {
+    __shared__ float sums[kWarps][kWarpSize];
+    const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+    const int column = blockIdx.x * kWarpSize + lane;
+    const float* rows = partial + static_cast<int64_t>(blockIdx.y) * blocks * width;
+    float sum = 0.0f;
+    if (column < width) {
+        for (int b = warp; b < blocks; b += kWarps) sum += rows[static_cast<int64_t>(b) * width + column];
+    }
+    sums[warp][lane] = sum;
+    __syncthreads();
+    if (warp == 0 && column < width) {
+        float total = 0.0f;
+        for (int w = 0; w < kWarps; ++w) total += sums[w][lane];
+        float* gradient = blockIdx.y == 0 ? dweight : dbias;
+        gradient[column] += total;
+    }
+}
