@@ -1,0 +1,224 @@
+//! Compiles kernels/*.cu, the executor's own test kernels and its runtime with a C++ compiler.
+//!
+//! A kernel file is preprocessed, translated (build/translate.rs), compiled to assembly with the instrumentation that
+//! the executor's checks live on, given a table of source lines, and assembled.
+
+#[path = "build/translate.rs"]
+mod translate;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+use std::sync::Mutex;
+
+type Result<T> = std::result::Result<T, String>;
+
+/// A compiler that inserts no call at the wrong place and leaves out none: what is announced to the
+/// executor is what is executed.
+const KERNEL_FLAGS: &[&str] = &[
+    "-std=c++17",
+    "-x",
+    "c++",
+    "-g1", // lines only
+    "-fsanitize=thread",
+    "--param=tsan-instrument-func-entry-exit=0",
+    "-fsanitize=alignment,bounds,shift,integer-divide-by-zero,signed-integer-overflow",
+    "-ftrivial-auto-var-init=pattern", // registers that nobody set hold the same nonsense in every run
+    "-fno-optimize-sibling-calls",     // a call has its caller's return address
+    "-fno-tree-tail-merge",            // a call has one line
+    "-fno-crossjumping",
+    "-fno-strict-aliasing", // as nvcc
+    "-ffp-contract=off",
+    "-fno-exceptions",
+    "-fno-rtti",
+    "-fvisibility=hidden",
+    "-Wno-unknown-pragmas",
+    "-Wno-pragmas",
+];
+
+fn main() -> ExitCode {
+    match build() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(message) => {
+            eprintln!("{message}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn build() -> Result<()> {
+    for path in [
+        "build.rs",
+        "build",
+        "include",
+        "runtime",
+        "tests/kernels",
+        "..",
+    ] {
+        println!("cargo::rerun-if-changed={path}");
+    }
+    let host = PathBuf::from(variable("CARGO_MANIFEST_DIR")?);
+    let kernels = host.parent().ok_or("the crate has no parent folder")?;
+    let out = PathBuf::from(variable("OUT_DIR")?);
+
+    let mut base = cc::Build::new();
+    base.cpp(true)
+        .cargo_metadata(false)
+        .opt_level(2)
+        .warnings(true)
+        .define("DTMEM_HOST", None)
+        .include(kernels)
+        .include(host.join("include"))
+        .flag("-include")
+        .flag("cuda_host.h");
+    let compiler = base
+        .try_get_compiler()
+        .map_err(|error| format!("no C++ compiler: {error}"))?;
+    if !compiler.is_like_gnu() {
+        return Err(format!(
+            "{} is not g++: set CXX=g++",
+            compiler.path().display()
+        ));
+    }
+
+    let mut sources = files(kernels, "cu")?;
+    sources.extend(files(&host.join("tests/kernels"), "cu")?);
+    let objects = each_in_parallel(&sources, |source| {
+        let name = stem(source);
+        let assembly = kernel_to_assembly(&compiler, kernels, source, &out)
+            .map_err(|message| format!("{}: {message}", source.display()))?;
+        let object = out.join(format!("{name}.o"));
+        run(compiler
+            .to_command()
+            .arg("-c")
+            .arg(&assembly)
+            .arg("-o")
+            .arg(&object))?;
+        Ok(object)
+    })?;
+    // Kernels register themselves when the program starts: nothing refers to them by name.
+    let mut archive = cc::Build::new();
+    archive.cpp(true).cargo_metadata(false).objects(objects);
+    archive
+        .try_compile("dtmem_kernels")
+        .map_err(|error| error.to_string())?;
+
+    base.clone()
+        .std("c++20")
+        .define("DTMEM_RUNTIME", None)
+        .flag("-Wno-format-zero-length")
+        .flag("-fno-exceptions")
+        .flag("-fno-rtti")
+        .flag("-fvisibility=hidden")
+        .files(files(&host.join("runtime"), "cpp")?)
+        .try_compile("dtmem_host_runtime")
+        .map_err(|error| error.to_string())?;
+
+    println!("cargo::rustc-link-search=native={}", out.display());
+    println!("cargo::rustc-link-lib=static:+whole-archive=dtmem_kernels");
+    println!("cargo::rustc-link-lib=static=dtmem_host_runtime");
+    println!("cargo::rustc-link-lib=stdc++");
+    Ok(())
+}
+
+fn kernel_to_assembly(
+    compiler: &cc::Tool,
+    kernels: &Path,
+    source: &Path,
+    out: &Path,
+) -> Result<PathBuf> {
+    let path = |extension: &str| out.join(format!("{}.{extension}", stem(source)));
+    let preprocessed = run(compiler
+        .to_command()
+        .args(KERNEL_FLAGS)
+        .arg("-E")
+        .arg(source))?;
+    let translated = path("ii");
+    write(&translated, &translate::kernels_to_cpp(&preprocessed)?)?;
+
+    let mut command = Command::new(compiler.path());
+    // Includes and definitions are in the preprocessed text already.
+    let plain = compiler.args().iter().filter(|flag| {
+        let flag = flag.to_string_lossy();
+        flag.starts_with("-O")
+            || flag.starts_with("-W")
+            || flag.starts_with("-f")
+            || flag.starts_with("-m")
+    });
+    command.args(plain).args(KERNEL_FLAGS).arg("-fpreprocessed");
+    let assembly = run(command.arg("-S").arg(&translated).arg("-o").arg("-"))?;
+    let annotated = path("s");
+    write(&annotated, &translate::with_line_table(&assembly, kernels))?;
+    Ok(annotated)
+}
+
+/// The standard output of a command that succeeds; its warnings are shown.
+fn run(command: &mut Command) -> Result<String> {
+    let output = command
+        .output()
+        .map_err(|error| format!("{}: {error}", command.get_program().display()))?;
+    let messages = String::from_utf8_lossy(&output.stderr);
+    if !output.status.success() {
+        return Err(format!("{command:?}\n{messages}"));
+    }
+    for line in messages.lines().filter(|line| line.contains("warning:")) {
+        println!("cargo::warning={line}");
+    }
+    String::from_utf8(output.stdout).map_err(|error| error.to_string())
+}
+
+/// Runs `job` for every item on as many threads as cargo grants, and keeps the order.
+fn each_in_parallel<T: Sync, U: Send>(
+    items: &[T],
+    job: impl Fn(&T) -> Result<U> + Sync,
+) -> Result<Vec<U>> {
+    let threads = variable("NUM_JOBS")?
+        .parse()
+        .unwrap_or(1)
+        .min(items.len())
+        .max(1);
+    let waiting = Mutex::new(items.iter().enumerate());
+    let done = Mutex::new(Vec::new());
+    std::thread::scope(|scope| {
+        for _ in 0..threads {
+            scope.spawn(|| {
+                loop {
+                    let next = waiting.lock().ok().and_then(|mut items| items.next());
+                    let Some((index, item)) = next else { break };
+                    let result = job(item);
+                    if let Ok(mut done) = done.lock() {
+                        done.push((index, result));
+                    }
+                }
+            });
+        }
+    });
+    let mut done = done.into_inner().map_err(|error| error.to_string())?;
+    done.sort_by_key(|(index, _)| *index);
+    done.into_iter().map(|(_, result)| result).collect()
+}
+
+fn files(folder: &Path, extension: &str) -> Result<Vec<PathBuf>> {
+    let entries = fs::read_dir(folder).map_err(|error| format!("{}: {error}", folder.display()))?;
+    let mut files: Vec<_> = entries
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .filter(|path| path.extension().is_some_and(|found| found == extension))
+        .collect();
+    files.sort();
+    Ok(files)
+}
+
+fn stem(path: &Path) -> String {
+    path.file_stem()
+        .unwrap_or_default()
+        .to_string_lossy()
+        .into_owned()
+}
+
+fn write(path: &Path, text: &str) -> Result<()> {
+    fs::write(path, text).map_err(|error| format!("{}: {error}", path.display()))
+}
+
+fn variable(name: &str) -> Result<String> {
+    std::env::var(name).map_err(|error| format!("{name}: {error}"))
+}

@@ -1,0 +1,279 @@
+// The state of one executor: global memory, and the block that is running. Blocks run one after another; the threads of a
+// block are fibers, switched only where they wait for each other.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "cuda_host.h"
+#include "fiber.h"
+#include "finding.h"
+
+namespace dtmem_host {
+
+constexpr unsigned kWarp = 32;
+constexpr unsigned kMaxThreads = 1024;
+constexpr unsigned kMaxWarps = kMaxThreads / kWarp;
+constexpr unsigned kBarriers = 16;
+constexpr std::size_t kStackBytes = 64 << 10;
+constexpr std::size_t kSharedBytes = 256 << 10;          // of address space: the variables and the gaps between them
+constexpr std::size_t kStaticSharedLimit = 48 << 10;
+constexpr std::size_t kSharedLimit = 227 << 10;          // of compute capability 9.0
+constexpr std::uint8_t kPoison = 0xff;                   // a NaN in f32, bf16 and f16; −1 as an integer
+
+// Memory is followed in granules of two bytes. State, two bits each: which of its bytes exist, which are initialised,
+// and whether an asynchronous copy is under way to it.
+constexpr std::size_t kGranule = 2;
+constexpr std::uint8_t kValid = 0x03, kInitialised = 0x0c, kPending = 0x10;
+
+// Who touched a granule last, and when: `epoch` counts synchronisations, `site` is the code address. Two readers are
+// kept, so that a write finds one that is not itself.
+struct Access {
+    std::uint32_t epoch = 0;
+    std::uint32_t site = 0;
+    std::uint16_t thread = 0;
+};
+struct History {
+    Access write, read, other_read;
+};
+
+struct FreeDeleter {
+    void operator()(void* memory) const;
+};
+
+// The state and the histories of a piece of memory.
+struct Shadow {
+    std::unique_ptr<std::uint8_t[], FreeDeleter> state;
+    std::unique_ptr<History[], FreeDeleter> history;  // zero pages until touched
+
+    void resize(std::size_t bytes);
+};
+
+struct Allocation {
+    std::unique_ptr<std::uint8_t[], FreeDeleter> data;
+    std::size_t bytes = 0;
+    bool initialised = false;  // every byte, from the beginning
+    Shadow shadow;
+
+    std::uintptr_t begin() const { return reinterpret_cast<std::uintptr_t>(data.get()); }
+};
+
+// What a launch may touch of global memory. Ranges do not overlap.
+struct Range {
+    std::uintptr_t begin, end;
+    Allocation* allocation;
+    int argument;
+    bool writable;
+};
+
+struct SharedVariable {
+    const void* site;
+    const char* name;
+    std::size_t offset, bytes;
+};
+
+struct AsyncCopy {
+    std::uint32_t group;
+    std::size_t offset;  // in shared memory
+    const std::uint8_t* source;
+    unsigned bytes, source_bytes;
+    const void* site;
+};
+
+enum class Wait : std::uint8_t { kNothing, kBarrier, kWarp };
+
+struct Fiber {
+    Context context;
+    char* stack = nullptr;
+    unsigned thread = 0;
+    bool done = false;
+    Wait wait = Wait::kNothing;
+    unsigned barrier = 0;
+    const char* instruction = "";  // that it waits in
+    const void* site = nullptr;
+    std::uint32_t committed = 0;   // groups of asynchronous copies
+    std::vector<AsyncCopy> copies;
+};
+
+// An instruction that the lanes of `mask` execute together. The last to arrive does the work of all.
+struct Gathering {
+    unsigned mask = 0, arrived = 0;
+    const char* instruction = "";
+    std::array<void*, kWarp> operands{};
+};
+
+using Clock = std::array<std::uint32_t, kMaxWarps>;
+
+struct Warp {
+    unsigned lanes = 0;        // that exist
+    std::uint32_t epoch = 0;   // stamp of what its threads do now
+    Clock seen{};              // up to which epoch of each other warp all is known to have happened before
+    std::vector<Gathering> gatherings;
+};
+
+struct Barrier {
+    unsigned expected = 0, arrived = 0;
+    unsigned line = 0;         // of the first to arrive; 0 where barriers of several lines may meet
+    const void* site = nullptr;
+    std::uint32_t warps = 0;   // that take part
+    Clock joined{};            // what the warps that only arrive have seen
+};
+
+// One argument: a value's bytes, or a view of global memory.
+struct Argument {
+    const void* value;
+    std::uint64_t address;
+    std::uint64_t bytes;
+    std::uint32_t kind;        // Parameter::Kind
+};
+
+struct LaunchShape {
+    std::uint32_t grid[3];
+    std::uint32_t block[3];
+    std::uint32_t shared_bytes;
+    std::uint32_t order;       // 0 forward, 1 reversed, 2 shuffled
+    std::uint64_t seed;
+    std::uint64_t budget;      // memory accesses before the launch counts as a runaway
+};
+
+class Machine {
+public:
+    Machine();
+    ~Machine();
+
+    std::uint8_t* allocate(std::size_t bytes, const void* content);
+    void release(std::uint8_t* data);
+    Allocation* find(std::uint64_t address, std::uint64_t bytes);
+    bool launch(const Kernel& kernel, const LaunchShape& shape, const Argument* arguments, std::size_t count,
+                Finding& finding);
+
+    // Called by the kernel, on a fiber.
+    template <bool kWrite> void access(const void* address, std::size_t bytes, const void* site);
+    void* shared_variable(const void* site, const char* name, std::size_t bytes, std::size_t alignment,
+                          const void* caller);
+    void* dynamic_shared(std::size_t alignment, const void* caller);
+    void synchronise(unsigned barrier, unsigned threads, unsigned line, const char* instruction, const void* site);
+    void arrive(unsigned barrier, unsigned threads, const char* instruction, const void* site);
+    void synchronise_warp(unsigned mask, const void* site);
+    // Waits for the lanes of `mask`, then calls `perform` once with the operands of all of them.
+    template <typename Perform>
+    void together(unsigned mask, const char* instruction, void* operand, const void* site, Perform perform);
+    void require_alignment(const void* address, std::size_t alignment, bool write, const void* site);
+    void require_full_warp(const char* instruction, const void* site);
+    std::size_t shared_offset(const void* address, std::size_t bytes, bool write, const void* site);
+    // Reads a row of shared memory for the lanes of the warp.
+    void read_rows(const void* address, std::size_t bytes, const void* site);
+    void begin_copy(void* shared, const void* source, unsigned bytes, unsigned source_bytes, const void* site);
+    void commit_copies() { ++current->committed; }
+    void await_copies(std::uint32_t still_running, const void* site);
+    // Reports about the thread of a lane other than the running one.
+    struct Blame {
+        Machine& machine;
+        Fiber* before;
+        Blame(Machine& machine, unsigned lane);
+        ~Blame() { machine.current = before; }
+    };
+
+    [[noreturn]] void fail(Check check, const void* site, const char* format = "", ...)
+        __attribute__((format(printf, 4, 5)));
+    [[noreturn]] void fail_at(Check check, const void* address, std::size_t bytes, bool write, const void* site,
+                              const char* format = "", ...) __attribute__((format(printf, 7, 8)));
+
+    Fiber* current = nullptr;
+    uint3 thread, block, block_extent, grid_extent;
+    // The warp's clock just after the last barrier of the whole block: what is older has happened before.
+    std::uint32_t floor = 0;
+
+private:
+    void run_block(unsigned thread_count);
+    void start(Fiber& fiber, unsigned thread);
+    void wait(Wait wait, const char* instruction, const void* site);
+    void wake(Fiber& fiber);
+    void report_divergence(unsigned thread_count);
+    void finish_thread();
+    void complete(unsigned barrier);
+    Gathering& gathering(Warp& warp, unsigned mask);
+    uint3 index_of(unsigned thread) const;
+    Where where(unsigned thread, std::uint32_t epoch, const void* site) const;
+    void describe_address(const void* address, std::size_t bytes, bool write);
+    void map(const Argument* arguments, std::size_t count);
+    const Range* range_of(std::uintptr_t address) const;
+    bool before_now(const Access& access) const;
+    template <bool kWrite> void access_global(std::uintptr_t address, std::size_t bytes, const void* site);
+    template <bool kWrite>
+    void touch(Shadow& shadow, std::size_t offset, std::size_t bytes, const std::uint8_t* base, const void* site);
+    [[noreturn]] void race(const Access& earlier, bool earlier_write, const void* address, std::size_t bytes, bool write,
+                           const void* site);
+    std::uint32_t next_epoch() { return ++epoch_; }
+    static void enter();
+
+    std::vector<std::unique_ptr<Allocation>> allocations_;
+    std::vector<Range> ranges_;
+    const Range* last_range_ = nullptr;
+
+    std::unique_ptr<std::uint8_t[], FreeDeleter> shared_;
+    Shadow shared_shadow_;
+    std::vector<SharedVariable> variables_;
+    std::size_t shared_top_ = 0, static_shared_ = 0, dynamic_shared_ = 0;
+    void* dynamic_ = nullptr;
+
+    char* stacks_ = nullptr;
+    std::vector<Fiber> fibers_;
+    std::array<Warp, kMaxWarps> warps_;
+    std::array<Barrier, kBarriers> barriers_;
+    std::vector<unsigned> ready_, next_ready_;
+    unsigned thread_count_ = 0;
+
+    std::uint32_t epoch_ = 0, launch_epoch_ = 0, block_epoch_ = 0;
+    std::vector<std::pair<std::uint32_t, uint3>> block_epochs_;  // of this launch, for reports
+    Context scheduler_;
+    const Kernel* kernel_ = nullptr;
+    const LaunchShape* shape_ = nullptr;
+    const Argument* arguments_ = nullptr;
+    std::vector<void*> values_;
+    Finding* finding_ = nullptr;
+    bool failed_ = false;
+    std::uint64_t budget_ = 0, random_ = 0;
+};
+
+// The machine whose kernel this system thread is running, if any.
+extern thread_local Machine* machine;
+
+Location locate(const void* site);
+const Kernel* kernels();
+
+template <typename Perform>
+void Machine::together(unsigned mask, const char* instruction, void* operand, const void* site, Perform perform) {
+    const unsigned lane = current->thread % kWarp;
+    Warp& warp = warps_[current->thread / kWarp];
+    if ((mask >> lane & 1) == 0) {
+        fail(Check::kCollective, site, "%s: lane %u is not in its own mask %08x", instruction, lane, mask);
+    }
+    Gathering& here = gathering(warp, mask);
+    if (here.arrived == 0) {
+        here.instruction = instruction;
+    } else if (here.instruction != instruction) {
+        fail(Check::kDivergence, site, "lane %u executes %s where other lanes of its warp execute %s", lane,
+             instruction, here.instruction);
+    }
+    here.operands[lane] = operand;
+    here.arrived |= 1u << lane;
+    if (here.arrived != (mask & warp.lanes)) {
+        wait(Wait::kWarp, instruction, site);
+        return;
+    }
+    perform(here.operands, here.arrived);
+    const unsigned others = here.arrived & ~(1u << lane);
+    here.arrived = 0;
+    const unsigned first = current->thread - lane;
+    const bool reversed = shape_->order == 1;
+    for (unsigned i = 0; i < kWarp; ++i) {
+        const unsigned other = reversed ? kWarp - 1 - i : i;
+        if (others >> other & 1) wake(fibers_[first + other]);
+    }
+}
+
+}  // namespace dtmem_host

@@ -1,0 +1,431 @@
+use std::ffi::{CStr, c_void};
+use std::fmt;
+use std::marker::PhantomData;
+use std::mem::MaybeUninit;
+use std::ops::Range;
+use std::ptr::NonNull;
+use std::rc::Rc;
+
+use crate::{Error, Finding, Result, ffi};
+
+/// A number that kernels work on.
+///
+/// # Safety
+/// Every pattern of bits is a value, and no byte is padding.
+pub unsafe trait Element: Copy + 'static {}
+
+macro_rules! elements {
+    ($($t:ty),*) => {$(
+        // SAFETY: a number without padding; every pattern of bits is one.
+        unsafe impl Element for $t {}
+    )*};
+}
+elements!(u8, i32, u32, i64, u64, f32, f64, half::bf16, half::f16);
+
+/// The runtime's state; buffers keep it alive.
+struct Machine(NonNull<ffi::Machine>);
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        // SAFETY: made by dtmem_host_new, and this was its last owner.
+        unsafe { ffi::dtmem_host_delete(self.0.as_ptr()) }
+    }
+}
+
+/// In which order the threads of a block, and the blocks of a grid, take their turns. A right kernel gives the same bits
+/// in all.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Order {
+    /// From the first to the last.
+    #[default]
+    Forward,
+    /// From the last to the first.
+    Reversed,
+    /// By chance, from this seed, anew at every turn.
+    Shuffled(u64),
+}
+
+impl Order {
+    /// One of each kind.
+    pub const ALL: [Self; 3] = [Self::Forward, Self::Reversed, Self::Shuffled(1)];
+}
+
+/// Grid, block and dynamic shared memory of a launch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Launch {
+    /// Blocks (x, y, z).
+    pub grid: [u32; 3],
+    /// Threads per block (x, y, z).
+    pub block: [u32; 3],
+    /// Bytes of dynamic shared memory per block.
+    pub shared_bytes: u32,
+}
+
+impl Launch {
+    /// A launch without dynamic shared memory.
+    pub fn new(grid: [u32; 3], block: [u32; 3]) -> Self {
+        Self {
+            grid,
+            block,
+            shared_bytes: 0,
+        }
+    }
+}
+
+/// An address range of global memory, as plain data: what a kernel is given for a pointer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct View {
+    /// Address of the first byte.
+    pub address: u64,
+    /// Bytes that the kernel may touch.
+    pub bytes: usize,
+}
+
+impl View {
+    /// A null pointer, for arguments that a kernel may go without.
+    pub const NULL: Self = Self {
+        address: 0,
+        bytes: 0,
+    };
+}
+
+/// An argument of a kernel, as plain data. Each variant begins with the bytes that the kernel's parameter takes (a
+/// view: its address), so that one list serves a launch on a GPU as well.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Arg {
+    /// For `const T*`: memory that is only read.
+    Input(View),
+    /// For `T*`: memory that is written, or read and written.
+    Output(View),
+    /// For `int32_t`.
+    I32(i32),
+    /// For `uint32_t`.
+    U32(u32),
+    /// For `int64_t`.
+    I64(i64),
+    /// For `uint64_t`.
+    U64(u64),
+    /// For `float`.
+    F32(f32),
+}
+
+impl Arg {
+    fn as_ffi(&self) -> (ffi::Argument, usize) {
+        fn value<T>(value: &T) -> (ffi::Argument, usize) {
+            let argument = ffi::Argument {
+                value: std::ptr::from_ref(value).cast::<c_void>(),
+                address: 0,
+                bytes: 0,
+                kind: ffi::VALUE,
+            };
+            (argument, size_of::<T>())
+        }
+        let view = |view: &View, kind| {
+            let argument = ffi::Argument {
+                value: std::ptr::null(),
+                address: view.address,
+                bytes: view.bytes as u64,
+                kind,
+            };
+            (argument, size_of::<u64>())
+        };
+        match self {
+            Self::Input(memory) => view(memory, ffi::INPUT),
+            Self::Output(memory) => view(memory, ffi::OUTPUT),
+            Self::I32(number) => value(number),
+            Self::U32(number) => value(number),
+            Self::I64(number) => value(number),
+            Self::U64(number) => value(number),
+            Self::F32(number) => value(number),
+        }
+    }
+}
+
+/// Memory of an executor: `len` elements, aligned to 256 bytes as on a GPU.
+pub struct Buffer<T> {
+    machine: Rc<Machine>,
+    data: NonNull<u8>,
+    len: usize,
+    element: PhantomData<T>,
+}
+
+impl<T: Element> Buffer<T> {
+    /// Elements.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether it has no elements.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// All of it.
+    pub fn view(&self) -> View {
+        View {
+            address: self.data.as_ptr() as u64,
+            bytes: self.len * size_of::<T>(),
+        }
+    }
+
+    /// Some elements of it: the kernel may not touch others. Empty where the range is not inside of the buffer.
+    pub fn slice(&self, range: Range<usize>) -> View {
+        if range.start > range.end || range.end > self.len {
+            return View::NULL;
+        }
+        View {
+            address: self.data.as_ptr() as u64 + (range.start * size_of::<T>()) as u64,
+            bytes: range.len() * size_of::<T>(),
+        }
+    }
+
+    /// A copy of the content. Elements that nothing was written to are NaN, or all ones.
+    pub fn download(&self) -> Vec<T> {
+        // SAFETY: the machine is alive, so there are `len` initialised elements, and T takes any bits.
+        unsafe { std::slice::from_raw_parts(self.data.as_ptr().cast::<T>(), self.len) }.to_vec()
+    }
+}
+
+impl<T> Drop for Buffer<T> {
+    fn drop(&mut self) {
+        // SAFETY: the machine is alive, it made this memory, and nobody uses it any longer.
+        unsafe { ffi::dtmem_host_release(self.machine.0.as_ptr(), self.data.as_ptr()) }
+    }
+}
+
+impl<T> fmt::Debug for Buffer<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Buffer of {} × {}", self.len, std::any::type_name::<T>())
+    }
+}
+
+/// A CPU that runs kernels and watches them.
+pub struct Executor {
+    machine: Rc<Machine>,
+    order: Order,
+    budget: u64,
+}
+
+impl fmt::Debug for Executor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Executor")
+            .field("order", &self.order)
+            .field("budget", &self.budget)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Default for Executor {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Executor {
+    /// An executor with forward order and a budget of 2³⁰ memory accesses per launch.
+    pub fn new() -> Self {
+        // SAFETY: no precondition.
+        let machine = NonNull::new(unsafe { ffi::dtmem_host_new() });
+        // C++'s `new` never gives null.
+        let machine = machine
+            .unwrap_or_else(|| std::alloc::handle_alloc_error(std::alloc::Layout::new::<usize>()));
+        Self {
+            machine: Rc::new(Machine(machine)),
+            order: Order::Forward,
+            budget: 1 << 30,
+        }
+    }
+
+    /// The order of the launches that follow.
+    pub fn set_order(&mut self, order: Order) {
+        self.order = order;
+    }
+
+    /// Memory accesses and waits after which a launch counts as one that never ends.
+    pub fn set_budget(&mut self, accesses: u64) {
+        self.budget = accesses.max(1);
+    }
+
+    /// A buffer with this content.
+    pub fn upload<T: Element>(&self, content: &[T]) -> Buffer<T> {
+        self.allocate(content.len(), content.as_ptr().cast())
+    }
+
+    /// A buffer that a kernel has to write before it reads.
+    pub fn scratch<T: Element>(&self, len: usize) -> Buffer<T> {
+        self.allocate(len, std::ptr::null())
+    }
+
+    fn allocate<T: Element>(&self, len: usize, content: *const c_void) -> Buffer<T> {
+        let layout = std::alloc::Layout::array::<T>(len);
+        let data = layout.ok().and_then(|layout| {
+            // SAFETY: the machine is alive and not in use; the content is null or a slice of this size.
+            NonNull::new(unsafe {
+                ffi::dtmem_host_allocate(self.machine.0.as_ptr(), layout.size(), content)
+            })
+        });
+        let data =
+            data.unwrap_or_else(|| std::alloc::handle_alloc_error(std::alloc::Layout::new::<T>()));
+        Buffer {
+            machine: Rc::clone(&self.machine),
+            data,
+            len,
+            element: PhantomData,
+        }
+    }
+
+    /// Runs a kernel to its end, or to its first defect; what it wrote until then stays written.
+    ///
+    /// Errors: a name that no kernel has, arguments that differ from its declaration, views outside of this executor's
+    /// buffers, an impossible grid or block, and [`Error::Finding`].
+    pub fn launch(&self, name: &str, launch: Launch, args: &[Arg]) -> Result<()> {
+        let (kernel, signature) =
+            find(name).ok_or_else(|| Error::UnknownKernel(name.to_owned()))?;
+        let arguments = self.check_arguments(name, signature, args)?;
+        check_shape(name, launch, u64::from(kernel.max_threads.unsigned_abs()))?;
+        let (order, seed) = match self.order {
+            Order::Forward => (0, 0),
+            Order::Reversed => (1, 0),
+            Order::Shuffled(seed) => (2, seed),
+        };
+        let shape = ffi::LaunchShape {
+            grid: launch.grid,
+            block: launch.block,
+            shared_bytes: launch.shared_bytes,
+            order,
+            seed,
+            budget: self.budget,
+        };
+        let mut finding = MaybeUninit::<ffi::Finding>::zeroed();
+        // SAFETY: the machine is alive and not in use; arguments and shape have been checked above; the finding is
+        // plain data for which zeros are a value.
+        let (good, finding) = unsafe {
+            let good = ffi::dtmem_host_launch(
+                self.machine.0.as_ptr(),
+                kernel,
+                &raw const shape,
+                arguments.as_ptr(),
+                arguments.len(),
+                finding.as_mut_ptr(),
+            );
+            (good, finding.assume_init())
+        };
+        if good {
+            Ok(())
+        } else {
+            Err(Error::Finding(Box::new(Finding::from_ffi(name, &finding))))
+        }
+    }
+
+    fn check_arguments(
+        &self,
+        name: &str,
+        signature: &[ffi::Parameter],
+        args: &[Arg],
+    ) -> Result<Vec<ffi::Argument>> {
+        if args.len() != signature.len() {
+            return Err(Error::ArgumentCount {
+                kernel: name.to_owned(),
+                expected: signature.len(),
+                found: args.len(),
+            });
+        }
+        let mut arguments = Vec::with_capacity(args.len());
+        for (index, (arg, parameter)) in args.iter().zip(signature).enumerate() {
+            let (argument, bytes) = arg.as_ffi();
+            if argument.kind != parameter.kind || bytes != parameter.bytes as usize {
+                let expected = match parameter.kind {
+                    ffi::INPUT => "an input".to_owned(),
+                    ffi::OUTPUT => "an output".to_owned(),
+                    _ => format!("a value of {} bytes", parameter.bytes),
+                };
+                return Err(Error::ArgumentType {
+                    kernel: name.to_owned(),
+                    index,
+                    expected,
+                    found: format!("{arg:?}"),
+                });
+            }
+            // SAFETY: the machine is alive and not in use.
+            let held = argument.bytes == 0
+                || unsafe {
+                    ffi::dtmem_host_holds(self.machine.0.as_ptr(), argument.address, argument.bytes)
+                };
+            if !held {
+                return Err(Error::ForeignView {
+                    kernel: name.to_owned(),
+                    index,
+                    bytes: usize::try_from(argument.bytes).unwrap_or(usize::MAX),
+                });
+            }
+            arguments.push(argument);
+        }
+        Ok(arguments)
+    }
+}
+
+fn check_shape(name: &str, launch: Launch, max_threads: u64) -> Result<()> {
+    let product = |extents: [u32; 3]| {
+        extents
+            .iter()
+            .map(|&extent| u64::from(extent))
+            .product::<u64>()
+    };
+    let shape = |what, found, expected: String| {
+        Err(Error::Shape {
+            kernel: name.to_owned(),
+            what,
+            found,
+            expected,
+        })
+    };
+    let [_, y, z] = launch.grid;
+    if launch.grid.contains(&0)
+        || launch.grid[0] > i32::MAX.unsigned_abs()
+        || y > 65535
+        || z > 65535
+    {
+        return shape(
+            "grid",
+            launch.grid,
+            "1 to 2147483647, 65535, 65535 blocks".to_owned(),
+        );
+    }
+    let max_threads = max_threads.min(1024);
+    if product(launch.block) == 0 || product(launch.block) > max_threads || launch.block[2] > 64 {
+        return shape(
+            "block",
+            launch.block,
+            format!("1 to {max_threads} threads (its launch bounds)"),
+        );
+    }
+    Ok(())
+}
+
+/// The names of all kernels that were compiled in, sorted.
+pub fn kernels() -> Vec<String> {
+    let mut names: Vec<_> = table()
+        .map(|(name, _)| name.to_string_lossy().into_owned())
+        .collect();
+    names.sort();
+    names
+}
+
+fn table() -> impl Iterator<Item = (&'static CStr, &'static ffi::Kernel)> {
+    // SAFETY: the table is made before `main`, never changed afterwards, and ends with a null pointer.
+    let entry = |kernel: *const ffi::Kernel| unsafe { kernel.as_ref() };
+    // SAFETY: no precondition.
+    let first = unsafe { ffi::dtmem_host_kernels() };
+    std::iter::successors(entry(first), move |kernel| entry(kernel.next)).map(|kernel| {
+        // SAFETY: names are string literals.
+        (unsafe { CStr::from_ptr(kernel.name) }, kernel)
+    })
+}
+
+fn find(name: &str) -> Option<(&'static ffi::Kernel, &'static [ffi::Parameter])> {
+    let (_, kernel) = table().find(|(found, _)| found.to_bytes() == name.as_bytes())?;
+    // SAFETY: the table holds as many parameters as it says.
+    let parameters =
+        unsafe { std::slice::from_raw_parts(kernel.parameters, kernel.parameter_count) };
+    Some((kernel, parameters))
+}

@@ -1,0 +1,134 @@
+//! What the tests of every kernel share: storage types, seeded numbers, and a run in every thread order.
+#![allow(dead_code)] // each test binary uses its own part
+
+use std::fmt::Debug;
+
+use dtmem_host::{Buffer, Element, Executor, Order};
+use half::{bf16, f16};
+use ndarray::{Array, ArrayBase, Data, Dimension, IntoDimension};
+
+/// A type that kernels store numbers in; the name is the end of the kernels' names.
+pub trait Storage: Element + PartialEq + Debug {
+    const NAME: &str;
+    /// The relative error that SPEC section 9 allows.
+    const TOLERANCE: f64;
+    fn round(x: f64) -> Self;
+    fn widen(self) -> f64;
+    fn bits(self) -> u32;
+}
+
+impl Storage for f32 {
+    const NAME: &str = "f32";
+    const TOLERANCE: f64 = 2e-5;
+    fn round(x: f64) -> Self {
+        x as f32
+    }
+    fn widen(self) -> f64 {
+        f64::from(self)
+    }
+    fn bits(self) -> u32 {
+        self.to_bits()
+    }
+}
+
+impl Storage for bf16 {
+    const NAME: &str = "bf16";
+    const TOLERANCE: f64 = 1.5e-2;
+    fn round(x: f64) -> Self {
+        Self::from_f64(x)
+    }
+    fn widen(self) -> f64 {
+        self.to_f64()
+    }
+    fn bits(self) -> u32 {
+        u32::from(self.to_bits())
+    }
+}
+
+impl Storage for f16 {
+    const NAME: &str = "f16";
+    const TOLERANCE: f64 = 1.5e-2;
+    fn round(x: f64) -> Self {
+        Self::from_f64(x)
+    }
+    fn widen(self) -> f64 {
+        self.to_f64()
+    }
+    fn bits(self) -> u32 {
+        u32::from(self.to_bits())
+    }
+}
+
+/// A small seeded generator (SplitMix64).
+pub struct Random(pub u64);
+
+impl Random {
+    pub fn bits(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    pub fn normal(&mut self) -> f64 {
+        let mut uniform = || (self.bits() >> 11) as f64 / (1_u64 << 53) as f64;
+        let radius = (-2.0 * (1.0 - uniform()).ln()).sqrt();
+        radius * (std::f64::consts::TAU * uniform()).cos()
+    }
+
+    /// Standard normal numbers as `T` can hold them.
+    pub fn array<T: Storage, Sh: IntoDimension>(&mut self, shape: Sh) -> Array<f64, Sh::Dim> {
+        Array::from_shape_simple_fn(shape.into_dimension(), || T::round(self.normal()).widen())
+    }
+}
+
+/// A buffer with these numbers, rounded to `T`.
+pub fn upload<T: Storage, D: Dimension>(executor: &Executor, x: &Array<f64, D>) -> Buffer<T> {
+    let content: Vec<T> = x.iter().map(|&x| T::round(x)).collect();
+    executor.upload(&content)
+}
+
+/// Fails with the tensor's name when ‖x − reference‖₂/‖reference‖₂ is above the tolerance, or anything is NaN.
+#[track_caller]
+pub fn assert_close<T: Storage, S: Data<Elem = f64>, D: Dimension>(
+    name: &str,
+    x: &[T],
+    reference: &ArrayBase<S, D>,
+    tolerance: f64,
+) {
+    assert_eq!(x.len(), reference.len(), "{name}: length");
+    let (mut difference, mut norm) = (0.0_f64, 0.0_f64);
+    for (&x, &reference) in x.iter().zip(reference) {
+        difference += (x.widen() - reference).powi(2);
+        norm += reference.powi(2);
+    }
+    let error = difference.sqrt() / if norm == 0.0 { 1.0 } else { norm.sqrt() };
+    assert!(
+        error <= tolerance,
+        "{name}: relative error {error:e} above {tolerance:e}"
+    );
+}
+
+/// Runs `f` under each thread order and fails unless all give the same bits; gives the result.
+#[track_caller]
+pub fn in_every_order<R: PartialEq + Debug>(mut f: impl FnMut(&Executor) -> R) -> R {
+    let mut executor = Executor::new();
+    let mut results = Order::ALL.map(|order| {
+        executor.set_order(order);
+        Some(f(&executor))
+    });
+    let first = results[0].take().expect("taken once");
+    for (order, result) in Order::ALL.iter().zip(&results).skip(1) {
+        assert!(
+            result.as_ref() == Some(&first),
+            "{order:?} gives other bits than Forward"
+        );
+    }
+    first
+}
+
+/// Numbers that are compared bit by bit.
+pub fn bits<T: Storage>(x: &[T]) -> Vec<u32> {
+    x.iter().map(|&x| x.bits()).collect()
+}

@@ -1,0 +1,265 @@
+//! layer_norm.cu against the reference.
+
+mod common;
+
+use common::{Random, Storage, assert_close, bits, in_every_order, upload};
+use dtmem_host::{Arg, Executor, Launch, View};
+use dtmem_reference::layer_norm;
+use half::{bf16, f16};
+use ndarray::{Array1, Array2};
+use proptest::prelude::*;
+
+const EPSILON: f64 = 1e-5;
+const THREADS: u32 = 256;
+const COLUMNS_PER_WARP: usize = 512;
+
+fn warps_per_row(width: usize) -> u32 {
+    (width.div_ceil(COLUMNS_PER_WARP).max(1) as u32).next_power_of_two()
+}
+
+struct Case {
+    x: Array2<f64>,
+    residual: Option<Array2<f64>>,
+    weight: Array1<f64>,
+    bias: Array1<f64>,
+    dy: Array2<f64>,
+    dsum: Option<Array2<f64>>,
+}
+
+impl Case {
+    fn draw<T: Storage>(rows: usize, width: usize, with_residual: bool, seed: u64) -> Self {
+        let mut random = Random(seed);
+        let mut array = || random.array::<T, _>((rows, width));
+        let (x, dy) = (array() + 3.0, array());
+        let (residual, dsum) = (
+            with_residual.then(&mut array),
+            with_residual.then(&mut array),
+        );
+        Self {
+            x: x.map(|&x| T::round(x).widen()),
+            residual,
+            dy,
+            dsum,
+            weight: random.array::<T, _>(width),
+            bias: random.array::<T, _>(width),
+        }
+    }
+
+    fn dim(&self) -> (usize, usize) {
+        self.x.dim()
+    }
+
+    /// x + residual as the storage type holds it.
+    fn sum<T: Storage>(&self) -> Array2<f64> {
+        match &self.residual {
+            Some(residual) => (&self.x + residual).map(|&sum| T::round(sum).widen()),
+            None => self.x.clone(),
+        }
+    }
+}
+
+#[derive(Debug, PartialEq)]
+struct Forward<T> {
+    sum: Option<Vec<T>>,
+    y: Vec<T>,
+    mean: Vec<f32>,
+    rstd: Vec<f32>,
+}
+
+fn forward<T: Storage>(executor: &Executor, case: &Case) -> Forward<T> {
+    let (rows, width) = case.dim();
+    let [x, y] = [
+        upload::<T, _>(executor, &case.x),
+        executor.scratch(rows * width),
+    ];
+    let residual = case
+        .residual
+        .as_ref()
+        .map(|residual| upload::<T, _>(executor, residual));
+    let sum = case
+        .residual
+        .as_ref()
+        .map(|_| executor.scratch::<T>(rows * width));
+    let [weight, bias] = [&case.weight, &case.bias].map(|x| upload::<T, _>(executor, x));
+    let [mean, rstd] = [(); 2].map(|()| executor.scratch::<f32>(rows));
+    let warps = warps_per_row(width);
+    let grid = (rows as u32).div_ceil(8 / warps);
+    executor
+        .launch(
+            &format!("layer_norm_forward_{}", T::NAME),
+            Launch::new([grid, 1, 1], [THREADS, 1, 1]),
+            &[
+                Arg::Input(x.view()),
+                Arg::Input(
+                    residual
+                        .as_ref()
+                        .map_or(View::NULL, |residual| residual.view()),
+                ),
+                Arg::Input(weight.view()),
+                Arg::Input(bias.view()),
+                Arg::Output(sum.as_ref().map_or(View::NULL, |sum| sum.view())),
+                Arg::Output(y.view()),
+                Arg::Output(mean.view()),
+                Arg::Output(rstd.view()),
+                Arg::I32(rows as i32),
+                Arg::I32(width as i32),
+                Arg::I32(warps as i32),
+                Arg::F32(EPSILON as f32),
+            ],
+        )
+        .unwrap_or_else(|error| panic!("{error}"));
+    Forward {
+        sum: sum.map(|sum| sum.download()),
+        y: y.download(),
+        mean: mean.download(),
+        rstd: rstd.download(),
+    }
+}
+
+fn reference_forward(case: &Case, sum: &Array2<f64>) -> (Array2<f64>, Array1<f64>, Array1<f64>) {
+    let (rows, width) = case.dim();
+    let mut y = Array2::from_elem((rows, width), f64::NAN);
+    let [mut mean, mut rstd] = [(); 2].map(|()| Array1::from_elem(rows, f64::NAN));
+    let (weight, bias) = (case.weight.view(), case.bias.view());
+    let epsilon = f64::from(EPSILON as f32);
+    layer_norm::forward(
+        sum.view(),
+        weight,
+        bias,
+        epsilon,
+        y.view_mut(),
+        mean.view_mut(),
+        rstd.view_mut(),
+    )
+    .unwrap();
+    (y, mean, rstd)
+}
+
+fn check_forward<T: Storage>(rows: usize, width: usize, with_residual: bool, seed: u64) {
+    let case = Case::draw::<T>(rows, width, with_residual, seed);
+    let run = in_every_order(|executor| forward::<T>(executor, &case));
+    let sum = case.sum::<T>();
+    let (y, mean, rstd) = reference_forward(&case, &sum);
+    if let Some(found) = run.sum {
+        assert_close("sum", &found, &sum, 0.0);
+    }
+    assert_close("y", &run.y, &y, T::TOLERANCE);
+    assert_close("mean", &run.mean, &mean, f32::TOLERANCE);
+    assert_close("rstd", &run.rstd, &rstd, f32::TOLERANCE);
+}
+
+fn check_backward<T: Storage>(
+    rows: usize,
+    width: usize,
+    blocks: u32,
+    with_residual: bool,
+    seed: u64,
+) {
+    let case = Case::draw::<T>(rows, width, with_residual, seed);
+    let s = case.sum::<T>();
+    let (_, mean, rstd) = reference_forward(&case, &s);
+    let [dweight_before, dbias_before] = [1, 2].map(|n| Random(seed + n).array::<f32, _>(width));
+    let run = in_every_order(|executor| {
+        let [s, dy] = [&s, &case.dy].map(|x| upload::<T, _>(executor, x));
+        let dsum = case.dsum.as_ref().map(|x| upload::<T, _>(executor, x));
+        let weight = upload::<T, _>(executor, &case.weight);
+        let [mean, rstd, dweight, dbias] =
+            [&mean, &rstd, &dweight_before, &dbias_before].map(|x| upload::<f32, _>(executor, x));
+        let ds = executor.scratch::<T>(rows * width);
+        let partial = executor.scratch::<f32>(2 * blocks as usize * width);
+        let launched = executor
+            .launch(
+                &format!("layer_norm_backward_{}", T::NAME),
+                Launch::new([blocks, 1, 1], [THREADS, 1, 1]),
+                &[
+                    Arg::Input(s.view()),
+                    Arg::Input(weight.view()),
+                    Arg::Input(mean.view()),
+                    Arg::Input(rstd.view()),
+                    Arg::Input(dy.view()),
+                    Arg::Input(dsum.as_ref().map_or(View::NULL, |dsum| dsum.view())),
+                    Arg::Output(ds.view()),
+                    Arg::Output(partial.view()),
+                    Arg::I32(rows as i32),
+                    Arg::I32(width as i32),
+                    Arg::I32(warps_per_row(width) as i32),
+                ],
+            )
+            .and_then(|()| {
+                executor.launch(
+                    "layer_norm_reduce",
+                    Launch::new([(width as u32).div_ceil(32), 2, 1], [THREADS, 1, 1]),
+                    &[
+                        Arg::Input(partial.view()),
+                        Arg::Output(dweight.view()),
+                        Arg::Output(dbias.view()),
+                        Arg::I32(blocks as i32),
+                        Arg::I32(width as i32),
+                    ],
+                )
+            });
+        launched.unwrap_or_else(|error| panic!("{error}"));
+        (
+            bits(&ds.download()),
+            ds.download(),
+            dweight.download(),
+            dbias.download(),
+        )
+    });
+    let mut ds = Array2::from_elem((rows, width), f64::NAN);
+    let (mut dweight, mut dbias) = (dweight_before, dbias_before);
+    let (weight, dy) = (case.weight.view(), case.dy.view());
+    let (s, mean, rstd) = (s.view(), mean.view(), rstd.view());
+    layer_norm::backward(
+        s,
+        weight,
+        mean,
+        rstd,
+        dy,
+        ds.view_mut(),
+        dweight.view_mut(),
+        dbias.view_mut(),
+    )
+    .unwrap();
+    if let Some(dsum) = &case.dsum {
+        ds += dsum;
+    }
+    assert_close("ds", &run.1, &ds, T::TOLERANCE);
+    assert_close("dweight", &run.2, &dweight, f32::TOLERANCE);
+    assert_close("dbias", &run.3, &dbias, f32::TOLERANCE);
+}
+
+/// Widths with a tail, one column, a whole row per warp, and several warps per row.
+fn width() -> impl Strategy<Value = usize> {
+    prop_oneof![
+        1..40_usize,
+        Just(64),
+        Just(512),
+        Just(513),
+        Just(1024),
+        1000..1100_usize,
+        Just(4096)
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(12))]
+
+    #[test]
+    fn forward_agrees_with_the_reference(
+        rows in 1..20_usize, width in width(), with_residual: bool, seed: u64,
+    ) {
+        check_forward::<f32>(rows, width, with_residual, seed);
+        check_forward::<bf16>(rows, width, with_residual, seed);
+        check_forward::<f16>(rows, width, with_residual, seed);
+    }
+
+    #[test]
+    fn backward_agrees_with_the_reference(
+        rows in 1..20_usize, width in width(), blocks in 1..5_u32, with_residual: bool, seed in 0..u64::MAX / 2,
+    ) {
+        check_backward::<f32>(rows, width, blocks, with_residual, seed);
+        check_backward::<bf16>(rows, width, blocks, with_residual, seed);
+        check_backward::<f16>(rows, width, blocks, with_residual, seed);
+    }
+}

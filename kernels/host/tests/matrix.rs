@@ -1,0 +1,106 @@
+//! Matrix instructions and the loads that feed them, against plain products.
+
+mod common;
+
+use common::{Random, Storage, assert_close, in_every_order, upload};
+use dtmem_host::{Arg, Check, Executor, Launch};
+use half::{bf16, f16};
+use proptest::prelude::*;
+
+fn check_product<T: Storage>(name: &str, m: usize, n: usize, k: usize, tolerance: f64, seed: u64) {
+    let mut random = Random(seed);
+    let (a, b) = (random.array::<T, _>((m, k)), random.array::<T, _>((k, n)));
+    let before = random.array::<f32, _>((m, n));
+    let c = in_every_order(|executor| {
+        let [a, b] = [&a, &b].map(|x| upload::<T, _>(executor, x));
+        let c = upload::<f32, _>(executor, &before);
+        let launch = Launch::new([n as u32 / 8, m as u32 / 16, 1], [32, 1, 1]);
+        let args = [
+            Arg::Input(a.view()),
+            Arg::Input(b.view()),
+            Arg::Output(c.view()),
+            Arg::I32(n as i32),
+            Arg::I32(k as i32),
+        ];
+        executor
+            .launch(name, launch, &args)
+            .unwrap_or_else(|error| panic!("{error}"));
+        c.download()
+    });
+    assert_close("c", &c, &(a.dot(&b) + before), tolerance);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(8))]
+
+    #[test]
+    fn products_are_those_of_the_rounded_operands(m in 1..4_usize, n in 1..5_usize, k in 1..5_usize, seed: u64) {
+        check_product::<bf16>("test_product_bf16", 16 * m, 8 * n, 16 * k, 2e-6, seed);
+        check_product::<f16>("test_product_f16", 16 * m, 8 * n, 16 * k, 2e-6, seed);
+        // Rounding to 10 bits of mantissa happens inside of the kernel.
+        check_product::<f32>("test_product_tf32", 16 * m, 8 * n, 8 * k, 2e-3, seed);
+    }
+}
+
+#[test]
+fn ldmatrix_hands_out_rows_or_columns() {
+    let numbers: Vec<f16> = (0..256).map(|i| f16::from_f32(i as f32)).collect();
+    let executor = Executor::new();
+    let x = executor.upload(&numbers);
+    let [plain, transposed] = [5, 4].map(|n| executor.scratch::<u32>(n * 32));
+    let args = [
+        Arg::Input(x.view()),
+        Arg::Output(plain.view()),
+        Arg::Output(transposed.view()),
+    ];
+    executor
+        .launch("test_ldmatrix", Launch::new([1, 1, 1], [32, 1, 1]), &args)
+        .unwrap_or_else(|error| panic!("{error}"));
+    let element = |matrix: usize, row: usize, column: usize| {
+        u32::from(numbers[matrix * 64 + row * 8 + column].to_bits())
+    };
+    for (at, (&plain, &transposed)) in plain
+        .download()
+        .iter()
+        .zip(&transposed.download())
+        .enumerate()
+    {
+        let (matrix, lane) = (at / 32, at % 32);
+        let (major, minor) = (lane / 4, lane % 4 * 2);
+        assert_eq!(
+            plain,
+            element(matrix, major, minor) | element(matrix, major, minor + 1) << 16
+        );
+        assert_eq!(
+            transposed,
+            element(matrix, minor, major) | element(matrix, minor + 1, major) << 16
+        );
+    }
+    assert_eq!(plain.download()[..32], plain.download()[128..]);
+}
+
+#[test]
+fn part_of_a_warp_cannot_multiply() {
+    let executor = Executor::new();
+    let [a, b] = [128, 64].map(|n| executor.upload(&vec![0_f32; n]));
+    let c = executor.upload(&[0_f32; 128]);
+    let args = [
+        Arg::Input(a.view()),
+        Arg::Input(b.view()),
+        Arg::Output(c.view()),
+        Arg::I32(8),
+        Arg::I32(8),
+    ];
+    let error = executor
+        .launch(
+            "test_product_tf32",
+            Launch::new([1, 1, 1], [16, 1, 1]),
+            &args,
+        )
+        .unwrap_err();
+    assert_eq!(
+        error.finding().map(|finding| finding.check),
+        Some(Check::Collective),
+        "{error}"
+    );
+}
