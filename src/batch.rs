@@ -223,6 +223,9 @@ pub enum BatchError {
         /// Length of the sequence.
         steps: usize,
     },
+    /// Pairs are not in ascending order, or one stands twice.
+    #[error("pairs of a sequence are not strictly ascending")]
+    PairOrder,
     /// Arrays of one trajectory differ in length.
     #[error("`{argument}` has {found} steps, expected {expected}")]
     Steps {
@@ -310,6 +313,9 @@ impl Packer {
             .find(|(query, key)| key > query || *query as usize >= steps)
         {
             return Err(BatchError::Pair { query, key, steps });
+        }
+        if !trajectory.pairs.is_sorted_by(|a, b| a < b) {
+            return Err(BatchError::PairOrder);
         }
         let mut pairs = trajectory.pairs.iter().peekable();
         let per_step = self.layout.tokens_per_step() as i32;

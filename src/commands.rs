@@ -269,7 +269,13 @@ pub fn verify(arguments: &Verify) -> Result<ExitCode> {
 pub fn info() -> Result<ExitCode> {
     let mut text = String::new();
     writeln!(text, "version        {}", env!("CARGO_PKG_VERSION"))?;
-    writeln!(text, "features       trainer")?;
+    let features = [("cuda", cfg!(feature = "cuda")), ("trainer", true)];
+    let features = features.iter().filter(|(_, on)| *on).map(|(name, _)| *name);
+    writeln!(
+        text,
+        "features       {}",
+        features.collect::<Vec<_>>().join(", ")
+    )?;
     writeln!(
         text,
         "cpu            {}, {} threads",
@@ -278,9 +284,22 @@ pub fn info() -> Result<ExitCode> {
     )?;
     writeln!(text, "simd           {}", simd())?;
     writeln!(text, "gpus           {}", gpus())?;
-    writeln!(text, "kernel images  none in this build")?;
+    let images = images();
+    for (index, image) in images.iter().enumerate() {
+        let title = if index == 0 { "kernel images" } else { "" };
+        writeln!(text, "{title:<15}{image}")?;
+    }
     print(&text)?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// One line per kernel image of this binary.
+fn images() -> Vec<String> {
+    #[cfg(feature = "cuda")]
+    let found = dtmem::ops::images::describe();
+    #[cfg(not(feature = "cuda"))]
+    let found = vec!["none in this build: it lacks the feature `cuda`".to_owned()];
+    found
 }
 
 fn cpu_name() -> Option<String> {

@@ -15,7 +15,7 @@ use dtmem_reference::{
     Scalar, activation, convolution, cross_entropy, dropout, layer_norm, linear, lora_linear,
     one_hot, optimiser,
 };
-use ndarray::{Array2, ArrayView1, ArrayView2, ArrayViewMut1, ArrayViewMut2, Axis, s};
+use ndarray::{ArrayView1, ArrayView2, ArrayViewMut1, ArrayViewMut2, Axis, s};
 use rayon::prelude::*;
 
 use attention::{Cached, HeadGradients, HeadSaved, Heads};
@@ -109,13 +109,26 @@ impl<T: Scalar> Cpu<T> {
         gradients: &mut [T],
     ) -> Result<()> {
         const NAME: &str = "adapters_backward";
-        let rows = x.nrows();
+        let (rows, inputs) = x.dim();
+        let dropped_len = if dropout.is_some() { rows * inputs } else { 0 };
         let mut scratch = self.scratch();
-        let mut grad_adapted = Array2::zeros((rows, map.ranks()));
-        let mut grad_dropped = dropout.map(|_| Array2::zeros(x.raw_dim()));
-        let x = dropped(NAME, dropout, 0, x, &mut scratch)?;
+        let len = rows * map.ranks() + 2 * dropped_len;
+        if scratch.len() < len {
+            scratch.resize(len, T::zero());
+        }
+        let (grad_adapted, rest) = scratch.split_at_mut(rows * map.ranks());
+        let (x_dropped, rest) = rest.split_at_mut(dropped_len);
+        let x = dropped(NAME, dropout, 0, x, x_dropped)?;
+        // Gradient of the dropped x, which the mask is still to be applied to.
+        let mut grad_dropped = match dropout {
+            Some(_) => Some(matrix_mut(NAME, rest, rows, inputs)?),
+            None => None,
+        };
+        if let Some(grad) = &mut grad_dropped {
+            grad.fill(T::zero());
+        }
         let mut adapted = matrix(NAME, adapted, rows, map.ranks())?;
-        let mut grad_adapted = grad_adapted.view_mut();
+        let mut grad_adapted = matrix_mut(NAME, grad_adapted, rows, map.ranks())?;
         for lora in &map.adapters {
             let (xa, rest) = adapted.split_at(Axis(1), lora.rank);
             adapted = rest;
@@ -437,22 +450,24 @@ fn draw<T: Scalar>(
     Ok(())
 }
 
-/// x after the dropout of an adapter's input: x itself without dropout. `first` is the number of
-/// x's first row.
+/// x after the dropout of an adapter's input, in `memory`: x itself without dropout. `first` is the
+/// number of x's first row.
 fn dropped<'a, T: Scalar>(
     operation: &'static str,
     dropout: Option<Dropped<PackedBatch>>,
     first: usize,
     x: ArrayView2<'a, T>,
-    scratch: &'a mut Vec<T>,
+    memory: &'a mut [T],
 ) -> Result<ArrayView2<'a, T>> {
     let Some(dropout) = dropout else {
         return Ok(x);
     };
-    scratch.clear();
-    scratch.extend(x.iter());
-    draw(operation, dropout, first, x.ncols(), scratch)?;
-    matrix(operation, scratch, x.nrows(), x.ncols())
+    let memory = front_mut(operation, memory, x.len())?;
+    for (to, &from) in memory.iter_mut().zip(x) {
+        *to = from;
+    }
+    draw(operation, dropout, first, x.ncols(), memory)?;
+    matrix(operation, memory, x.nrows(), x.ncols())
 }
 
 /// A linear map's weight as the reference reads it, [outputs, inputs].
@@ -915,6 +930,9 @@ impl<T: Scalar> Backend for Cpu<T> {
             .enumerate()
             .try_for_each(|(index, ((mut y, adapted), x))| {
                 let mut scratch = self.scratch();
+                if dropout.is_some() && scratch.len() < x.len() {
+                    scratch.resize(x.len(), T::zero());
+                }
                 let x = dropped(NAME, dropout, index * piece, x, &mut scratch)?;
                 let mut adapted = adapted;
                 for lora in &map.adapters {
