@@ -85,7 +85,10 @@ impl Compiler {
             }
             nvcc.arg("--ptx")
                 .arg(format!("--gpu-architecture=compute_{architecture}"));
-            self.run(nvcc.arg("--output-file").arg(out).arg(&family.file))
+            let said = self.run(nvcc.arg("--output-file").arg(out).arg(&family.file))?;
+            let ptx = fs::read_to_string(out).map_err(context(out.display()))?;
+            fs::write(out, without_module_id(&ptx)).map_err(context(out.display()))?;
+            Ok(said)
         })
     }
 
@@ -192,6 +195,29 @@ impl Compiler {
             Err(format!("{command:?}: {}\n{said}", output.status))
         }
     }
+}
+
+/// PTX that does not depend on where the sources lie: nvcc puts 8 digits made from their folder into
+/// the names of what a file has for itself.
+pub fn without_module_id(ptx: &str) -> String {
+    const DIGITS: usize = 8;
+    let mut ptx = ptx.to_owned();
+    for mark in ["_INTERNAL_", "_GLOBAL__N__"] {
+        let mut parts = ptx.split(mark);
+        let mut plain = parts.next().unwrap_or_default().to_owned();
+        for part in parts {
+            plain.push_str(mark);
+            match part.split_at_checked(DIGITS) {
+                Some((id, rest)) if id.bytes().all(|byte| byte.is_ascii_hexdigit()) => {
+                    plain.push_str(&"0".repeat(DIGITS));
+                    plain.push_str(rest);
+                }
+                _ => plain.push_str(part),
+            }
+        }
+        ptx = plain;
+    }
+    ptx
 }
 
 /// Marks a file as used now; false where there is none.

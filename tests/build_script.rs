@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
 
-use build::compile::in_parallel;
+use build::compile::{in_parallel, without_module_id};
 use build::manifest::{Entry, Manifest};
 use build::nvcc::{architectures, candidates};
 use build::sources::{Family, Hash, families};
@@ -276,6 +276,18 @@ fn architectures_come_from_the_variable_then_the_machine_then_the_defaults() {
             "{message}"
         );
     }
+}
+
+#[test]
+fn ptx_does_not_tell_the_folder_of_its_sources() {
+    let ptx = |id: &str| {
+        format!(
+            ".shared _ZZN44_INTERNAL_{id}_13_layer_norm_cu_d6a0ecf546_GLOBAL__N__{id}_13_a 0f38b21133"
+        )
+    };
+    assert_eq!(without_module_id(&ptx("38b21133")), ptx("00000000"));
+    let short = "_INTERNAL_38b2 _GLOBAL__N__not-hexadecimal _INTERNAL_é_é_é_";
+    assert_eq!(without_module_id(short), short);
 }
 
 #[test]
