@@ -1,33 +1,23 @@
-// Element-wise activations, forward and backward, over n contiguous elements of f32, bf16 or f16; arithmetic in f32.
+// Element-wise activations over n contiguous elements; arithmetic in f32. Reference: activation.rs.
 //
-// One thread owns 16 bytes; the last one owns what is left. Pointers are aligned to 16 bytes. Grids cover n: there is no
-// loop, so offsets fit 64 bits whatever n is.
-// Bound by memory: n·2 element reads and writes forward, n·3 backward; a few dozen operations per element (erf the most)
-// stay below that. The function is chosen by an argument: the branch is the same for a whole grid, and six kernels are
-// compiled instead of twenty-four.
+//   forward   y = f(x); y may be x
+//   backward  dy ← dy·f′
+//
+// x, y, dy and what was kept of the forward pass [n] in the storage type, aligned to 16 bytes. A thread owns 16 bytes; the
+// last one that owns any takes what is left, element by element.
+//
+// Bound by memory: n elements read and written forward, 2·n read and n written backward, a few dozen operations each (erf
+// has the most). The function is an argument, and the branch on it the same for a whole grid: six kernels are compiled
+// and not twenty-four.
+//
+// History
+//   1  this version
 
-#include <cstdint>
-
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
+#include "types.cuh"
 
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kVectorBytes = 16;
-
-template <typename T>
-struct alignas(kVectorBytes) Vector {
-    static constexpr int kSize = kVectorBytes / sizeof(T);
-    T values[kSize];
-};
-
-__device__ inline float widen(float x) { return x; }
-__device__ inline float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ inline float widen(__half x) { return __half2float(x); }
-__device__ inline void narrow(float x, float& y) { y = x; }
-__device__ inline void narrow(float x, __nv_bfloat16& y) { y = __float2bfloat16_rn(x); }
-__device__ inline void narrow(float x, __half& y) { y = __float2half_rn(x); }
 
 // (1 + erf(x/√2)) / 2
 __device__ inline float normal_cdf(float x) { return 0.5f + 0.5f * erff(x * 0.70710678118654752f); }
@@ -72,14 +62,15 @@ __device__ inline void with_function(int32_t function, F f) {
 // out ← f(a, b) for the elements of this thread.
 template <typename T, typename F>
 __device__ inline void for_my_vector(const T* a, const T* b, T* out, int64_t n, F f) {
-    constexpr int kSize = Vector<T>::kSize;
+    constexpr int kSize = kVectorSize<T>;
     const int64_t start = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kSize;
     if (start + kSize <= n) {
-        const Vector<T> x = *reinterpret_cast<const Vector<T>*>(a + start);
-        Vector<T> y = *reinterpret_cast<const Vector<T>*>(b + start);
+        float x[kSize], y[kSize];
+        load(a + start, x);
+        load(b + start, y);
 #pragma unroll
-        for (int i = 0; i < kSize; ++i) narrow(f(widen(x.values[i]), widen(y.values[i])), y.values[i]);
-        *reinterpret_cast<Vector<T>*>(out + start) = y;
+        for (int i = 0; i < kSize; ++i) y[i] = f(x[i], y[i]);
+        store(y, out + start);
     } else {
 #pragma unroll 1
         for (int64_t i = start; i < n; ++i) narrow(f(widen(a[i]), widen(b[i])), out[i]);
@@ -88,7 +79,6 @@ __device__ inline void for_my_vector(const T* a, const T* b, T* out, int64_t n, 
 
 }  // namespace
 
-// forward: y = f(x), and y may be x. backward: dy ← dy·f′.
 #define ACTIVATION_KERNELS(NAME, T)                                                                                    \
     extern "C" __global__ void __launch_bounds__(kThreads)                                                             \
         activation_forward_##NAME(int32_t function, const T* x, T* y, int64_t n) {                                     \
@@ -105,5 +95,5 @@ __device__ inline void for_my_vector(const T* a, const T* b, T* out, int64_t n, 
     }
 
 ACTIVATION_KERNELS(f32, float)
-ACTIVATION_KERNELS(bf16, __nv_bfloat16)
-ACTIVATION_KERNELS(f16, __half)
+ACTIVATION_KERNELS(bf16, bf16)
+ACTIVATION_KERNELS(f16, f16)
