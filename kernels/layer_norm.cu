@@ -46,8 +46,8 @@ struct Owner {
     }
 };
 
-// Σ over the warps that own the row, in all of their lanes. Every thread of the block calls it; each use has an
-// exchange of its own.
+// Σ over the warps that own the row, in all of their lanes. Every thread of the block calls it. Two sums in a row need
+// an exchange each: the barrier of the second is also what lets the first be used again.
 __device__ inline float row_sum(float x, const Owner& owner, float (&exchange)[kWarps]) {
     x = warp_sum(x);
     if (owner.warps_per_row == 1) return x;
@@ -168,7 +168,6 @@ __device__ inline void backward(const T* s, const T* weight, const float* mean, 
             }
             store<kSize>(other, ds + start + column);
         }
-        __syncthreads();  // before the next row uses the exchange
     }
 
     // Row blockIdx.x of partial sums: [dweight, dbias][gridDim.x][width]

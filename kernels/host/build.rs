@@ -7,6 +7,7 @@
 mod translate;
 
 use std::fs;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 use std::sync::Mutex;
@@ -84,17 +85,8 @@ fn build() -> Result<()> {
     let mut sources = files(kernels, "cu")?;
     sources.extend(files(&host.join("tests/kernels"), "cu")?);
     let objects = each_in_parallel(&sources, |source| {
-        let name = stem(source);
-        let assembly = kernel_to_assembly(&compiler, kernels, source, &out)
-            .map_err(|message| format!("{}: {message}", source.display()))?;
-        let object = out.join(format!("{name}.o"));
-        run(compiler
-            .to_command()
-            .arg("-c")
-            .arg(&assembly)
-            .arg("-o")
-            .arg(&object))?;
-        Ok(object)
+        compile_kernel(&compiler, kernels, source, &out)
+            .map_err(|message| format!("{}: {message}", source.display()))
     })?;
     // Kernels register themselves when the program starts: nothing refers to them by name.
     let mut archive = cc::Build::new();
@@ -121,35 +113,49 @@ fn build() -> Result<()> {
     Ok(())
 }
 
-fn kernel_to_assembly(
+/// The object file of a kernel file. It is made anew only if the preprocessed text or the way there
+/// has changed.
+fn compile_kernel(
     compiler: &cc::Tool,
     kernels: &Path,
     source: &Path,
     out: &Path,
 ) -> Result<PathBuf> {
     let path = |extension: &str| out.join(format!("{}.{extension}", stem(source)));
+    let (translated, annotated, object) = (path("ii"), path("s"), path("o"));
     let preprocessed = run(compiler
         .to_command()
         .args(KERNEL_FLAGS)
         .arg("-E")
         .arg(source))?;
-    let translated = path("ii");
-    write(&translated, &translate::kernels_to_cpp(&preprocessed)?)?;
-
     let mut command = Command::new(compiler.path());
     // Includes and definitions are in the preprocessed text already.
     let plain = compiler.args().iter().filter(|flag| {
         let flag = flag.to_string_lossy();
-        flag.starts_with("-O")
-            || flag.starts_with("-W")
-            || flag.starts_with("-f")
-            || flag.starts_with("-m")
+        ["-O", "-W", "-f", "-m"]
+            .iter()
+            .any(|kind| flag.starts_with(kind))
     });
     command.args(plain).args(KERNEL_FLAGS).arg("-fpreprocessed");
-    let assembly = run(command.arg("-S").arg(&translated).arg("-o").arg("-"))?;
-    let annotated = path("s");
+    command.arg("-S").arg(&translated).arg("-o").arg("-");
+
+    let mut way = DefaultHasher::new();
+    (format!("{command:?}"), include_str!("build/translate.rs")).hash(&mut way);
+    let text = format!(
+        "// {:x}\n{}",
+        way.finish(),
+        translate::kernels_to_cpp(&preprocessed)?
+    );
+    if object.exists() && fs::read_to_string(&translated).is_ok_and(|before| before == text) {
+        return Ok(object);
+    }
+    let _ = fs::remove_file(&object); // whatever fails below: the text is not taken for compiled
+    write(&translated, &text)?;
+    let assembly = run(&mut command)?;
     write(&annotated, &translate::with_line_table(&assembly, kernels))?;
-    Ok(annotated)
+    let mut assembler = compiler.to_command();
+    run(assembler.arg("-c").arg(&annotated).arg("-o").arg(&object))?;
+    Ok(object)
 }
 
 /// The standard output of a command that succeeds; its warnings are shown.

@@ -142,7 +142,7 @@ void Machine::run_block(unsigned thread_count) {
         for (unsigned t : ready_) {
             Fiber& fiber = fibers_[t];
             current = &fiber;
-            thread = index_of(t);
+            thread = fiber.index;
             switch_to(scheduler_, fiber.context);
             if (!failed_ && *reinterpret_cast<std::uint64_t*>(fiber.stack) != kCanary) {
                 failed_ = true;
@@ -159,6 +159,7 @@ void Machine::run_block(unsigned thread_count) {
 void Machine::start(Fiber& fiber, unsigned t) {
     fiber.stack = stacks_ + t * kStackBytes;
     fiber.thread = t;
+    fiber.index = index_of(t);
     fiber.done = false;
     fiber.wait = Wait::kNothing;
     fiber.committed = 0;

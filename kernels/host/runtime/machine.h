@@ -89,6 +89,7 @@ struct Fiber {
     Context context;
     char* stack = nullptr;
     unsigned thread = 0;
+    uint3 index{};
     bool done = false;
     Wait wait = Wait::kNothing;
     unsigned barrier = 0;

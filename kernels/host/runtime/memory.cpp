@@ -146,10 +146,10 @@ void Machine::touch(Shadow& shadow, std::size_t offset, std::size_t bytes, const
         }
         if (mask != 3) continue;  // two threads may own one byte each
         History& history = shadow.history[granule];
-        if (concurrent(history.write)) race(history.write, true, base + at, kGranule, kWrite, site);
+        if (concurrent(history.write)) race(history.write, true, base + offset, bytes, kWrite, site);
         if constexpr (kWrite) {
-            if (concurrent(history.read)) race(history.read, false, base + at, kGranule, kWrite, site);
-            if (concurrent(history.other_read)) race(history.other_read, false, base + at, kGranule, kWrite, site);
+            if (concurrent(history.read)) race(history.read, false, base + offset, bytes, kWrite, site);
+            if (concurrent(history.other_read)) race(history.other_read, false, base + offset, bytes, kWrite, site);
             history.write = now;
         } else {
             (concurrent(history.read) ? history.other_read : history.read) = now;
@@ -263,7 +263,7 @@ void Machine::read_rows(const void* address, std::size_t bytes, const void* site
     for (std::size_t granule = offset / kGranule; granule < (offset + bytes) / kGranule; ++granule) {
         const Access& write = shared_shadow_.history[granule].write;
         if (write.epoch == epoch && write.thread == current->thread) {
-            race(write, true, shared_.get() + granule * kGranule, kGranule, false, site);
+            race(write, true, address, bytes, false, site);
         }
     }
 }

@@ -20,7 +20,7 @@ macro_rules! elements {
         unsafe impl Element for $t {}
     )*};
 }
-elements!(u8, i32, u32, i64, u64, f32, f64, half::bf16, half::f16);
+elements!(u8, u16, i32, u32, i64, u64, f32, f64, half::bf16, half::f16);
 
 /// The runtime's state; buffers keep it alive.
 struct Machine(NonNull<ffi::Machine>);

@@ -104,3 +104,69 @@ fn part_of_a_warp_cannot_multiply() {
         "{error}"
     );
 }
+
+#[test]
+fn conversions_round_to_the_nearest_even() {
+    let mut random = Random(11);
+    let mut numbers: Vec<f32> = (0..20_000)
+        .map(|_| f32::from_bits(random.bits() as u32))
+        .collect();
+    // Numbers of each type, those beside them, and what is half way between two.
+    for bits in (0..=u16::MAX).step_by(7) {
+        for exact in [
+            bf16::from_bits(bits).to_f32(),
+            f16::from_bits(bits).to_f32(),
+        ] {
+            for offset in [0_i32, 1, -1, 0x1000, 0x1001, 0xfff, 0x8000, 0x8001, 0x7fff] {
+                numbers.push(f32::from_bits(exact.to_bits().wrapping_add_signed(offset)));
+            }
+        }
+    }
+    let n = numbers.len();
+    let executor = Executor::new();
+    let x = executor.upload(&numbers);
+    let narrowed = executor.scratch::<u16>(2 * n);
+    let widened = executor.scratch::<f32>(2 * n);
+    let [packed, tf32] = [2 * n, n].map(|n| executor.scratch::<u32>(n));
+    let args = [
+        Arg::Input(x.view()),
+        Arg::Output(narrowed.view()),
+        Arg::Output(widened.view()),
+        Arg::Output(packed.view()),
+        Arg::Output(tf32.view()),
+        Arg::I32(n as i32),
+    ];
+    let launch = Launch::new([n.div_ceil(32) as u32, 1, 1], [32, 1, 1]);
+    executor
+        .launch("test_conversions", launch, &args)
+        .unwrap_or_else(|error| panic!("{error}"));
+    let (narrowed, widened) = (narrowed.download(), widened.download());
+    let (packed, tf32) = (packed.download(), tf32.download());
+    for (i, &x) in numbers.iter().enumerate() {
+        let (b, h) = (bf16::from_f32(x), f16::from_f32(x));
+        if x.is_nan() {
+            assert_eq!((narrowed[i], narrowed[n + i]), (0x7fff, 0x7fff));
+            assert!(widened[i].is_nan() && widened[n + i].is_nan());
+            continue;
+        }
+        assert_eq!(
+            (narrowed[i], narrowed[n + i]),
+            (b.to_bits(), h.to_bits()),
+            "{x:e}"
+        );
+        assert_eq!(
+            (widened[i], widened[n + i]),
+            (b.to_f32(), h.to_f32()),
+            "{x:e}"
+        );
+        assert_eq!(packed[i], u32::from(b.to_bits()) | 0x3f80_0000);
+        assert_eq!(packed[n + i], 0x3c00 | u32::from(h.to_bits()) << 16);
+        let found = f32::from_bits(tf32[i]);
+        let near = ((found - x) / x).abs() <= 1.0 / 2048.0;
+        assert!(
+            near || found == x || x.is_subnormal() || x.abs() > 3.4e38,
+            "{x:e}: {found:e}"
+        );
+        assert_eq!(tf32[i] & 0x1fff, 0);
+    }
+}

@@ -35,7 +35,7 @@ impl Storage for bf16 {
     const NAME: &str = "bf16";
     const TOLERANCE: f64 = 1.5e-2;
     fn round(x: f64) -> Self {
-        Self::from_f64(x)
+        Self::from_f32(x as f32)
     }
     fn widen(self) -> f64 {
         self.to_f64()
@@ -49,7 +49,7 @@ impl Storage for f16 {
     const NAME: &str = "f16";
     const TOLERANCE: f64 = 1.5e-2;
     fn round(x: f64) -> Self {
-        Self::from_f64(x)
+        Self::from_f32(x as f32)
     }
     fn widen(self) -> f64 {
         self.to_f64()

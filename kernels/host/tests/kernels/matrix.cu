@@ -76,3 +76,21 @@ extern "C" __global__ void __launch_bounds__(32) test_ldmatrix(const f16* x, uin
     ptx::ldmatrix_x1(r1, lane < 8 ? tile[lane] : nullptr);
     plain[4 * 32 + lane] = r1[0];
 }
+
+// Every conversion of types.cuh and ptx.cuh: n numbers to bf16, then to f16, and back.
+extern "C" __global__ void __launch_bounds__(32)
+    test_conversions(const float* x, uint16_t* narrowed, float* widened, uint32_t* packed, uint32_t* tf32, int32_t n) {
+    const int i = blockIdx.x * 32 + threadIdx.x;
+    if (i >= n) return;
+    bf16 b;
+    f16 h;
+    narrow(x[i], b);
+    narrow(x[i], h);
+    reinterpret_cast<bf16*>(narrowed)[i] = b;
+    reinterpret_cast<f16*>(narrowed)[n + i] = h;
+    widened[i] = widen(b);
+    widened[n + i] = widen(h);
+    packed[i] = ptx::pack_bf16(x[i], 1.0f);
+    packed[n + i] = ptx::pack_f16(1.0f, x[i]);
+    tf32[i] = ptx::to_tf32(x[i]);
+}

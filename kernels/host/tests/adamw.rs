@@ -1,0 +1,186 @@
+//! adamw.cu against the reference.
+
+mod common;
+
+use common::{Random, Storage, assert_close, in_every_order, upload};
+use dtmem_host::{Arg, Executor, Launch};
+use dtmem_reference::optimiser::{self, AdamW};
+use half::{bf16, f16};
+use ndarray::{Array1, ArrayView1};
+use proptest::prelude::*;
+
+const THREADS: u32 = 256;
+const PER_BLOCK: usize = 1024;
+
+/// What the host computes once per step, in the order of adamw.cu.
+fn factors(hyper: &AdamW) -> Vec<f32> {
+    let steps = hyper.step as f64;
+    [
+        hyper.beta1,
+        1.0 - hyper.beta1,
+        hyper.beta2,
+        1.0 - hyper.beta2,
+        1.0 - hyper.learning_rate * hyper.weight_decay,
+        hyper.learning_rate / (1.0 - hyper.beta1.powf(steps)),
+        (1.0 - hyper.beta2.powf(steps)).sqrt().recip(),
+        hyper.epsilon,
+    ]
+    .map(|factor| factor as f32)
+    .to_vec()
+}
+
+struct Arena {
+    gradient: Array1<f64>,
+    parameter: Array1<f64>,
+    first: Array1<f64>,
+    second: Array1<f64>,
+}
+
+impl Arena {
+    fn draw(n: usize, seed: u64) -> Self {
+        let mut random = Random(seed);
+        let mut array = || random.array::<f32, _>(n);
+        Self {
+            gradient: array(),
+            parameter: array(),
+            first: array(),
+            second: array().map(|x| f64::from((x * x) as f32)),
+        }
+    }
+}
+
+fn check<T: Storage>(n: usize, decayed: usize, clipped: bool, step: u64, seed: u64) {
+    let hyper = AdamW {
+        learning_rate: 1e-2,
+        beta1: 0.9,
+        beta2: 0.999,
+        epsilon: 1e-8,
+        weight_decay: 0.1,
+        gradient_scale: if clipped { 0.25 } else { 1.0 },
+        step,
+    };
+    let arena = Arena::draw(n, seed);
+    let run = in_every_order(|executor| {
+        let f32s = |x| upload::<f32, _>(executor, x);
+        let (factors, scale) = (
+            executor.upload(&factors(&hyper)),
+            executor.upload(&[0.25_f32]),
+        );
+        let scale_view = if clipped {
+            scale.view()
+        } else {
+            dtmem_host::View::NULL
+        };
+        let gradient = f32s(&arena.gradient);
+        let [parameter, first, second] = [&arena.parameter, &arena.first, &arena.second].map(f32s);
+        let copy = executor.scratch::<T>(n);
+        let mut args = vec![
+            Arg::Input(factors.view()),
+            Arg::Input(scale_view),
+            Arg::Input(gradient.view()),
+            Arg::Output(parameter.view()),
+            Arg::Output(first.view()),
+            Arg::Output(second.view()),
+            Arg::Output(copy.view()),
+            Arg::I64(n as i64),
+            Arg::I64(decayed as i64),
+        ];
+        if T::NAME == f32::NAME {
+            args.remove(6);
+        }
+        let launch = Launch::new([n.div_ceil(PER_BLOCK) as u32, 1, 1], [THREADS, 1, 1]);
+        executor
+            .launch(&format!("adamw_{}", T::NAME), launch, &args)
+            .unwrap_or_else(|error| panic!("{error}"));
+        let updated = [parameter, first, second].map(|x| x.download());
+        (updated, (T::NAME != f32::NAME).then(|| copy.download()))
+    });
+    let ([new_parameter, new_first, new_second], copy) = run;
+    let Arena {
+        gradient,
+        mut parameter,
+        mut first,
+        mut second,
+    } = arena;
+    for (range, weight_decay) in [(0..decayed, hyper.weight_decay), (decayed..n, 0.0)] {
+        optimiser::adamw(
+            &AdamW {
+                weight_decay,
+                ..hyper
+            },
+            &gradient.as_slice().unwrap()[range.clone()],
+            &mut parameter.as_slice_mut().unwrap()[range.clone()],
+            &mut first.as_slice_mut().unwrap()[range.clone()],
+            &mut second.as_slice_mut().unwrap()[range],
+        )
+        .unwrap();
+    }
+    assert_close("parameter", &new_parameter, &parameter, f32::TOLERANCE);
+    assert_close("first moment", &new_first, &first, f32::TOLERANCE);
+    assert_close("second moment", &new_second, &second, f32::TOLERANCE);
+    if let Some(copy) = copy {
+        let rounded: Vec<_> = new_parameter.iter().map(|&x| T::round(x.into())).collect();
+        assert!(copy == rounded, "the copy is not the rounded parameters");
+    }
+}
+
+fn norm_and_scale(executor: &Executor, x: &Array1<f64>, blocks: usize, max_norm: f32) -> Vec<f32> {
+    let x = upload::<f32, _>(executor, x);
+    let [partial, result] = [blocks, 2].map(|n| executor.scratch::<f32>(n));
+    let args = [
+        Arg::Input(x.view()),
+        Arg::Output(partial.view()),
+        Arg::I64(x.len() as i64),
+    ];
+    let args_of_second = [
+        Arg::Input(partial.view()),
+        Arg::Output(result.view()),
+        Arg::I32(blocks as i32),
+        Arg::F32(max_norm),
+    ];
+    executor
+        .launch(
+            "sum_of_squares",
+            Launch::new([blocks as u32, 1, 1], [THREADS, 1, 1]),
+            &args,
+        )
+        .and_then(|()| {
+            let launch = Launch::new([1, 1, 1], [THREADS, 1, 1]);
+            executor.launch("clip_scale", launch, &args_of_second)
+        })
+        .unwrap_or_else(|error| panic!("{error}"));
+    result.download()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(12))]
+
+    #[test]
+    fn a_step_agrees_with_the_reference(
+        n in prop_oneof![1..9_usize, 1020..1030_usize, 1..5000_usize],
+        share in 0.0..=1.0_f64, clipped: bool, step in 1..10_000_u64, seed: u64,
+    ) {
+        let decayed = (n as f64 * share) as usize;
+        check::<f32>(n, decayed, clipped, step, seed);
+        check::<bf16>(n, decayed, clipped, step, seed);
+        check::<f16>(n, decayed, clipped, step, seed);
+    }
+
+    #[test]
+    fn norms_and_scales_agree_with_the_reference(
+        n in prop_oneof![0..9_usize, 1..5000_usize], blocks in 1..6_usize, max_norm in 0.1..100.0_f32, seed: u64,
+    ) {
+        let x = Random(seed).array::<f32, _>(n);
+        let found = in_every_order(|executor| norm_and_scale(executor, &x, blocks, max_norm));
+        let norm = optimiser::sum_of_squares(x.as_slice().unwrap()).sqrt();
+        let expected = [norm, optimiser::clip_scale(norm, max_norm.into())];
+        assert_close("norm and scale", &found, &ArrayView1::from(&expected), f32::TOLERANCE);
+    }
+}
+
+#[test]
+fn a_norm_that_is_not_a_number_stays_one() {
+    let x = Array1::from_vec(vec![1.0, f64::NAN, 2.0]);
+    let found = norm_and_scale(&Executor::new(), &x, 2, 1.0);
+    assert!(found.iter().all(|x| x.is_nan()), "{found:?}");
+}
