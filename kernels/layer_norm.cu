@@ -9,15 +9,17 @@
 // and dweight, dbias [width] in f32.
 //
 // A warp owns up to 512 columns of a row, 16 of them per lane in registers; `warps_per_row` warps of a block of 8 own
-// a row. So a row is read once, and the variance is taken around the mean. The backward pass walks over rows with a
-// fixed number of blocks; each keeps its sums for dweight and dbias in registers, adds those of its warps in shared
-// memory and writes one row of partial sums, which layer_norm_reduce adds up: no atomics, one order, the same bits.
+// a row. So a row is read once, by vectors of 16 bytes where width and addresses allow it and else by single elements, and
+// the variance is taken around the mean. The backward pass walks over rows with a fixed number of blocks; each warp keeps
+// its sums for dweight and dbias in shared memory, the block adds those of its warps and writes one row of partial sums,
+// which layer_norm_reduce adds up: no atomics, one order, the same bits.
 //
 // Bound by memory. Forward: x, residual read, sum, y written, 4·width elements a row, ≈ 8 operations each. Backward: s,
 // dy, dsum read, ds written, 4·width elements a row, ≈ 14 operations each; partial sums 8·width bytes per block.
 //
 // History
-//   1  this version: vectors of 16 bytes where width and addresses allow it, else single elements
+//   1  backward sums for dweight and dbias in registers: 147 of them, one block on a multiprocessor
+//   2  in shared memory: 79 to 103 registers, two or three blocks
 
 #include "reduce.cuh"
 #include "types.cuh"
@@ -120,11 +122,15 @@ __device__ inline void forward(const T* x, const T* residual, const T* weight, c
 template <int kSize, typename T>
 __device__ inline void backward(const T* s, const T* weight, const float* mean, const float* rstd, const T* dy,
                                 const T* dsum, T* ds, float* partial, int rows, int width, int warps_per_row,
-                                float (&exchange)[2][kWarps], float (&sums)[kWarps][kSlab]) {
+                                float (&exchange)[2][kWarps], float (&sums)[2][kWarps][kSlab]) {
     constexpr int kVectors = kPerLane / kSize;
     const Owner owner(warps_per_row);
 
-    float dweight[kVectors][kSize] = {}, dbias[kVectors][kSize] = {};
+    // Each thread touches its own columns until the rows are done.
+    float* dweight = sums[0][owner.warp];
+    float* dbias = sums[1][owner.warp];
+    for (int slot = owner.lane; slot < kSlab; slot += kWarpSize) dweight[slot] = dbias[slot] = 0.0f;
+    __syncwarp();
     // The same number of turns for every warp: all of them meet in row_sum.
     for (int first = blockIdx.x * owner.rows_per_block; first < rows; first += gridDim.x * owner.rows_per_block) {
         const int row = first + owner.row_in_block;
@@ -137,7 +143,7 @@ __device__ inline void backward(const T* s, const T* weight, const float* mean, 
         float g_total = 0.0f, g_normal_total = 0.0f;
 #pragma unroll
         for (int v = 0; v < kVectors; ++v) {
-            const int column = owner.column<kSize>(v);
+            const int column = owner.column<kSize>(v), slot = column % kSlab;
             if (column >= end) continue;
             float slope[kSize];
             load<kSize>(s + start + column, normal[v]);
@@ -146,8 +152,8 @@ __device__ inline void backward(const T* s, const T* weight, const float* mean, 
 #pragma unroll
             for (int i = 0; i < kSize; ++i) {
                 normal[v][i] = (normal[v][i] - centre) * scale;
-                dweight[v][i] += g[v][i] * normal[v][i];
-                dbias[v][i] += g[v][i];
+                dweight[slot + i] += g[v][i] * normal[v][i];
+                dbias[slot + i] += g[v][i];
                 g[v][i] *= slope[i];
                 g_total += g[v][i];
                 g_normal_total += g[v][i] * normal[v][i];
@@ -171,21 +177,14 @@ __device__ inline void backward(const T* s, const T* weight, const float* mean, 
     }
 
     // Row blockIdx.x of partial sums: [dweight, dbias][gridDim.x][width]
+    __syncthreads();
     for (int which = 0; which < 2; ++which) {
-        const auto& mine = which == 0 ? dweight : dbias;
-#pragma unroll
-        for (int v = 0; v < kVectors; ++v) {
-#pragma unroll
-            for (int i = 0; i < kSize; ++i) sums[owner.warp][(v * kWarpSize + owner.lane) * kSize + i] = mine[v][i];
-        }
-        __syncthreads();
         float* row = partial + (static_cast<int64_t>(which) * gridDim.x + blockIdx.x) * width;
         for (int column = threadIdx.x; column < width; column += kThreads) {
             float sum = 0.0f;
-            for (int w = column / kSlab; w < kWarps; w += warps_per_row) sum += sums[w][column % kSlab];
+            for (int w = column / kSlab; w < kWarps; w += warps_per_row) sum += sums[which][w][column % kSlab];
             row[column] = sum;
         }
-        __syncthreads();
     }
 }
 
@@ -209,7 +208,7 @@ __device__ inline void backward_any(const T* s, const T* weight, const float* me
                                     const T* dsum, T* ds, float* partial, int rows, int width, int warps_per_row) {
     constexpr int kSize = kVectorSize<T>;
     __shared__ float exchange[2][kWarps];
-    __shared__ float sums[kWarps][kSlab];
+    __shared__ float sums[2][kWarps][kSlab];
     const bool aligned = is_aligned<kSize>(s, width) && is_aligned<kSize>(weight, width) && is_aligned<kSize>(dy, width) &&
                          is_aligned<kSize>(dsum, width) && is_aligned<kSize>(ds, width);
     if (aligned) {

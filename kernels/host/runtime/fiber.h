@@ -6,6 +6,8 @@
 
 #if !defined(__x86_64__) && !defined(__aarch64__)
 #define DTMEM_UCONTEXT
+#endif
+#ifdef DTMEM_UCONTEXT
 #include <ucontext.h>
 #endif
 

@@ -6,6 +6,7 @@
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <new>
 
 namespace dtmem_host {
@@ -196,7 +197,15 @@ void Machine::wake(Fiber& fiber) {
     next_ready_.push_back(fiber.thread);
 }
 
+bool Machine::omits(const void* site) const {
+    if (shape_->omitted_file == nullptr) return false;
+    const Location location = locate(site);
+    return location.file != nullptr && location.line == shape_->omitted_line &&
+           std::strcmp(location.file, shape_->omitted_file) == 0;
+}
+
 void Machine::synchronise(unsigned id, unsigned threads, unsigned line, const char* instruction, const void* site) {
+    if (omits(site)) return;
     if (id >= kBarriers || threads == 0 || threads % kWarp != 0) {
         if (threads != thread_count_) fail(Check::kCollective, site, "%s %u with %u threads", instruction, id, threads);
     }
@@ -220,6 +229,7 @@ void Machine::synchronise(unsigned id, unsigned threads, unsigned line, const ch
 }
 
 void Machine::arrive(unsigned id, unsigned threads, const char* instruction, const void* site) {
+    if (omits(site)) return;
     together(~0u, instruction, nullptr, site, [&](auto&, unsigned lanes) {
         Barrier& barrier = barriers_[id % kBarriers];
         if (id >= kBarriers || threads % kWarp != 0 || (barrier.arrived != 0 && barrier.expected != threads)) {
@@ -262,6 +272,7 @@ void Machine::complete(unsigned id) {
 }
 
 void Machine::synchronise_warp(unsigned mask, const void* site) {
+    if (omits(site)) return;
     together(mask, "__syncwarp", nullptr, site,
              [this](auto&, unsigned) { warps_[current->thread / kWarp].epoch = next_epoch(); });
 }

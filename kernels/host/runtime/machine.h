@@ -138,6 +138,8 @@ struct LaunchShape {
     std::uint32_t order;       // 0 forward, 1 reversed, 2 shuffled
     std::uint64_t seed;
     std::uint64_t budget;      // memory accesses before the launch counts as a runaway
+    const char* omitted_file;  // barriers and waits of this line are left out; null: none
+    std::uint32_t omitted_line;
 };
 
 class Machine {
@@ -170,6 +172,8 @@ public:
     void begin_copy(void* shared, const void* source, unsigned bytes, unsigned source_bytes, const void* site);
     void commit_copies() { ++current->committed; }
     void await_copies(std::uint32_t still_running, const void* site);
+    // Whether this launch leaves out the barrier or wait of this place.
+    bool omits(const void* site) const;
     // Reports about the thread of a lane other than the running one.
     struct Blame {
         Machine& machine;

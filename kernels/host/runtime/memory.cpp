@@ -285,6 +285,7 @@ void Machine::begin_copy(void* shared, const void* source, unsigned bytes, unsig
 }
 
 void Machine::await_copies(std::uint32_t still_running, const void* site) {
+    if (omits(site)) return;
     auto landed = [&](const AsyncCopy& copy) {
         if (copy.group + still_running >= current->committed) return false;
         for (std::size_t granule = copy.offset / kGranule; granule < (copy.offset + copy.bytes) / kGranule; ++granule) {

@@ -1,4 +1,4 @@
-use std::ffi::{CStr, c_void};
+use std::ffi::{CStr, CString, c_void};
 use std::fmt;
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
@@ -204,6 +204,7 @@ pub struct Executor {
     machine: Rc<Machine>,
     order: Order,
     budget: u64,
+    omitted: Option<(CString, u32)>,
 }
 
 impl fmt::Debug for Executor {
@@ -233,6 +234,7 @@ impl Executor {
             machine: Rc::new(Machine(machine)),
             order: Order::Forward,
             budget: 1 << 30,
+            omitted: None,
         }
     }
 
@@ -244,6 +246,13 @@ impl Executor {
     /// Memory accesses and waits after which a launch counts as one that never ends.
     pub fn set_budget(&mut self, accesses: u64) {
         self.budget = accesses.max(1);
+    }
+
+    /// Leaves out the barriers and the waits for asynchronous copies that stand on this line of a file (such as
+    /// `kernels/adamw.cu`) in the launches that follow; `None`: runs kernels as they are. For tests that want to see
+    /// each of them missed.
+    pub fn omit(&mut self, place: Option<(&str, u32)>) {
+        self.omitted = place.and_then(|(file, line)| Some((CString::new(file).ok()?, line)));
     }
 
     /// A buffer with this content.
@@ -295,6 +304,11 @@ impl Executor {
             order,
             seed,
             budget: self.budget,
+            omitted_file: self
+                .omitted
+                .as_ref()
+                .map_or(std::ptr::null(), |(file, _)| file.as_ptr()),
+            omitted_line: self.omitted.as_ref().map_or(0, |(_, line)| *line),
         };
         let mut finding = MaybeUninit::<ffi::Finding>::zeroed();
         // SAFETY: the machine is alive and not in use; arguments and shape have been checked above; the finding is

@@ -45,6 +45,8 @@ pub struct LaunchShape {
     pub order: u32,
     pub seed: u64,
     pub budget: u64,
+    pub omitted_file: *const c_char,
+    pub omitted_line: u32,
 }
 
 #[repr(C)]
@@ -105,7 +107,7 @@ unsafe extern "C" {
     pub fn dtmem_host_kernels() -> *const Kernel;
     /// # Safety
     /// `machine` is alive and used by nobody else. There are `count` arguments of the kernel's kinds and sizes; values
-    /// are readable, views lie in memory that the machine holds. The grid has blocks, the block has 1 to 1024 threads.
+    /// are readable, the file is null or a string, views lie in memory that the machine holds. The grid has blocks, the block has 1 to 1024 threads.
     pub fn dtmem_host_launch(
         machine: *mut Machine,
         kernel: *const Kernel,

@@ -2,8 +2,10 @@
 
 mod common;
 
-use common::{Random, Storage, assert_close, in_every_order, upload};
-use dtmem_host::{Arg, Executor, Launch};
+use common::{
+    Random, Storage, assert_close, assert_every_barrier_is_needed, in_every_order, upload,
+};
+use dtmem_host::{Arg, Executor, Launch, Result};
 use dtmem_reference::optimiser::{self, AdamW};
 use half::{bf16, f16};
 use ndarray::{Array1, ArrayView1};
@@ -124,32 +126,34 @@ fn check<T: Storage>(n: usize, decayed: usize, clipped: bool, step: u64, seed: u
     }
 }
 
-fn norm_and_scale(executor: &Executor, x: &Array1<f64>, blocks: usize, max_norm: f32) -> Vec<f32> {
+fn norm_and_scale(
+    executor: &Executor,
+    x: &Array1<f64>,
+    blocks: usize,
+    max_norm: f32,
+) -> Result<Vec<f32>> {
     let x = upload::<f32, _>(executor, x);
     let [partial, result] = [blocks, 2].map(|n| executor.scratch::<f32>(n));
-    let args = [
-        Arg::Input(x.view()),
-        Arg::Output(partial.view()),
-        Arg::I64(x.len() as i64),
-    ];
-    let args_of_second = [
-        Arg::Input(partial.view()),
-        Arg::Output(result.view()),
-        Arg::I32(blocks as i32),
-        Arg::F32(max_norm),
-    ];
-    executor
-        .launch(
-            "sum_of_squares",
-            Launch::new([blocks as u32, 1, 1], [THREADS, 1, 1]),
-            &args,
-        )
-        .and_then(|()| {
-            let launch = Launch::new([1, 1, 1], [THREADS, 1, 1]);
-            executor.launch("clip_scale", launch, &args_of_second)
-        })
-        .unwrap_or_else(|error| panic!("{error}"));
-    result.download()
+    executor.launch(
+        "sum_of_squares",
+        Launch::new([blocks as u32, 1, 1], [THREADS, 1, 1]),
+        &[
+            Arg::Input(x.view()),
+            Arg::Output(partial.view()),
+            Arg::I64(x.len() as i64),
+        ],
+    )?;
+    executor.launch(
+        "clip_scale",
+        Launch::new([1, 1, 1], [THREADS, 1, 1]),
+        &[
+            Arg::Input(partial.view()),
+            Arg::Output(result.view()),
+            Arg::I32(blocks as i32),
+            Arg::F32(max_norm),
+        ],
+    )?;
+    Ok(result.download())
 }
 
 proptest! {
@@ -171,7 +175,9 @@ proptest! {
         n in prop_oneof![0..9_usize, 1..5000_usize], blocks in 1..6_usize, max_norm in 0.1..100.0_f32, seed: u64,
     ) {
         let x = Random(seed).array::<f32, _>(n);
-        let found = in_every_order(|executor| norm_and_scale(executor, &x, blocks, max_norm));
+        let found = in_every_order(|executor| {
+            norm_and_scale(executor, &x, blocks, max_norm).unwrap_or_else(|error| panic!("{error}"))
+        });
         let norm = optimiser::sum_of_squares(x.as_slice().unwrap()).sqrt();
         let expected = [norm, optimiser::clip_scale(norm, max_norm.into())];
         assert_close("norm and scale", &found, &ArrayView1::from(&expected), f32::TOLERANCE);
@@ -181,6 +187,15 @@ proptest! {
 #[test]
 fn a_norm_that_is_not_a_number_stays_one() {
     let x = Array1::from_vec(vec![1.0, f64::NAN, 2.0]);
-    let found = norm_and_scale(&Executor::new(), &x, 2, 1.0);
+    let found = norm_and_scale(&Executor::new(), &x, 2, 1.0).unwrap();
     assert!(found.iter().all(|x| x.is_nan()), "{found:?}");
+}
+
+#[test]
+fn every_barrier_is_needed() {
+    let x = Array1::ones(3000);
+    let source = include_str!("../../reduce.cuh");
+    assert_every_barrier_is_needed("kernels/reduce.cuh", source, |executor| {
+        norm_and_scale(executor, &x, 2, 1.0).map(|_| ())
+    });
 }

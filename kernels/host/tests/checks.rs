@@ -205,55 +205,6 @@ fn a_removed_barrier_is_found() {
 }
 
 #[test]
-fn removed_barriers_of_a_real_kernel_are_found() {
-    // 513 columns: two warps own a row and exchange their sums.
-    let (rows, width) = (3_usize, 513_usize);
-    let mut executor = Executor::new();
-    for order in Order::ALL {
-        executor.set_order(order);
-        let [x, y] = [
-            executor.upload(&numbers(rows * width)),
-            executor.scratch(rows * width),
-        ];
-        let weight = executor.upload(&numbers(width));
-        let statistics = executor.scratch::<f32>(2 * rows);
-        let args = [
-            Arg::Input(x.view()),
-            Arg::Input(View::NULL),
-            Arg::Input(weight.view()),
-            Arg::Input(weight.view()),
-            Arg::Output(View::NULL),
-            Arg::Output(y.view()),
-            Arg::Output(statistics.slice(0..rows)),
-            Arg::Output(statistics.slice(rows..2 * rows)),
-            Arg::I32(rows as i32),
-            Arg::I32(width as i32),
-            Arg::I32(2),
-            Arg::F32(1e-5),
-        ];
-        executor
-            .launch("layer_norm_forward_f32", launch(256), &args)
-            .expect("the kernel as it is");
-        let error = executor
-            .launch(
-                "test_layer_norm_forward_without_barriers",
-                launch(256),
-                &args,
-            )
-            .unwrap_err();
-        let finding = error.finding().expect("a finding");
-        println!("{finding}");
-        assert!(
-            matches!(finding.check, Check::Uninitialised | Check::Race),
-            "{finding}"
-        );
-        assert!(
-            matches!(memory(finding), Some(Memory::Shared { variable, .. }) if variable == "exchange")
-        );
-    }
-}
-
-#[test]
 fn a_read_of_uninitialised_shared_memory_is_found() {
     let finding = reverse(2);
     assert_eq!(

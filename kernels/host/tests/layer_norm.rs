@@ -2,8 +2,10 @@
 
 mod common;
 
-use common::{Random, Storage, assert_close, bits, in_every_order, upload};
-use dtmem_host::{Arg, Executor, Launch, View};
+use common::{
+    Random, Storage, assert_close, assert_every_barrier_is_needed, in_every_order, upload,
+};
+use dtmem_host::{Arg, Executor, Launch, Result, View};
 use dtmem_reference::layer_norm;
 use half::{bf16, f16};
 use ndarray::{Array1, Array2};
@@ -66,7 +68,7 @@ struct Forward<T> {
     rstd: Vec<f32>,
 }
 
-fn forward<T: Storage>(executor: &Executor, case: &Case) -> Forward<T> {
+fn forward<T: Storage>(executor: &Executor, case: &Case) -> Result<Forward<T>> {
     let (rows, width) = case.dim();
     let [x, y] = [
         upload::<T, _>(executor, &case.x),
@@ -84,36 +86,34 @@ fn forward<T: Storage>(executor: &Executor, case: &Case) -> Forward<T> {
     let [mean, rstd] = [(); 2].map(|()| executor.scratch::<f32>(rows));
     let warps = warps_per_row(width);
     let grid = (rows as u32).div_ceil(8 / warps);
-    executor
-        .launch(
-            &format!("layer_norm_forward_{}", T::NAME),
-            Launch::new([grid, 1, 1], [THREADS, 1, 1]),
-            &[
-                Arg::Input(x.view()),
-                Arg::Input(
-                    residual
-                        .as_ref()
-                        .map_or(View::NULL, |residual| residual.view()),
-                ),
-                Arg::Input(weight.view()),
-                Arg::Input(bias.view()),
-                Arg::Output(sum.as_ref().map_or(View::NULL, |sum| sum.view())),
-                Arg::Output(y.view()),
-                Arg::Output(mean.view()),
-                Arg::Output(rstd.view()),
-                Arg::I32(rows as i32),
-                Arg::I32(width as i32),
-                Arg::I32(warps as i32),
-                Arg::F32(EPSILON as f32),
-            ],
-        )
-        .unwrap_or_else(|error| panic!("{error}"));
-    Forward {
+    executor.launch(
+        &format!("layer_norm_forward_{}", T::NAME),
+        Launch::new([grid, 1, 1], [THREADS, 1, 1]),
+        &[
+            Arg::Input(x.view()),
+            Arg::Input(
+                residual
+                    .as_ref()
+                    .map_or(View::NULL, |residual| residual.view()),
+            ),
+            Arg::Input(weight.view()),
+            Arg::Input(bias.view()),
+            Arg::Output(sum.as_ref().map_or(View::NULL, |sum| sum.view())),
+            Arg::Output(y.view()),
+            Arg::Output(mean.view()),
+            Arg::Output(rstd.view()),
+            Arg::I32(rows as i32),
+            Arg::I32(width as i32),
+            Arg::I32(warps as i32),
+            Arg::F32(EPSILON as f32),
+        ],
+    )?;
+    Ok(Forward {
         sum: sum.map(|sum| sum.download()),
         y: y.download(),
         mean: mean.download(),
         rstd: rstd.download(),
-    }
+    })
 }
 
 fn reference_forward(case: &Case, sum: &Array2<f64>) -> (Array2<f64>, Array1<f64>, Array1<f64>) {
@@ -137,7 +137,9 @@ fn reference_forward(case: &Case, sum: &Array2<f64>) -> (Array2<f64>, Array1<f64
 
 fn check_forward<T: Storage>(rows: usize, width: usize, with_residual: bool, seed: u64) {
     let case = Case::draw::<T>(rows, width, with_residual, seed);
-    let run = in_every_order(|executor| forward::<T>(executor, &case));
+    let run = in_every_order(|executor| {
+        forward::<T>(executor, &case).unwrap_or_else(|error| panic!("{error}"))
+    });
     let sum = case.sum::<T>();
     let (y, mean, rstd) = reference_forward(&case, &sum);
     if let Some(found) = run.sum {
@@ -148,6 +150,70 @@ fn check_forward<T: Storage>(rows: usize, width: usize, with_residual: bool, see
     assert_close("rstd", &run.rstd, &rstd, f32::TOLERANCE);
 }
 
+#[derive(Debug, PartialEq)]
+struct Backward<T> {
+    ds: Vec<T>,
+    dweight: Vec<f32>,
+    dbias: Vec<f32>,
+}
+
+/// What the gradients of the parameters are added to.
+struct Gradients {
+    dweight: Array1<f64>,
+    dbias: Array1<f64>,
+}
+
+fn backward<T: Storage>(
+    executor: &Executor,
+    case: &Case,
+    before: &Gradients,
+    blocks: u32,
+) -> Result<Backward<T>> {
+    let (rows, width) = case.dim();
+    let s = case.sum::<T>();
+    let (_, mean, rstd) = reference_forward(case, &s);
+    let [s, dy] = [&s, &case.dy].map(|x| upload::<T, _>(executor, x));
+    let dsum = case.dsum.as_ref().map(|x| upload::<T, _>(executor, x));
+    let weight = upload::<T, _>(executor, &case.weight);
+    let [mean, rstd, dweight, dbias] =
+        [&mean, &rstd, &before.dweight, &before.dbias].map(|x| upload::<f32, _>(executor, x));
+    let ds = executor.scratch::<T>(rows * width);
+    let partial = executor.scratch::<f32>(2 * blocks as usize * width);
+    executor.launch(
+        &format!("layer_norm_backward_{}", T::NAME),
+        Launch::new([blocks, 1, 1], [THREADS, 1, 1]),
+        &[
+            Arg::Input(s.view()),
+            Arg::Input(weight.view()),
+            Arg::Input(mean.view()),
+            Arg::Input(rstd.view()),
+            Arg::Input(dy.view()),
+            Arg::Input(dsum.as_ref().map_or(View::NULL, |dsum| dsum.view())),
+            Arg::Output(ds.view()),
+            Arg::Output(partial.view()),
+            Arg::I32(rows as i32),
+            Arg::I32(width as i32),
+            Arg::I32(warps_per_row(width) as i32),
+        ],
+    )?;
+    executor.launch(
+        "layer_norm_reduce",
+        Launch::new([(width as u32).div_ceil(32), 2, 1], [THREADS, 1, 1]),
+        &[
+            Arg::Input(partial.view()),
+            Arg::Output(dweight.view()),
+            Arg::Output(dbias.view()),
+            Arg::I32(blocks as i32),
+            Arg::I32(width as i32),
+        ],
+    )?;
+    Ok(Backward {
+        ds: ds.download(),
+        dweight: dweight.download(),
+        dbias: dbias.download(),
+    })
+}
+
 fn check_backward<T: Storage>(
     rows: usize,
     width: usize,
@@ -156,77 +222,48 @@ fn check_backward<T: Storage>(
     seed: u64,
 ) {
     let case = Case::draw::<T>(rows, width, with_residual, seed);
+    let [dweight, dbias] = [1, 2].map(|n| Random(seed + n).array::<f32, _>(width));
+    let mut gradients = Gradients { dweight, dbias };
+    let run = in_every_order(|executor| {
+        backward::<T>(executor, &case, &gradients, blocks).unwrap_or_else(|error| panic!("{error}"))
+    });
     let s = case.sum::<T>();
     let (_, mean, rstd) = reference_forward(&case, &s);
-    let [dweight_before, dbias_before] = [1, 2].map(|n| Random(seed + n).array::<f32, _>(width));
-    let run = in_every_order(|executor| {
-        let [s, dy] = [&s, &case.dy].map(|x| upload::<T, _>(executor, x));
-        let dsum = case.dsum.as_ref().map(|x| upload::<T, _>(executor, x));
-        let weight = upload::<T, _>(executor, &case.weight);
-        let [mean, rstd, dweight, dbias] =
-            [&mean, &rstd, &dweight_before, &dbias_before].map(|x| upload::<f32, _>(executor, x));
-        let ds = executor.scratch::<T>(rows * width);
-        let partial = executor.scratch::<f32>(2 * blocks as usize * width);
-        let launched = executor
-            .launch(
-                &format!("layer_norm_backward_{}", T::NAME),
-                Launch::new([blocks, 1, 1], [THREADS, 1, 1]),
-                &[
-                    Arg::Input(s.view()),
-                    Arg::Input(weight.view()),
-                    Arg::Input(mean.view()),
-                    Arg::Input(rstd.view()),
-                    Arg::Input(dy.view()),
-                    Arg::Input(dsum.as_ref().map_or(View::NULL, |dsum| dsum.view())),
-                    Arg::Output(ds.view()),
-                    Arg::Output(partial.view()),
-                    Arg::I32(rows as i32),
-                    Arg::I32(width as i32),
-                    Arg::I32(warps_per_row(width) as i32),
-                ],
-            )
-            .and_then(|()| {
-                executor.launch(
-                    "layer_norm_reduce",
-                    Launch::new([(width as u32).div_ceil(32), 2, 1], [THREADS, 1, 1]),
-                    &[
-                        Arg::Input(partial.view()),
-                        Arg::Output(dweight.view()),
-                        Arg::Output(dbias.view()),
-                        Arg::I32(blocks as i32),
-                        Arg::I32(width as i32),
-                    ],
-                )
-            });
-        launched.unwrap_or_else(|error| panic!("{error}"));
-        (
-            bits(&ds.download()),
-            ds.download(),
-            dweight.download(),
-            dbias.download(),
-        )
-    });
     let mut ds = Array2::from_elem((rows, width), f64::NAN);
-    let (mut dweight, mut dbias) = (dweight_before, dbias_before);
-    let (weight, dy) = (case.weight.view(), case.dy.view());
-    let (s, mean, rstd) = (s.view(), mean.view(), rstd.view());
     layer_norm::backward(
-        s,
-        weight,
-        mean,
-        rstd,
-        dy,
+        s.view(),
+        case.weight.view(),
+        mean.view(),
+        rstd.view(),
+        case.dy.view(),
         ds.view_mut(),
-        dweight.view_mut(),
-        dbias.view_mut(),
+        gradients.dweight.view_mut(),
+        gradients.dbias.view_mut(),
     )
     .unwrap();
     if let Some(dsum) = &case.dsum {
         ds += dsum;
     }
-    assert_close("ds", &run.1, &ds, T::TOLERANCE);
-    assert_close("dweight", &run.2, &dweight, f32::TOLERANCE);
-    assert_close("dbias", &run.3, &dbias, f32::TOLERANCE);
+    assert_close("ds", &run.ds, &ds, T::TOLERANCE);
+    assert_close("dweight", &run.dweight, &gradients.dweight, f32::TOLERANCE);
+    assert_close("dbias", &run.dbias, &gradients.dbias, f32::TOLERANCE);
+}
+
+#[test]
+fn every_barrier_is_needed() {
+    // Two warps own a row, of vectors; two turns per block.
+    let (rows, width) = (16, 516);
+    let case = Case::draw::<f32>(rows, width, true, 5);
+    let zeros = || Array1::zeros(width);
+    let before = Gradients {
+        dweight: zeros(),
+        dbias: zeros(),
+    };
+    let source = include_str!("../../layer_norm.cu");
+    assert_every_barrier_is_needed("kernels/layer_norm.cu", source, |executor| {
+        forward::<f32>(executor, &case)?;
+        backward::<f32>(executor, &case, &before, 2).map(|_| ())
+    });
 }
 
 /// Widths with a tail, one column, a whole row per warp, and several warps per row.

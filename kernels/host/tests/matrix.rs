@@ -2,7 +2,9 @@
 
 mod common;
 
-use common::{Random, Storage, assert_close, in_every_order, upload};
+use common::{
+    Random, Storage, assert_close, assert_every_barrier_is_needed, in_every_order, upload,
+};
 use dtmem_host::{Arg, Check, Executor, Launch};
 use half::{bf16, f16};
 use proptest::prelude::*;
@@ -169,4 +171,36 @@ fn conversions_round_to_the_nearest_even() {
         );
         assert_eq!(tf32[i] & 0x1fff, 0);
     }
+}
+
+#[test]
+fn every_barrier_and_wait_is_needed() {
+    let source = include_str!("kernels/matrix.cu");
+    let file = "kernels/host/tests/kernels/matrix.cu";
+    assert_every_barrier_is_needed(file, source, |executor| {
+        let ab = executor.upload(&[f16::ONE; 512]);
+        let c = executor.upload(&[0_f32; 128]);
+        let one = Launch::new([1, 1, 1], [32, 1, 1]);
+        let [plain, transposed] = [5, 4].map(|n| executor.scratch::<u32>(n * 32));
+        executor.launch(
+            "test_ldmatrix",
+            one,
+            &[
+                Arg::Input(ab.slice(0..256)),
+                Arg::Output(plain.view()),
+                Arg::Output(transposed.view()),
+            ],
+        )?;
+        executor.launch(
+            "test_product_f16",
+            one,
+            &[
+                Arg::Input(ab.view()),
+                Arg::Input(ab.slice(0..256)),
+                Arg::Output(c.view()),
+                Arg::I32(8),
+                Arg::I32(32),
+            ],
+        )
+    });
 }

@@ -3,7 +3,7 @@
 
 use std::fmt::Debug;
 
-use dtmem_host::{Buffer, Element, Executor, Order};
+use dtmem_host::{Buffer, Element, Executor, Order, Result};
 use half::{bf16, f16};
 use ndarray::{Array, ArrayBase, Data, Dimension, IntoDimension};
 
@@ -128,7 +128,36 @@ pub fn in_every_order<R: PartialEq + Debug>(mut f: impl FnMut(&Executor) -> R) -
     first
 }
 
-/// Numbers that are compared bit by bit.
-pub fn bits<T: Storage>(x: &[T]) -> Vec<u32> {
-    x.iter().map(|&x| x.bits()).collect()
+/// Leaves out each line of a kernel file that has a barrier or a wait, one after another, and fails unless one of the
+/// thread orders ends with a finding. `run` launches whatever uses them, and passes as the file is.
+#[track_caller]
+pub fn assert_every_barrier_is_needed(
+    file: &str,
+    source: &str,
+    run: impl Fn(&Executor) -> Result<()>,
+) {
+    const WAITS: [&str; 5] = [
+        "__syncthreads(",
+        "__syncwarp(",
+        "barrier_sync(",
+        "barrier_arrive(",
+        "cp_async_wait",
+    ];
+    let mut executor = Executor::new();
+    run(&executor).unwrap_or_else(|error| panic!("as it is: {error}"));
+    let mut lines = 0;
+    for (number, line) in (1..).zip(source.lines()) {
+        let code = line.split("//").next().unwrap_or_default();
+        if !WAITS.iter().any(|wait| code.contains(wait)) {
+            continue;
+        }
+        lines += 1;
+        executor.omit(Some((file, number)));
+        let found = Order::ALL.iter().any(|&order| {
+            executor.set_order(order);
+            run(&executor).is_err_and(|error| error.finding().is_some())
+        });
+        assert!(found, "{file}:{number} could be left out: {}", line.trim());
+    }
+    assert!(lines > 0, "{file} has no barriers");
 }
