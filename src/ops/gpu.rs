@@ -1,0 +1,230 @@
+//! Launches on CUDA streams.
+
+use std::collections::HashMap;
+use std::ffi::c_void;
+use std::ptr;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
+
+use cudarc::driver::sys::{CUdevice_attribute, CUfunction_attribute, CUresult, cuDriverGetVersion};
+use cudarc::driver::{
+    CudaContext, CudaFunction, CudaModule, CudaStream, DevicePtr, DevicePtrMut, DriverError, result,
+};
+use cudarc::nvrtc::Ptx;
+
+use super::images::{self, Image, Origin};
+use super::launch::{Arg, Launch, Launcher, MAX_ARGS};
+use super::memory::{Home, Input, Output};
+use super::{Error, Result};
+
+/// Fails where there is no NVIDIA driver. Everything in cudarc panics there, so this comes first.
+pub fn require_driver() -> Result<()> {
+    const NAME: &str = if cfg!(windows) {
+        "nvcuda.dll"
+    } else {
+        "libcuda.so.1"
+    };
+    static REASON: OnceLock<Option<String>> = OnceLock::new();
+    // SAFETY: the driver's library may be loaded at any time, and is not unloaded: see below.
+    let reason = REASON.get_or_init(|| match unsafe { libloading::Library::new(NAME) } {
+        Ok(library) => {
+            std::mem::forget(library);
+            None
+        }
+        Err(error) => {
+            let cause = std::error::Error::source(&error);
+            Some(cause.map_or_else(|| error.to_string(), ToString::to_string))
+        }
+    });
+    match reason {
+        None => Ok(()),
+        Some(reason) => Err(Error::NoDriver {
+            name: NAME,
+            reason: reason.clone(),
+        }),
+    }
+}
+
+/// How many GPUs there are. Errors: no driver.
+pub fn count() -> Result<usize> {
+    require_driver()?;
+    match CudaContext::device_count() {
+        Ok(count) => Ok(usize::try_from(count).unwrap_or(0)),
+        Err(DriverError(CUresult::CUDA_ERROR_NO_DEVICE)) => Ok(0),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// A CUDA context and those kernels that have been launched in it.
+///
+/// The first launch of a kernel loads it, together with its family if that was not done, which waits and allocates.
+/// Later launches do neither. So run a sequence once before a CUDA graph captures it.
+#[derive(Debug)]
+pub struct Gpu {
+    context: Arc<CudaContext>,
+    kernels: RwLock<HashMap<&'static str, CudaFunction>>,
+    families: Mutex<HashMap<&'static str, Arc<CudaModule>>>,
+}
+
+impl Gpu {
+    /// The primary context of a GPU, which other libraries use as well. Errors: no driver, no such GPU.
+    pub fn new(ordinal: usize) -> Result<Self> {
+        let count = count()?;
+        if ordinal >= count {
+            return Err(Error::NoGpu { ordinal, count });
+        }
+        Ok(Self::from_context(CudaContext::new(ordinal)?))
+    }
+
+    /// The caller's own context.
+    pub fn from_context(context: Arc<CudaContext>) -> Self {
+        Self {
+            context,
+            kernels: RwLock::default(),
+            families: Mutex::default(),
+        }
+    }
+
+    /// The context, to make streams and allocate with.
+    pub fn context(&self) -> &Arc<CudaContext> {
+        &self.context
+    }
+
+    /// Launches on a stream of this context. Errors: a stream of another one.
+    pub fn on<'a>(&'a self, stream: &'a CudaStream) -> Result<OnStream<'a>> {
+        if stream.context().cu_ctx() != self.context.cu_ctx() {
+            return Err(Error::ForeignMemory { argument: "stream" });
+        }
+        Ok(OnStream { gpu: self, stream })
+    }
+
+    fn kernel(&self, family: &'static str, name: &'static str) -> Result<CudaFunction> {
+        let known = self.kernels.read().unwrap_or_else(PoisonError::into_inner);
+        if let Some(kernel) = known.get(name) {
+            return Ok(kernel.clone());
+        }
+        drop(known);
+        let kernel =
+            self.family(family)?
+                .load_function(name)
+                .map_err(|source| Error::MissingKernel {
+                    family,
+                    kernel: name,
+                    source,
+                })?;
+        self.allow_shared_memory(&kernel)?;
+        let mut known = self.kernels.write().unwrap_or_else(PoisonError::into_inner);
+        Ok(known.entry(name).or_insert(kernel).clone())
+    }
+
+    /// Lets a kernel have all dynamic shared memory that its static one leaves: without this, 48 KiB.
+    fn allow_shared_memory(&self, kernel: &CudaFunction) -> Result<()> {
+        let limit = self
+            .context
+            .attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
+        let own =
+            kernel.get_attribute(CUfunction_attribute::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES)?;
+        let dynamic = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        Ok(kernel.set_attribute(dynamic, limit - own)?)
+    }
+
+    fn family(&self, family: &'static str) -> Result<Arc<CudaModule>> {
+        let mut loaded = self.families.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(module) = loaded.get(family) {
+            return Ok(Arc::clone(module));
+        }
+        let image = images::find(family)?;
+        let module = self
+            .context
+            .load_module(Ptx::from_binary(image.bytes.to_vec()))
+            .map_err(|source| not_loaded(image, source))?;
+        loaded.insert(family, Arc::clone(&module));
+        Ok(module)
+    }
+}
+
+fn not_loaded(image: &Image, source: DriverError) -> Error {
+    let (Origin::Nvcc { version, .. } | Origin::CommittedPtx { version, .. }) = image.origin;
+    let mut driver = 0;
+    // SAFETY: the address of a number to write to.
+    let known = unsafe { cuDriverGetVersion(&raw mut driver) }
+        .result()
+        .is_ok();
+    Error::Image {
+        family: image.family,
+        cuda: version,
+        driver: match known {
+            true => format!("{}.{}", driver / 1000, driver % 1000 / 10),
+            false => "an unknown version".to_owned(),
+        },
+        source,
+    }
+}
+
+/// Launches kernels on one stream.
+///
+/// Memory comes from the caller's cudarc slices and views by [`input`](Self::input) and [`output`](Self::output),
+/// which wait (on the GPU) for what other streams do to them, as cudarc's own launches do.
+#[derive(Debug, Clone, Copy)]
+pub struct OnStream<'a> {
+    gpu: &'a Gpu,
+    stream: &'a CudaStream,
+}
+
+impl OnStream<'_> {
+    /// A slice or view to read.
+    pub fn input<'b, T>(&'b self, memory: &'b impl DevicePtr<T>) -> Input<'b, T> {
+        let (home, len) = (Home::context(memory.stream().context()), memory.len());
+        let (address, guard) = memory.device_ptr(self.stream);
+        Input::new(home, address, len, Some(guard))
+    }
+
+    /// A slice or view to write.
+    pub fn output<'b, T>(&'b self, memory: &'b mut impl DevicePtrMut<T>) -> Output<'b, T> {
+        let (home, len) = (Home::context(memory.stream().context()), memory.len());
+        let (address, guard) = memory.device_ptr_mut(self.stream);
+        Output::new(home, address, len, Some(guard))
+    }
+}
+
+impl Launcher for OnStream<'_> {
+    fn launch(&self, launch: &Launch<'_>) -> Result<()> {
+        launch.check_home(Home::context(&self.gpu.context))?;
+        if launch.is_empty() {
+            return Ok(());
+        }
+        let kernel = self.gpu.kernel(launch.family(), launch.kernel())?;
+        let mut values = [ptr::null_mut::<c_void>(); MAX_ARGS];
+        for (value, arg) in values.iter_mut().zip(launch.args()) {
+            *value = address_of(arg).cast_mut();
+        }
+        self.gpu.context.bind_to_thread()?;
+        // SAFETY: kernel, stream and memory are of this context and alive; an operation of this crate has checked the
+        // arguments against what the kernel takes, in number, type and size. The driver copies them before it returns.
+        let launched = unsafe {
+            result::launch_kernel(
+                kernel.cu_function(),
+                launch.grid().into(),
+                launch.block().into(),
+                launch.shared_bytes(),
+                self.stream.cu_stream(),
+                &mut values,
+            )
+        };
+        launched.map_err(|source| Error::Launch {
+            kernel: launch.kernel(),
+            source: source.into(),
+        })
+    }
+}
+
+/// Where the bytes that the kernel's parameter takes begin.
+fn address_of(arg: &Arg) -> *const c_void {
+    match arg {
+        Arg::Input(span) | Arg::Output(span) => ptr::from_ref(&span.address).cast(),
+        Arg::I32(number) => ptr::from_ref(number).cast(),
+        Arg::U32(number) => ptr::from_ref(number).cast(),
+        Arg::I64(number) => ptr::from_ref(number).cast(),
+        Arg::U64(number) => ptr::from_ref(number).cast(),
+        Arg::F32(number) => ptr::from_ref(number).cast(),
+    }
+}

@@ -1,0 +1,54 @@
+//! Launches on the CPU, by the executor that checks every access and every barrier of a kernel.
+
+use dtmem_host::{Buffer, Element, Executor, View};
+
+use super::launch::{Arg, Launch, Launcher};
+use super::memory::{Home, Input, Output, Span};
+use super::{Error, Result};
+
+/// The host executor. Memory is its buffers'.
+#[derive(Debug, Default)]
+pub struct Host(pub Executor);
+
+impl Host {
+    /// A buffer to read.
+    pub fn input<'b, T: Element>(&self, buffer: &'b Buffer<T>) -> Input<'b, T> {
+        Input::on_host(buffer.view().address, buffer.len())
+    }
+
+    /// A buffer to write.
+    pub fn output<'b, T: Element>(&self, buffer: &'b mut Buffer<T>) -> Output<'b, T> {
+        Output::on_host(buffer.view().address, buffer.len())
+    }
+}
+
+impl Launcher for Host {
+    fn launch(&self, launch: &Launch<'_>) -> Result<()> {
+        launch.check_home(Home::HOST)?;
+        if launch.is_empty() {
+            return Ok(());
+        }
+        let view = |Span { address, bytes }| View { address, bytes };
+        let args: Vec<_> = launch
+            .args()
+            .iter()
+            .map(|arg| match *arg {
+                Arg::Input(span) => dtmem_host::Arg::Input(view(span)),
+                Arg::Output(span) => dtmem_host::Arg::Output(view(span)),
+                Arg::I32(number) => dtmem_host::Arg::I32(number),
+                Arg::U32(number) => dtmem_host::Arg::U32(number),
+                Arg::I64(number) => dtmem_host::Arg::I64(number),
+                Arg::U64(number) => dtmem_host::Arg::U64(number),
+                Arg::F32(number) => dtmem_host::Arg::F32(number),
+            })
+            .collect();
+        let mut shape = dtmem_host::Launch::new(launch.grid(), launch.block());
+        shape.shared_bytes = launch.shared_bytes();
+        self.0
+            .launch(launch.kernel(), shape, &args)
+            .map_err(|source| Error::Launch {
+                kernel: launch.kernel(),
+                source: source.into(),
+            })
+    }
+}

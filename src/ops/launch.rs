@@ -1,0 +1,136 @@
+//! One launch of one kernel, as plain data, and who carries it out.
+
+use std::marker::PhantomData;
+
+use super::memory::{Home, Span};
+use super::{Error, Result};
+
+/// Arguments that a kernel takes at most.
+pub const MAX_ARGS: usize = 32;
+
+/// An argument of a kernel.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Arg {
+    /// For `const T*`: memory that is only read.
+    Input(Span),
+    /// For `T*`: memory that is written, or read and written.
+    Output(Span),
+    /// For `int32_t`.
+    I32(i32),
+    /// For `uint32_t`.
+    U32(u32),
+    /// For `int64_t`.
+    I64(i64),
+    /// For `uint64_t`.
+    U64(u64),
+    /// For `float`.
+    F32(f32),
+}
+
+/// A launch that has been validated: only the operations of this crate make one. It lives as long as the memory that
+/// it names.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Launch<'a> {
+    family: &'static str,
+    kernel: &'static str,
+    grid: [u32; 3],
+    block: [u32; 3],
+    shared_bytes: u32,
+    home: Home,
+    args: [Arg; MAX_ARGS],
+    count: usize,
+    memory: PhantomData<&'a ()>,
+}
+
+impl<'a> Launch<'a> {
+    /// `home` is where all memory of the arguments lies.
+    pub(super) fn new<const N: usize>(
+        (family, kernel): (&'static str, &'static str),
+        grid: [u32; 3],
+        block: [u32; 3],
+        shared_bytes: u32,
+        home: Home,
+        list: [Arg; N],
+    ) -> Self {
+        const { assert!(N <= MAX_ARGS) };
+        let mut args = [Arg::I32(0); MAX_ARGS];
+        args[..N].copy_from_slice(&list);
+        Self {
+            family,
+            kernel,
+            grid,
+            block,
+            shared_bytes,
+            home,
+            args,
+            count: N,
+            memory: PhantomData,
+        }
+    }
+
+    /// Name of the kernel's file, without `.cu`.
+    pub fn family(&self) -> &'static str {
+        self.family
+    }
+
+    /// Name of the kernel.
+    pub fn kernel(&self) -> &'static str {
+        self.kernel
+    }
+
+    /// Blocks (x, y, z).
+    pub fn grid(&self) -> [u32; 3] {
+        self.grid
+    }
+
+    /// Threads per block (x, y, z).
+    pub fn block(&self) -> [u32; 3] {
+        self.block
+    }
+
+    /// Bytes of dynamic shared memory per block.
+    pub fn shared_bytes(&self) -> u32 {
+        self.shared_bytes
+    }
+
+    /// In the order of the kernel's parameters.
+    pub fn args(&self) -> &[Arg] {
+        &self.args[..self.count]
+    }
+
+    /// Whether there is nothing to do: no blocks.
+    pub fn is_empty(&self) -> bool {
+        self.grid.contains(&0)
+    }
+
+    /// An error unless the memory lies here.
+    pub fn check_home(&self, home: Home) -> Result<()> {
+        if self.home == home {
+            Ok(())
+        } else {
+            Err(Error::ForeignMemory {
+                argument: self.kernel,
+            })
+        }
+    }
+}
+
+/// Who runs kernels: a CUDA stream ([`OnStream`](super::OnStream)), or the host executor (`ops::host`).
+pub trait Launcher {
+    /// Starts a kernel, behind those that were started before; a launch without blocks does nothing. Errors:
+    /// [`Launch::check_home`], and what keeps the kernel from starting.
+    fn launch(&self, launch: &Launch<'_>) -> Result<()>;
+}
+
+/// Blocks that are needed for `items`, as an argument called `name`.
+pub(super) fn blocks(name: &'static str, items: usize, per_block: usize) -> Result<u32> {
+    let blocks = items.div_ceil(per_block);
+    match i32::try_from(blocks) {
+        Ok(blocks) => Ok(blocks.unsigned_abs()),
+        Err(_) => Err(Error::value(
+            name,
+            items,
+            format_args!("at most {}", (i32::MAX as usize).saturating_mul(per_block)),
+        )),
+    }
+}
