@@ -1,7 +1,8 @@
 //! Compiles kernels/*.cu, the executor's own test kernels and its runtime with a C++ compiler.
 //!
-//! A kernel file is preprocessed, translated (build/translate.rs), compiled to assembly with the instrumentation that
-//! the executor's checks live on, given a table of source lines, and assembled.
+//! A source is preprocessed, translated (build/translate.rs), compiled to assembly (kernels
+//! with the instrumentation that the executor's checks live on), given a table of source lines, and
+//! assembled.
 
 #[path = "build/translate.rs"]
 mod translate;
@@ -14,12 +15,9 @@ use std::sync::Mutex;
 
 type Result<T> = std::result::Result<T, String>;
 
-/// A compiler that inserts no call at the wrong place and leaves out none: what is announced to the
-/// executor is what is executed.
+/// What is announced to the executor is what is executed, and each call has a line of its own.
 const KERNEL_FLAGS: &[&str] = &[
     "-std=c++17",
-    "-x",
-    "c++",
     "-g1", // lines only
     "-fsanitize=thread",
     "--param=tsan-instrument-func-entry-exit=0",
@@ -35,6 +33,15 @@ const KERNEL_FLAGS: &[&str] = &[
     "-fvisibility=hidden",
     "-Wno-unknown-pragmas",
     "-Wno-pragmas",
+];
+
+const RUNTIME_FLAGS: &[&str] = &[
+    "-std=c++20",
+    "-DDTMEM_RUNTIME",
+    "-fno-exceptions",
+    "-fno-rtti",
+    "-fvisibility=hidden",
+    "-Wno-format-zero-length",
 ];
 
 fn main() -> ExitCode {
@@ -82,52 +89,51 @@ fn build() -> Result<()> {
         ));
     }
 
-    let mut sources = files(kernels, "cu")?;
-    sources.extend(files(&host.join("tests/kernels"), "cu")?);
-    let objects = each_in_parallel(&sources, |source| {
-        compile_kernel(&compiler, kernels, source, &out)
+    let mut sources = Vec::new();
+    for (folder, extension, flags) in [
+        (kernels.to_path_buf(), "cu", KERNEL_FLAGS),
+        (host.join("tests/kernels"), "cu", KERNEL_FLAGS),
+        (host.join("runtime"), "cpp", RUNTIME_FLAGS),
+    ] {
+        let found = files(&folder, extension)?;
+        sources.extend(found.into_iter().map(|source| (source, flags)));
+    }
+    let objects = each_in_parallel(&sources, |(source, flags)| {
+        compile(&compiler, flags, kernels, source, &out)
             .map_err(|message| format!("{}: {message}", source.display()))
     })?;
-    // Kernels register themselves when the program starts: nothing refers to them by name.
     let mut archive = cc::Build::new();
     archive.cpp(true).cargo_metadata(false).objects(objects);
     archive
-        .try_compile("dtmem_kernels")
-        .map_err(|error| error.to_string())?;
-
-    base.clone()
-        .std("c++20")
-        .define("DTMEM_RUNTIME", None)
-        .flag("-Wno-format-zero-length")
-        .flag("-fno-exceptions")
-        .flag("-fno-rtti")
-        .flag("-fvisibility=hidden")
-        .files(files(&host.join("runtime"), "cpp")?)
-        .try_compile("dtmem_host_runtime")
+        .try_compile("dtmem_host_kernels")
         .map_err(|error| error.to_string())?;
 
     println!("cargo::rustc-link-search=native={}", out.display());
-    println!("cargo::rustc-link-lib=static:+whole-archive=dtmem_kernels");
-    println!("cargo::rustc-link-lib=static=dtmem_host_runtime");
+    // Kernels register themselves when the program starts: nothing refers to them by name.
+    println!("cargo::rustc-link-lib=static:+whole-archive=dtmem_host_kernels");
     println!("cargo::rustc-link-lib=stdc++");
     Ok(())
 }
 
-/// The object file of a kernel file. It is made anew only if the preprocessed text or the way there
-/// has changed.
-fn compile_kernel(
+/// The object file of a source. It is made anew only if the preprocessed text or the way there has
+/// changed.
+fn compile(
     compiler: &cc::Tool,
+    flags: &[&str],
     kernels: &Path,
     source: &Path,
     out: &Path,
 ) -> Result<PathBuf> {
-    let path = |extension: &str| out.join(format!("{}.{extension}", stem(source)));
+    let name = source.file_name().unwrap_or_default().to_string_lossy();
+    let path = |extension: &str| out.join(format!("{name}.{extension}"));
     let (translated, annotated, object) = (path("ii"), path("s"), path("o"));
-    let preprocessed = run(compiler
-        .to_command()
-        .args(KERNEL_FLAGS)
-        .arg("-E")
-        .arg(source))?;
+    let mut preprocessor = compiler.to_command();
+    preprocessor
+        .args(flags)
+        .args(["-x", "c++", "-E"])
+        .arg(source);
+    let preprocessed = run(&mut preprocessor)?;
+
     let mut command = Command::new(compiler.path());
     // Includes and definitions are in the preprocessed text already.
     let plain = compiler.args().iter().filter(|flag| {
@@ -136,7 +142,7 @@ fn compile_kernel(
             .iter()
             .any(|kind| flag.starts_with(kind))
     });
-    command.args(plain).args(KERNEL_FLAGS).arg("-fpreprocessed");
+    command.args(plain).args(flags).arg("-fpreprocessed");
     command.arg("-S").arg(&translated).arg("-o").arg("-");
 
     let mut way = DefaultHasher::new();
@@ -212,13 +218,6 @@ fn files(folder: &Path, extension: &str) -> Result<Vec<PathBuf>> {
         .collect();
     files.sort();
     Ok(files)
-}
-
-fn stem(path: &Path) -> String {
-    path.file_stem()
-        .unwrap_or_default()
-        .to_string_lossy()
-        .into_owned()
 }
 
 fn write(path: &Path, text: &str) -> Result<()> {

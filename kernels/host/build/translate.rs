@@ -124,8 +124,10 @@ fn parenthesised(text: &str) -> Option<(&str, &str)> {
 /// information, which a release build strips.
 /// Calls in what stands in for CUDA's headers count as the kernel's.
 pub fn with_line_table(assembly: &str, kernels: &Path) -> String {
-    let is_kernel =
-        |path: &Path| path.starts_with("kernels") && !path.starts_with("kernels/host/include");
+    let is_kernel = |path: &Path| {
+        let of_executor = ["kernels/host/include", "kernels/host/runtime"];
+        path.starts_with("kernels") && !of_executor.iter().any(|folder| path.starts_with(folder))
+    };
     let root = kernels.parent().unwrap_or(kernels);
     let mut text = String::with_capacity(assembly.len() * 2);
     let mut files = Vec::new();

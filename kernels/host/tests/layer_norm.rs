@@ -3,12 +3,13 @@
 mod common;
 
 use common::{
-    Random, Storage, assert_close, assert_every_barrier_is_needed, in_every_order, upload,
+    Random, Storage, assert_close, assert_every_barrier_is_needed, assert_near, in_every_order,
+    norm, upload,
 };
 use dtmem_host::{Arg, Executor, Launch, Result, View};
 use dtmem_reference::layer_norm;
 use half::{bf16, f16};
-use ndarray::{Array1, Array2};
+use ndarray::{Array1, Array2, Axis};
 use proptest::prelude::*;
 
 const EPSILON: f64 = 1e-5;
@@ -244,7 +245,9 @@ fn check_backward<T: Storage>(
     if let Some(dsum) = &case.dsum {
         ds += dsum;
     }
-    assert_close("ds", &run.ds, &ds, T::TOLERANCE);
+    // With two columns nothing is left of the gradient but rounding.
+    let g = (&case.dy * &case.weight) * &rstd.insert_axis(Axis(1));
+    assert_near("ds", &run.ds, &ds, T::TOLERANCE, norm(g));
     assert_close("dweight", &run.dweight, &gradients.dweight, f32::TOLERANCE);
     assert_close("dbias", &run.dbias, &gradients.dbias, f32::TOLERANCE);
 }

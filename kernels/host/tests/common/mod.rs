@@ -97,17 +97,36 @@ pub fn assert_close<T: Storage, S: Data<Elem = f64>, D: Dimension>(
     reference: &ArrayBase<S, D>,
     tolerance: f64,
 ) {
+    assert_near(name, x, reference, tolerance, 0.0);
+}
+
+/// As [`assert_close`], with an error relative to at least `scale`: the norm of what cancels in a
+/// result that can be all but zero.
+#[track_caller]
+pub fn assert_near<T: Storage, S: Data<Elem = f64>, D: Dimension>(
+    name: &str,
+    x: &[T],
+    reference: &ArrayBase<S, D>,
+    tolerance: f64,
+    scale: f64,
+) {
     assert_eq!(x.len(), reference.len(), "{name}: length");
-    let (mut difference, mut norm) = (0.0_f64, 0.0_f64);
-    for (&x, &reference) in x.iter().zip(reference) {
-        difference += (x.widen() - reference).powi(2);
-        norm += reference.powi(2);
-    }
-    let error = difference.sqrt() / if norm == 0.0 { 1.0 } else { norm.sqrt() };
+    let difference = norm(
+        x.iter()
+            .zip(reference)
+            .map(|(&x, &reference)| x.widen() - reference),
+    );
+    let scale = scale.max(norm(reference.iter().copied()));
+    let error = difference / if scale == 0.0 { 1.0 } else { scale };
     assert!(
         error <= tolerance,
         "{name}: relative error {error:e} above {tolerance:e}"
     );
+}
+
+/// ‖x‖₂
+pub fn norm(x: impl IntoIterator<Item = f64>) -> f64 {
+    x.into_iter().map(|x| x * x).sum::<f64>().sqrt()
 }
 
 /// Runs `f` under each thread order and fails unless all give the same bits; gives the result.
