@@ -65,6 +65,9 @@ fn build() -> Result<()> {
     ] {
         println!("cargo::rerun-if-changed={path}");
     }
+    for name in ["CXX", "CXXFLAGS"] {
+        println!("cargo::rerun-if-env-changed={name}");
+    }
     let host = PathBuf::from(variable("CARGO_MANIFEST_DIR")?);
     let kernels = host.parent().ok_or("the crate has no parent folder")?;
     let out = PathBuf::from(variable("OUT_DIR")?);
