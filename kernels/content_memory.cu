@@ -1,0 +1,320 @@
+// Content-addressed memory, forward: one segment of each of B packed sequences. Reference: content_memory.rs; SPEC
+// section 4. The backward kernels stand in content_memory_backward.cu.
+//
+//   score_it = κ_t·M_i·a_t / (√(|M_i|²+ε)·√(|a_t|²+ε) + ε)  or  scale·M_i·a_t;  w = softmax over slots (or the top k)
+//   β_it = σ(scale·M_i·s_t + b)  or  softmax over slots of scale·M_i·s_t
+//   keep_i = Π_t (1 − erased_it),  erased = w·β (coupled) or w·(1 − β) (paper)
+//   M′_i = keep_i·M_i + Σ_t w_it·β_it·v_t,  y_t = Σ_i w_it·M_i  or of M′
+//
+// M, M′ [B, N, D] and y [tokens, D] contiguous in the storage type; a, s, v rows of D with a stride of their own;
+// κ [tokens] in the storage type, b [1] in f32. `offsets` [B + 1]: sequence j has the tokens offsets[j] … offsets[j+1].
+// N ≤ 4096. Pointers need no alignment beyond their type's.
+//
+// Workspace, f32: w and β [tokens, N] each, and squares [B, N]: 4·N·(2·tokens + B) bytes.
+//
+// Launches, in order (`longest` is the most tokens of a sequence; `tiles(n)` = ⌈n/64⌉; all with 256 threads):
+//   scores   (tiles(N), max(1, tiles(2·longest)), B)   M·a, M·s and |M|²: 64 stacked key rows × 64 slots per block
+//   address  (longest, B)                              one token per block: w and β in the place of the products
+//   write    (tiles(N), tiles(D), B)                   64 slots × 64 columns of M′ per block
+//   read     (tiles(D), tiles(longest), B)             64 tokens × 64 columns of y per block, all slots in order
+// With order read_then_write, write and read both take M; with write_then_read, read takes M′.
+// A block sums in one order that the shape alone decides, nothing is added atomically: the same bits in every run.
+//
+// Bound by memory for segments of a few dozen tokens: with element size e, 3·N·D·e bytes of M are read (scores, write,
+// read; a second row of key tiles finds M in the cache) and N·D·e written per sequence, and 8·N·T·D operations done,
+// 2·T/e per byte; for B 8–64, N 1290, D 512, T 39 in bf16 that is 4·1.3 MB and 206 MFLOP a sequence.
+//
+// History
+//   1  this version: four launches; panels in shared memory as f32, fetched through registers one step ahead;
+//      f32 storage multiplies on the ordinary units, bf16 and f16 on matrix units as TF32
+
+#include "content_memory.cuh"
+
+namespace {
+
+constexpr int kMostSlots = 4096;
+constexpr int kSlotsPerThread = kMostSlots / kThreads;
+
+// y0, y1, y2 [tokens, N] = the products of x0, x1, x2 [tokens, D] with the rows of `memory`; the second and the third
+// may be null. squares[i] = Σ_d memory_id·other_id.
+template <typename T>
+__device__ inline void scores(const T* memory, const T* other, const T* x0, const T* x1, const T* x2,
+                              const int32_t* offsets, float* y0, float* y1, float* y2, float* squares, int slots,
+                              int width, int stride0, int stride1, int stride2) {
+    __shared__ Panels panels;
+    const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+    const Sequence sequence(offsets, blockIdx.z);
+    const int tokens = sequence.tokens;
+    const int first_slot = blockIdx.x * kTile, first_row = blockIdx.y * kTile;
+    memory += static_cast<int64_t>(blockIdx.z) * slots * width;
+    other += static_cast<int64_t>(blockIdx.z) * slots * width;
+
+    if (blockIdx.y == 0) {
+        for (int slot = first_slot + warp; slot < min(first_slot + kTile, slots); slot += kWarps) {
+            float sum = 0.0f;
+            for (int d = lane; d < width; d += kWarpSize) {
+                sum += widen(memory[slot * width + d]) * widen(other[slot * width + d]);
+            }
+            sum = warp_sum(sum);
+            if (lane == 0) squares[static_cast<int64_t>(blockIdx.z) * slots + slot] = sum;
+        }
+    }
+
+    // The operands' rows stand one below the other, so that few rows of a tile stay empty.
+    const int rows = tokens * (x1 == nullptr ? 1 : x2 == nullptr ? 2 : 3);
+    if (first_row >= rows) return;
+    Product<kMatrixUnits<T>> product;
+    product.template add<Layout::kDepthFirst, Layout::kDepthFirst>(
+        panels, width,
+        [=](int row, int d) {
+            row += first_row;
+            if (row >= rows) return 0.0f;
+            const int part = (row >= tokens) + (row >= 2 * tokens);
+            const T* x = part == 0 ? x0 : part == 1 ? x1 : x2;
+            const int stride = part == 0 ? stride0 : part == 1 ? stride1 : stride2;
+            return widen(x[(sequence.first + row - part * tokens) * stride + d]);
+        },
+        [=](int slot, int d) {
+            slot += first_slot;
+            return slot < slots ? widen(memory[slot * width + d]) : 0.0f;
+        });
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            const int row = first_row + product.row(i, j), slot = first_slot + product.column(i, j);
+            if (row >= rows || slot >= slots) continue;
+            const int part = (row >= tokens) + (row >= 2 * tokens);
+            float* y = part == 0 ? y0 : part == 1 ? y1 : y2;
+            y[(sequence.first + row - part * tokens) * slots + slot] = product.sums[i][j];
+        }
+    }
+}
+
+__device__ inline float block_max(float x, float (&exchange)[kWarps]) {
+#pragma unroll
+    for (int lanes = kWarpSize / 2; lanes > 0; lanes /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, lanes));
+    __syncthreads();
+    if (threadIdx.x % kWarpSize == 0) exchange[threadIdx.x / kWarpSize] = x;
+    __syncthreads();
+    float most = exchange[0];
+    for (int w = 1; w < kWarps; ++w) most = fmaxf(most, exchange[w]);
+    return most;
+}
+
+// Unsigned numbers in the order of the floats; −0 is 0, and NaN comes last.
+__device__ inline uint32_t in_order(float x) {
+    if (x != x) return 0xffffffffu;
+    const uint32_t bits = __float_as_uint(x + 0.0f);
+    return (bits >> 31) != 0 ? ~bits : bits | 0x80000000u;
+}
+
+// What a thread holds of a row over slots: slots threadIdx.x, threadIdx.x + 256, …
+using SlotValues = float[kSlotsPerThread];
+
+// Softmax over the slots; −∞ becomes exactly 0. What lies beyond the slots is not touched.
+__device__ inline void softmax(SlotValues& x, int slots, float (&exchange)[kWarps]) {
+    float most = -INFINITY;
+#pragma unroll
+    for (int n = 0; n < kSlotsPerThread; ++n) {
+        if (n * kThreads + static_cast<int>(threadIdx.x) < slots) most = fmaxf(most, x[n]);
+    }
+    most = block_max(most, exchange);
+    float sum = 0.0f;
+#pragma unroll
+    for (int n = 0; n < kSlotsPerThread; ++n) {
+        if (n * kThreads + static_cast<int>(threadIdx.x) >= slots) continue;
+        x[n] = expf(x[n] - most);
+        sum += x[n];
+    }
+    const float factor = 1.0f / sum_again(sum, exchange);
+#pragma unroll
+    for (int n = 0; n < kSlotsPerThread; ++n) {
+        if (n * kThreads + static_cast<int>(threadIdx.x) < slots) x[n] *= factor;
+    }
+}
+
+// Scores below the k-th best become −∞: the limit is found bit by bit, by counting how many are not below.
+__device__ inline void select_best(SlotValues& x, int slots, int k, float (&exchange)[kWarps]) {
+    uint32_t limit = 0;
+    for (int bit = 31; bit >= 0; --bit) {
+        const uint32_t candidate = limit | 1u << bit;
+        float count = 0.0f;  // at most 4096: exact
+#pragma unroll
+        for (int n = 0; n < kSlotsPerThread; ++n) {
+            const bool real = n * kThreads + static_cast<int>(threadIdx.x) < slots;
+            if (real && in_order(x[n]) >= candidate) count += 1.0f;
+        }
+        if (sum_again(count, exchange) >= static_cast<float>(k)) limit = candidate;
+    }
+#pragma unroll
+    for (int n = 0; n < kSlotsPerThread; ++n) {
+        const bool real = n * kThreads + static_cast<int>(threadIdx.x) < slots;
+        if (real && in_order(x[n]) < limit) x[n] = -INFINITY;
+    }
+}
+
+// One token: `similarity` M·a → M·a over the norms (cosine, that is with κ), `beta` M·s → β, and w, which may stand in
+// the place of `similarity`. Sigmoid strength where there is a bias. norms[token] = √(|a|²+ε), unless null.
+template <typename T>
+__device__ inline void address(const T* keys, const T* kappa, const float* bias, const int32_t* offsets,
+                               const float* squares, float* similarity, float* w, float* beta, float* norms, int slots,
+                               int width, int stride, int top_k, float scale, float epsilon) {
+    __shared__ float exchange[kWarps];
+    const Sequence sequence(offsets, blockIdx.y);
+    if (static_cast<int>(blockIdx.x) >= sequence.tokens) return;
+    const int64_t token = sequence.first + blockIdx.x;
+    similarity += token * slots;
+    w += token * slots;
+    beta += token * slots;
+    squares += static_cast<int64_t>(blockIdx.y) * slots;
+
+    float norm = 0.0f;
+    if (kappa != nullptr) {
+        float sum = 0.0f;
+        for (int d = threadIdx.x; d < width; d += kThreads) {
+            const float x = widen(keys[token * stride + d]);
+            sum += x * x;
+        }
+        norm = sqrtf(sum_again(sum, exchange) + epsilon);
+        if (norms != nullptr && threadIdx.x == 0) norms[token] = norm;
+    }
+    const float factor = kappa != nullptr ? widen(kappa[token]) : scale;
+
+    SlotValues x;
+#pragma unroll
+    for (int n = 0; n < kSlotsPerThread; ++n) {
+        const int slot = n * kThreads + threadIdx.x;
+        if (slot >= slots) continue;
+        x[n] = similarity[slot];
+        if (kappa != nullptr) {
+            x[n] /= sqrtf(squares[slot] + epsilon) * norm + epsilon;
+            similarity[slot] = x[n];
+        }
+        x[n] *= factor;
+    }
+    if (top_k < slots) select_best(x, slots, top_k, exchange);
+    softmax(x, slots, exchange);
+#pragma unroll
+    for (int n = 0; n < kSlotsPerThread; ++n) {
+        const int slot = n * kThreads + threadIdx.x;
+        if (slot >= slots) continue;
+        w[slot] = x[n];
+        x[n] = scale * beta[slot];
+    }
+
+    if (bias == nullptr) softmax(x, slots, exchange);
+    const float offset = bias != nullptr ? *bias : 0.0f;
+#pragma unroll
+    for (int n = 0; n < kSlotsPerThread; ++n) {
+        const int slot = n * kThreads + threadIdx.x;
+        if (slot < slots) beta[slot] = bias != nullptr ? 1.0f / (1.0f + expf(-(x[n] + offset))) : x[n];
+    }
+}
+
+// M′ = keep·M + Σ_t w·β·v
+template <typename T>
+__device__ inline void write(const T* memory, const float* w, const float* beta, const T* value,
+                             const int32_t* offsets, T* memory_next, int slots, int width, int stride, bool paper) {
+    __shared__ Panels panels;
+    __shared__ float factors[kGroups][kTile];
+    const Sequence sequence(offsets, blockIdx.z);
+    const int tokens = sequence.tokens;
+    const int first_slot = blockIdx.x * kTile, first_column = blockIdx.y * kTile;
+    memory += static_cast<int64_t>(blockIdx.z) * slots * width;
+    memory_next += static_cast<int64_t>(blockIdx.z) * slots * width;
+    w += sequence.first * slots;
+    beta += sequence.first * slots;
+    value += sequence.first * stride;
+
+    float keep = 1.0f;
+    const int mine = threadIdx.x % kTile, slot = first_slot + mine;
+    for (int t = threadIdx.x / kTile; t < tokens && slot < slots; t += kGroups) {
+        keep *= 1.0f - erased(w[t * slots + slot], beta[t * slots + slot], paper);
+    }
+    factors[threadIdx.x / kTile][mine] = keep;
+
+    Product<kMatrixUnits<T>> product;
+    product.template add<Layout::kRowsFirst, Layout::kRowsFirst>(
+        panels, tokens,
+        [=](int row, int t) {
+            const int at = t * slots + first_slot + row;
+            return first_slot + row < slots ? w[at] * beta[at] : 0.0f;
+        },
+        [=](int column, int t) {
+            column += first_column;
+            return column < width ? widen(value[static_cast<int64_t>(t) * stride + column]) : 0.0f;
+        });
+    __syncthreads();  // the factors, where there was no token
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            const int row = product.row(i, j), column = first_column + product.column(i, j);
+            if (first_slot + row >= slots || column >= width) continue;
+            float kept = 1.0f;
+            for (int g = 0; g < kGroups; ++g) kept *= factors[g][row];
+            const int at = (first_slot + row) * width + column;
+            narrow(kept * widen(memory[at]) + product.sums[i][j], memory_next[at]);
+        }
+    }
+}
+
+// y = w·M
+template <typename T>
+__device__ inline void read(const float* w, const T* memory, const int32_t* offsets, T* y, int slots, int width) {
+    __shared__ Panels panels;
+    const Sequence sequence(offsets, blockIdx.z);
+    const int tokens = sequence.tokens;
+    const int first_column = blockIdx.x * kTile, first_token = blockIdx.y * kTile;
+    if (first_token >= tokens) return;
+    memory += static_cast<int64_t>(blockIdx.z) * slots * width;
+    w += sequence.first * slots;
+
+    Product<kMatrixUnits<T>> product;
+    product.template add<Layout::kDepthFirst, Layout::kRowsFirst>(
+        panels, slots,
+        [=](int row, int slot) { return first_token + row < tokens ? w[(first_token + row) * slots + slot] : 0.0f; },
+        [=](int column, int slot) {
+            column += first_column;
+            return column < width ? widen(memory[slot * width + column]) : 0.0f;
+        });
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            const int t = first_token + product.row(i, j), column = first_column + product.column(i, j);
+            if (t < tokens && column < width) narrow(product.sums[i][j], y[(sequence.first + t) * width + column]);
+        }
+    }
+}
+
+}  // namespace
+
+#define CONTENT_MEMORY(NAME, T)                                                                                        \
+    extern "C" __global__ void __launch_bounds__(kThreads) content_memory_scores_##NAME(                               \
+        const T* memory, const T* other, const T* x0, const T* x1, const T* x2, const int32_t* offsets, float* y0,     \
+        float* y1, float* y2, float* squares, int32_t slots, int32_t width, int32_t stride0, int32_t stride1,          \
+        int32_t stride2) {                                                                                             \
+        scores(memory, other, x0, x1, x2, offsets, y0, y1, y2, squares, slots, width, stride0, stride1, stride2);      \
+    }                                                                                                                  \
+    extern "C" __global__ void __launch_bounds__(kThreads) content_memory_address_##NAME(                              \
+        const T* keys, const T* kappa, const float* bias, const int32_t* offsets, const float* squares,                \
+        float* similarity, float* w, float* beta, float* norms, int32_t slots, int32_t width, int32_t stride,          \
+        int32_t top_k, float scale, float epsilon) {                                                                   \
+        address(keys, kappa, bias, offsets, squares, similarity, w, beta, norms, slots, width, stride, top_k, scale,   \
+                epsilon);                                                                                              \
+    }                                                                                                                  \
+    extern "C" __global__ void __launch_bounds__(kThreads) content_memory_write_##NAME(                                \
+        const T* memory, const float* w, const float* beta, const T* value, const int32_t* offsets, T* memory_next,    \
+        int32_t slots, int32_t width, int32_t stride, int32_t paper) {                                                 \
+        write(memory, w, beta, value, offsets, memory_next, slots, width, stride, paper != 0);                         \
+    }                                                                                                                  \
+    extern "C" __global__ void __launch_bounds__(kThreads) content_memory_read_##NAME(                                 \
+        const float* w, const T* memory, const int32_t* offsets, T* y, int32_t slots, int32_t width) {                 \
+        read(w, memory, offsets, y, slots, width);                                                                     \
+    }
+
+CONTENT_MEMORY(f32, float)
+CONTENT_MEMORY(bf16, bf16)
+CONTENT_MEMORY(f16, f16)

@@ -1,0 +1,956 @@
+//! content_memory.cu and content_memory_backward.cu against the reference, and against the fixtures of SPEC section 9.
+
+mod common;
+
+use std::ops::Range;
+use std::path::Path;
+
+use common::{Random, Storage, assert_close, in_every_order};
+use dtmem_host::{Arg, Buffer, Executor, Launch, View};
+use dtmem_reference::content_memory::{
+    Addressing, ContentMemory, Erase, Gradients, Inputs, Order, Strength,
+};
+use half::{bf16, f16};
+use ndarray::{Array, Array1, Array2, Array3, Axis, Dimension, IxDyn, arr0, s};
+use proptest::prelude::*;
+use safetensors::SafeTensors;
+
+const TILE: usize = 64;
+const THREADS: usize = 256;
+
+/// The segments of a pack, and the gradients of their outputs; all as the storage type holds it.
+#[derive(Debug, Clone)]
+struct Pack {
+    /// Tokens of each sequence.
+    lengths: Vec<usize>,
+    memory: Array3<f64>,
+    address_key: Array2<f64>,
+    strength_key: Array2<f64>,
+    value: Array2<f64>,
+    key_strength: Option<Array1<f64>>,
+    strength_bias: f64,
+    grad_memory_next: Array3<f64>,
+    grad_read: Array2<f64>,
+}
+
+#[derive(Debug)]
+struct Outputs {
+    memory_next: Array3<f64>,
+    read: Array2<f64>,
+}
+
+impl Pack {
+    /// Standard normal numbers.
+    fn draw<T: Storage>(
+        variant: &ContentMemory,
+        lengths: &[usize],
+        slots: usize,
+        width: usize,
+        seed: u64,
+    ) -> Self {
+        let mut random = Random(seed);
+        let (sequences, tokens) = (lengths.len(), lengths.iter().sum());
+        let cosine = variant.addressing == Addressing::Cosine;
+        Self {
+            lengths: lengths.to_vec(),
+            memory: random.array::<T, _>((sequences, slots, width)),
+            address_key: random.array::<T, _>((tokens, width)),
+            strength_key: random.array::<T, _>((tokens, width)),
+            value: random.array::<T, _>((tokens, width)),
+            key_strength: cosine.then(|| {
+                let drawn = random.array::<T, _>(tokens);
+                drawn.map(|&x| T::round(1.0 + x.abs()).widen())
+            }),
+            strength_bias: f64::from(random.normal() as f32),
+            grad_memory_next: random.array::<T, _>((sequences, slots, width)),
+            grad_read: random.array::<T, _>((tokens, width)),
+        }
+    }
+
+    /// Keys and memory become small whole numbers: every score is exact, and many are equal.
+    fn in_whole_numbers(mut self) -> Self {
+        self.memory.mapv_inplace(|x| (1.5 * x).round());
+        self.address_key.mapv_inplace(|x| (1.5 * x).round());
+        self.strength_key.mapv_inplace(|x| (1.5 * x).round());
+        if let Some(key_strength) = &mut self.key_strength {
+            key_strength.fill(2.0);
+        }
+        self
+    }
+
+    fn tokens(&self) -> usize {
+        self.lengths.iter().sum()
+    }
+
+    fn offsets(&self) -> Vec<i32> {
+        let mut offsets = vec![0];
+        for &length in &self.lengths {
+            offsets.push(offsets[offsets.len() - 1] + length as i32);
+        }
+        offsets
+    }
+
+    /// Number and tokens of each sequence.
+    fn sequences(&self) -> impl Iterator<Item = (usize, Range<usize>)> {
+        let offsets = self.offsets();
+        (0..self.lengths.len()).map(move |b| (b, offsets[b] as usize..offsets[b + 1] as usize))
+    }
+
+    fn inputs(&self, sequence: usize, tokens: &Range<usize>) -> Inputs<'_, f64> {
+        let rows = s![tokens.clone(), ..];
+        Inputs {
+            memory: self.memory.index_axis(Axis(0), sequence),
+            address_key: self.address_key.slice(rows),
+            strength_key: self.strength_key.slice(rows),
+            value: self.value.slice(rows),
+            key_strength: self
+                .key_strength
+                .as_ref()
+                .map(|x| x.slice(s![tokens.clone()])),
+            strength_bias: self.strength_bias,
+        }
+    }
+
+    fn reference_forward(&self, variant: &ContentMemory) -> Outputs {
+        let mut memory_next = Array::from_elem(self.memory.dim(), f64::NAN);
+        let mut read = Array::from_elem(self.value.dim(), f64::NAN);
+        for (b, tokens) in self.sequences() {
+            variant
+                .forward(
+                    self.inputs(b, &tokens),
+                    memory_next.index_axis_mut(Axis(0), b),
+                    read.slice_mut(s![tokens.clone(), ..]),
+                    &mut Vec::new(),
+                )
+                .unwrap();
+        }
+        Outputs { memory_next, read }
+    }
+
+    /// The gradients in the place of the inputs.
+    fn reference_backward(&self, variant: &ContentMemory) -> Self {
+        let mut gradients = self.clone();
+        gradients.strength_bias = 0.0;
+        for (b, tokens) in self.sequences() {
+            let mut bias = f64::NAN;
+            let rows = s![tokens.clone(), ..];
+            variant
+                .backward(
+                    self.inputs(b, &tokens),
+                    self.grad_memory_next.index_axis(Axis(0), b),
+                    self.grad_read.slice(rows),
+                    Gradients {
+                        memory: gradients.memory.index_axis_mut(Axis(0), b),
+                        address_key: gradients.address_key.slice_mut(rows),
+                        strength_key: gradients.strength_key.slice_mut(rows),
+                        value: gradients.value.slice_mut(rows),
+                        key_strength: gradients
+                            .key_strength
+                            .as_mut()
+                            .map(|x| x.slice_mut(s![tokens.clone()])),
+                        strength_bias: &mut bias,
+                    },
+                    &mut Vec::new(),
+                )
+                .unwrap();
+            gradients.strength_bias += bias;
+        }
+        gradients
+    }
+}
+
+fn upload<T: Storage, D: Dimension>(executor: &Executor, x: &Array<f64, D>) -> Buffer<T> {
+    common::upload(executor, x)
+}
+
+/// Rows of `width` in a buffer of wider ones.
+struct Rows<'a, T> {
+    buffer: &'a Buffer<T>,
+    start: usize,
+    stride: usize,
+}
+
+impl<T: Storage> Rows<'_, T> {
+    fn view(&self) -> View {
+        self.buffer
+            .slice(self.start.min(self.buffer.len())..self.buffer.len())
+    }
+
+    fn stride(&self) -> Arg {
+        Arg::I32(self.stride as i32)
+    }
+
+    fn download(&self, width: usize) -> Vec<T> {
+        let all = self.buffer.download();
+        let rows = all.chunks(self.stride);
+        rows.flat_map(|row| row[self.start..self.start + width].to_vec())
+            .collect()
+    }
+}
+
+/// The workspace, cut into pieces from the front.
+struct Workspace {
+    buffer: Buffer<f32>,
+    used: usize,
+}
+
+impl Workspace {
+    fn take(&mut self, len: usize) -> View {
+        let start = self.used;
+        self.used += len;
+        assert!(self.used <= self.buffer.len(), "the workspace is too small");
+        self.buffer.slice(start..self.used)
+    }
+}
+
+/// A pack in the executor's memory, and the launches on it.
+struct Run<'a, T: Storage> {
+    executor: &'a Executor,
+    variant: ContentMemory,
+    offsets: Buffer<i32>,
+    memory: Buffer<T>,
+    /// a and s side by side, with a gap behind them.
+    keys: Buffer<T>,
+    value: Buffer<T>,
+    key_strength: Option<Buffer<T>>,
+    bias: Option<Buffer<f32>>,
+    grad_memory_next: Buffer<T>,
+    grad_read: Buffer<T>,
+    sequences: usize,
+    slots: usize,
+    width: usize,
+    tokens: usize,
+    longest: usize,
+}
+
+fn tiles(n: usize) -> usize {
+    n.div_ceil(TILE)
+}
+
+fn read_only(view: Option<View>) -> Arg {
+    Arg::Input(view.unwrap_or(View::NULL))
+}
+
+impl<'a, T: Storage> Run<'a, T> {
+    fn new(executor: &'a Executor, variant: &ContentMemory, pack: &Pack) -> Self {
+        let (sequences, slots, width) = pack.memory.dim();
+        let tokens = pack.tokens();
+        let mut keys = Array2::from_elem((tokens, 2 * width + 3), f64::NAN);
+        keys.slice_mut(s![.., ..width]).assign(&pack.address_key);
+        keys.slice_mut(s![.., width..2 * width])
+            .assign(&pack.strength_key);
+        let mut value = Array2::from_elem((tokens, width + 1), f64::NAN);
+        value.slice_mut(s![.., ..width]).assign(&pack.value);
+        Self {
+            executor,
+            variant: *variant,
+            offsets: executor.upload(&pack.offsets()),
+            memory: upload(executor, &pack.memory),
+            keys: upload(executor, &keys),
+            value: upload(executor, &value),
+            key_strength: pack.key_strength.as_ref().map(|x| upload(executor, x)),
+            bias: (variant.strength == Strength::Sigmoid)
+                .then(|| executor.upload(&[pack.strength_bias as f32])),
+            grad_memory_next: upload(executor, &pack.grad_memory_next),
+            grad_read: upload(executor, &pack.grad_read),
+            sequences,
+            slots,
+            width,
+            tokens,
+            longest: pack.lengths.iter().copied().max().unwrap_or(0),
+        }
+    }
+
+    fn address_key(&self) -> Rows<'_, T> {
+        self.rows(&self.keys, 0, 2 * self.width + 3)
+    }
+
+    fn strength_key(&self) -> Rows<'_, T> {
+        self.rows(&self.keys, self.width, 2 * self.width + 3)
+    }
+
+    fn values(&self) -> Rows<'_, T> {
+        self.rows(&self.value, 0, self.width + 1)
+    }
+
+    fn rows<'b>(&self, buffer: &'b Buffer<T>, start: usize, stride: usize) -> Rows<'b, T> {
+        Rows {
+            buffer,
+            start,
+            stride,
+        }
+    }
+
+    fn write_then_read(&self) -> bool {
+        self.variant.order == Order::WriteThenRead
+    }
+
+    /// An empty grid is no launch.
+    fn launch(&self, name: &str, [x, y, z]: [usize; 3], args: &[Arg]) {
+        if x * y * z == 0 {
+            return;
+        }
+        let launch = Launch::new([x as u32, y as u32, z as u32], [THREADS as u32, 1, 1]);
+        let launched = self
+            .executor
+            .launch(&format!("content_memory_{name}"), launch, args);
+        launched.unwrap_or_else(|error| panic!("{error}"));
+    }
+
+    fn launch_typed(&self, name: &str, grid: [usize; 3], args: &[Arg]) {
+        self.launch(&format!("{name}_{}", T::NAME), grid, args);
+    }
+
+    fn slots_arg(&self) -> Arg {
+        Arg::I32(self.slots as i32)
+    }
+
+    fn width_arg(&self) -> Arg {
+        Arg::I32(self.width as i32)
+    }
+
+    fn scale(&self) -> Arg {
+        Arg::F32(self.variant.scale as f32)
+    }
+
+    fn epsilon(&self) -> Arg {
+        Arg::F32(self.variant.epsilon as f32)
+    }
+
+    fn paper(&self) -> Arg {
+        Arg::I32((self.variant.erase == Erase::Paper).into())
+    }
+
+    /// Products of rows of tokens with `memory`; Σ memory·other of each slot.
+    fn scores(&self, memory: View, other: View, rows: &[(&Rows<T>, View)], squares: View) {
+        let part = |n: usize| rows.get(n);
+        let mut args = vec![Arg::Input(memory), Arg::Input(other)];
+        args.extend((0..3).map(|n| read_only(part(n).map(|(x, _)| x.view()))));
+        args.push(Arg::Input(self.offsets.view()));
+        args.extend((0..3).map(|n| Arg::Output(part(n).map_or(View::NULL, |(_, y)| *y))));
+        args.extend([Arg::Output(squares), self.slots_arg(), self.width_arg()]);
+        args.extend((0..3).map(|n| part(n).map_or(Arg::I32(0), |(x, _)| x.stride())));
+        let of_rows = tiles(rows.len() * self.longest).max(1);
+        self.launch_typed(
+            "scores",
+            [tiles(self.slots), of_rows, self.sequences],
+            &args,
+        );
+    }
+
+    fn address(&self, squares: View, similarity: View, w: View, beta: View, norms: View) {
+        let key = self.address_key();
+        let top_k = self.variant.top_k.map_or(i32::MAX, |k| k as i32);
+        let args = [
+            Arg::Input(key.view()),
+            read_only(self.key_strength.as_ref().map(Buffer::view)),
+            read_only(self.bias.as_ref().map(Buffer::view)),
+            Arg::Input(self.offsets.view()),
+            Arg::Input(squares),
+            Arg::Output(similarity),
+            Arg::Output(w),
+            Arg::Output(beta),
+            Arg::Output(norms),
+            self.slots_arg(),
+            self.width_arg(),
+            key.stride(),
+            Arg::I32(top_k),
+            self.scale(),
+            self.epsilon(),
+        ];
+        self.launch_typed("address", [self.longest, self.sequences, 1], &args);
+    }
+
+    /// M′ and y.
+    fn forward(&self) -> (Buffer<T>, Buffer<T>) {
+        let plane = self.tokens * self.slots;
+        let mut workspace = Workspace {
+            buffer: self
+                .executor
+                .scratch(self.slots * (2 * self.tokens + self.sequences)),
+            used: 0,
+        };
+        let [w, beta] = [(); 2].map(|()| workspace.take(plane));
+        let squares = workspace.take(self.sequences * self.slots);
+        let memory_next = self.executor.scratch(self.memory.len());
+        let read = self.executor.scratch(self.tokens * self.width);
+
+        let memory = self.memory.view();
+        let keys = [(&self.address_key(), w), (&self.strength_key(), beta)];
+        self.scores(memory, memory, &keys, squares);
+        self.address(squares, w, w, beta, View::NULL);
+        let value = self.values();
+        self.launch_typed(
+            "write",
+            [tiles(self.slots), tiles(self.width), self.sequences],
+            &[
+                Arg::Input(memory),
+                Arg::Input(w),
+                Arg::Input(beta),
+                Arg::Input(value.view()),
+                Arg::Input(self.offsets.view()),
+                Arg::Output(memory_next.view()),
+                self.slots_arg(),
+                self.width_arg(),
+                value.stride(),
+                self.paper(),
+            ],
+        );
+        let seen = if self.write_then_read() {
+            memory_next.view()
+        } else {
+            memory
+        };
+        self.launch_typed(
+            "read",
+            [tiles(self.width), tiles(self.longest), self.sequences],
+            &[
+                Arg::Input(w),
+                Arg::Input(seen),
+                Arg::Input(self.offsets.view()),
+                Arg::Output(read.view()),
+                self.slots_arg(),
+                self.width_arg(),
+            ],
+        );
+        (memory_next, read)
+    }
+
+    fn backward(&self, bias_before: f32) -> GradientBuffers<T> {
+        let (plane, of_slots) = (self.tokens * self.slots, self.sequences * self.slots);
+        let crossed = if self.write_then_read() {
+            self.tokens * self.longest
+        } else {
+            0
+        };
+        let floats = 6 * plane + 3 * of_slots + 3 * self.tokens + 2 * crossed;
+        let mut workspace = Workspace {
+            buffer: self.executor.scratch(floats),
+            used: 0,
+        };
+        let [similarity, beta, dw, w, before, d_strength] = [(); 6].map(|()| workspace.take(plane));
+        let [squares, slopes, keep] = [(); 3].map(|()| workspace.take(of_slots));
+        let [norms, token_slopes, d_bias_shares] = [(); 3].map(|()| workspace.take(self.tokens));
+        let [cross, gates] = [(); 2].map(|()| workspace.take(crossed));
+
+        let gradients = GradientBuffers {
+            memory: self.executor.scratch(self.memory.len()),
+            keys: upload(
+                self.executor,
+                &Array2::from_elem((self.tokens, 2 * self.width + 1), f64::NAN),
+            ),
+            value: upload(
+                self.executor,
+                &Array2::from_elem((self.tokens, self.width + 2), f64::NAN),
+            ),
+            key_strength: self
+                .key_strength
+                .as_ref()
+                .map(|_| self.executor.scratch(self.tokens)),
+            strength_bias: self.executor.upload(&[bias_before]),
+        };
+        let d_keys = self.rows(&gradients.keys, 0, 2 * self.width + 1);
+        let d_strength_keys = self.rows(&gradients.keys, self.width, 2 * self.width + 1);
+        let d_value = self.rows(&gradients.value, 0, self.width + 2);
+        let (key, strength_key, value) = (self.address_key(), self.strength_key(), self.values());
+        let grad_read = self.rows(&self.grad_read, 0, self.width);
+
+        let (memory, g, r) = (
+            self.memory.view(),
+            self.grad_memory_next.view(),
+            grad_read.view(),
+        );
+        let offsets = Arg::Input(self.offsets.view());
+        let (slots, width) = (self.slots_arg(), self.width_arg());
+        let kappa = read_only(self.key_strength.as_ref().map(Buffer::view));
+        let bias = read_only(self.bias.as_ref().map(Buffer::view));
+        let pitch = Arg::I32(self.longest as i32);
+        let per_slot = [self.slots.div_ceil(THREADS), self.sequences, 1];
+        let per_pair = [tiles(self.longest), tiles(self.longest), self.sequences];
+        let after_write = Arg::I32(self.write_then_read().into());
+
+        let operands = [(&key, similarity), (&strength_key, beta), (&grad_read, dw)];
+        self.scores(memory, memory, &operands, squares);
+        self.scores(g, memory, &[(&value, d_strength)], slopes);
+        self.address(squares, similarity, w, beta, norms);
+        self.launch(
+            "prefix",
+            per_slot,
+            &[
+                Arg::Input(w),
+                Arg::Input(beta),
+                Arg::Input(dw),
+                offsets,
+                Arg::Output(before),
+                Arg::Output(keep),
+                Arg::Output(slopes),
+                slots,
+                self.paper(),
+                after_write,
+            ],
+        );
+        if self.write_then_read() {
+            let args = [
+                Arg::Input(value.view()),
+                Arg::Input(r),
+                offsets,
+                Arg::Output(cross),
+                width,
+                value.stride(),
+                pitch,
+            ];
+            self.launch_typed("cross", per_pair, &args);
+            let args = [
+                Arg::Input(w),
+                Arg::Input(beta),
+                offsets,
+                Arg::Output(gates),
+                slots,
+                pitch,
+            ];
+            self.launch("gates", per_pair, &args);
+            self.launch(
+                "spread",
+                [tiles(self.slots), tiles(self.longest), self.sequences],
+                &[
+                    Arg::Input(cross),
+                    Arg::Input(w),
+                    Arg::Input(beta),
+                    Arg::Input(keep),
+                    offsets,
+                    Arg::Output(dw),
+                    Arg::Output(d_strength),
+                    slots,
+                    pitch,
+                ],
+            );
+        }
+        self.launch_typed(
+            "value_gradient",
+            [tiles(self.width), tiles(self.longest), self.sequences],
+            &[
+                Arg::Input(w),
+                Arg::Input(beta),
+                Arg::Input(g),
+                read_only(self.write_then_read().then_some(gates)),
+                Arg::Input(r),
+                offsets,
+                Arg::Output(d_value.view()),
+                slots,
+                width,
+                pitch,
+                d_value.stride(),
+            ],
+        );
+        self.launch(
+            "suffix",
+            per_slot,
+            &[
+                Arg::Input(w),
+                Arg::Input(beta),
+                Arg::Input(before),
+                Arg::Input(slopes),
+                offsets,
+                Arg::Output(dw),
+                Arg::Output(d_strength),
+                slots,
+                self.paper(),
+            ],
+        );
+        let d_kappa = gradients
+            .key_strength
+            .as_ref()
+            .map_or(View::NULL, Buffer::view);
+        self.launch_typed(
+            "slopes",
+            [self.longest, self.sequences, 1],
+            &[
+                kappa,
+                bias,
+                offsets,
+                Arg::Input(squares),
+                Arg::Input(norms),
+                Arg::Input(w),
+                Arg::Input(beta),
+                Arg::Output(similarity),
+                Arg::Output(dw),
+                Arg::Output(d_strength),
+                Arg::Output(d_kappa),
+                Arg::Output(token_slopes),
+                Arg::Output(d_bias_shares),
+                slots,
+                self.scale(),
+                self.epsilon(),
+            ],
+        );
+        self.launch_typed(
+            "memory_gradient",
+            [tiles(self.slots), tiles(self.width), self.sequences],
+            &[
+                Arg::Input(memory),
+                Arg::Input(g),
+                Arg::Input(keep),
+                Arg::Input(squares),
+                read_only(self.key_strength.as_ref().map(|_| dw)),
+                Arg::Input(similarity),
+                Arg::Input(d_strength),
+                Arg::Input(w),
+                Arg::Input(key.view()),
+                Arg::Input(strength_key.view()),
+                Arg::Input(r),
+                offsets,
+                Arg::Output(gradients.memory.view()),
+                slots,
+                width,
+                key.stride(),
+                strength_key.stride(),
+                after_write,
+                self.epsilon(),
+            ],
+        );
+        self.launch_typed(
+            "key_gradient",
+            [tiles(self.width), tiles(2 * self.longest), self.sequences],
+            &[
+                Arg::Input(similarity),
+                Arg::Input(d_strength),
+                Arg::Input(memory),
+                Arg::Input(key.view()),
+                Arg::Input(token_slopes),
+                offsets,
+                Arg::Output(d_keys.view()),
+                Arg::Output(d_strength_keys.view()),
+                slots,
+                width,
+                key.stride(),
+                d_keys.stride(),
+                d_strength_keys.stride(),
+            ],
+        );
+        if self.bias.is_some() {
+            let args = [
+                Arg::Input(d_bias_shares),
+                Arg::Output(gradients.strength_bias.view()),
+                Arg::I32(self.tokens as i32),
+            ];
+            self.launch("bias_gradient", [1, 1, 1], &args);
+        }
+        gradients
+    }
+}
+
+struct GradientBuffers<T> {
+    memory: Buffer<T>,
+    /// da and ds side by side.
+    keys: Buffer<T>,
+    value: Buffer<T>,
+    key_strength: Option<Buffer<T>>,
+    strength_bias: Buffer<f32>,
+}
+
+fn check_forward<T: Storage>(variant: &ContentMemory, pack: &Pack) {
+    let (memory_next, read) = in_every_order(|executor| {
+        let (memory_next, read) = Run::<T>::new(executor, variant, pack).forward();
+        (Compared(memory_next.download()), Compared(read.download()))
+    });
+    let reference = pack.reference_forward(variant);
+    assert_close(
+        "memory_next",
+        &memory_next.0,
+        &reference.memory_next,
+        T::TOLERANCE,
+    );
+    assert_close("read", &read.0, &reference.read, T::TOLERANCE);
+}
+
+fn check_backward<T: Storage>(variant: &ContentMemory, pack: &Pack) {
+    const BIAS_BEFORE: f32 = 0.75;
+    let width = pack.value.ncols();
+    let (found, bias) = in_every_order(|executor| {
+        let run = Run::<T>::new(executor, variant, pack);
+        let gradients = run.backward(BIAS_BEFORE);
+        let d_keys = run.rows(&gradients.keys, 0, 2 * width + 1);
+        let d_strength_keys = run.rows(&gradients.keys, width, 2 * width + 1);
+        let d_value = run.rows(&gradients.value, 0, width + 2);
+        let found = [
+            gradients.memory.download(),
+            d_keys.download(width),
+            d_strength_keys.download(width),
+            d_value.download(width),
+            gradients
+                .key_strength
+                .as_ref()
+                .map_or_else(Vec::new, Buffer::download),
+        ];
+        (
+            found.map(Compared),
+            Compared(gradients.strength_bias.download()),
+        )
+    });
+    let [memory, address_key, strength_key, value, key_strength] = found.map(|x| x.0);
+    let reference = pack.reference_backward(variant);
+    assert_close("d memory", &memory, &reference.memory, T::TOLERANCE);
+    assert_close(
+        "d address_key",
+        &address_key,
+        &reference.address_key,
+        T::TOLERANCE,
+    );
+    assert_close(
+        "d strength_key",
+        &strength_key,
+        &reference.strength_key,
+        T::TOLERANCE,
+    );
+    assert_close("d value", &value, &reference.value, T::TOLERANCE);
+    if let Some(reference) = &reference.key_strength {
+        assert_close("d key_strength", &key_strength, reference, T::TOLERANCE);
+    }
+    let expected = arr0(f64::from(BIAS_BEFORE) + reference.strength_bias);
+    assert_close("d strength_bias", &bias.0, &expected, T::TOLERANCE);
+}
+
+/// Numbers that are equal when their bits are.
+struct Compared<T>(Vec<T>);
+
+impl<T: Storage> PartialEq for Compared<T> {
+    fn eq(&self, other: &Self) -> bool {
+        let bits = |x: &Self| x.0.iter().map(|x| x.bits()).collect::<Vec<_>>();
+        bits(self) == bits(other)
+    }
+}
+
+impl<T: std::fmt::Debug> std::fmt::Debug for Compared<T> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// The four choices from the bits of a number.
+fn variant(bits: usize, width: usize, top_k: Option<usize>) -> ContentMemory {
+    ContentMemory {
+        addressing: [Addressing::Cosine, Addressing::Dot][bits & 1],
+        strength: [Strength::Sigmoid, Strength::Softmax][bits >> 1 & 1],
+        erase: [Erase::Coupled, Erase::Paper][bits >> 2 & 1],
+        order: [Order::ReadThenWrite, Order::WriteThenRead][bits >> 3 & 1],
+        top_k,
+        scale: f64::from(1.0 / (width as f32).sqrt()),
+        epsilon: f64::from(0.1_f32),
+    }
+}
+
+fn draw<T: Storage>(variant: &ContentMemory, shape: &Shape, seed: u64) -> Pack {
+    Pack::draw::<T>(variant, &shape.lengths, shape.slots, shape.width, seed)
+}
+
+/// Sequences, slots and width; the tails of tiles, several tiles, one token, one slot, no token.
+#[derive(Debug, Clone)]
+struct Shape {
+    lengths: Vec<usize>,
+    slots: usize,
+    width: usize,
+}
+
+fn shape() -> impl Strategy<Value = Shape> {
+    let lengths = prop_oneof![
+        4 => proptest::collection::vec(0..6_usize, 1..4),
+        1 => Just(vec![1]),
+        2 => proptest::collection::vec(30..70_usize, 1..3),
+    ];
+    let slots = prop_oneof![Just(1), 2..20_usize, Just(64), 65..140_usize];
+    let width = prop_oneof![Just(1), 2..20_usize, Just(64), 65..100_usize];
+    (lengths, slots, width).prop_map(|(lengths, slots, width)| Shape {
+        lengths,
+        slots,
+        width,
+    })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(10))]
+
+    #[test]
+    fn forward_agrees_with_the_reference(shape in shape(), bits in 0..16_usize, seed: u64) {
+        let variant = variant(bits, shape.width, None);
+        check_forward::<f32>(&variant, &draw::<f32>(&variant, &shape, seed));
+        check_forward::<bf16>(&variant, &draw::<bf16>(&variant, &shape, seed));
+        check_forward::<f16>(&variant, &draw::<f16>(&variant, &shape, seed));
+    }
+
+    #[test]
+    fn backward_agrees_with_the_reference(shape in shape(), bits in 0..16_usize, seed: u64) {
+        let variant = variant(bits, shape.width, None);
+        check_backward::<f32>(&variant, &draw::<f32>(&variant, &shape, seed));
+        check_backward::<bf16>(&variant, &draw::<bf16>(&variant, &shape, seed));
+        check_backward::<f16>(&variant, &draw::<f16>(&variant, &shape, seed));
+    }
+
+    #[test]
+    fn ties_at_the_last_of_the_best_slots_are_all_kept(
+        length in 1..5_usize, slots in 2..80_usize, width in 1..6_usize, k in 1..10_usize,
+        bits in 0..16_usize, seed: u64,
+    ) {
+        let shape = Shape { lengths: vec![length, 2], slots, width };
+        let variant = variant(bits, 4, Some(k));
+        let pack = draw::<f32>(&variant, &shape, seed).in_whole_numbers();
+        check_forward::<f32>(&variant, &pack);
+        check_backward::<f32>(&variant, &pack);
+    }
+
+    // w = 1 and β = 1 (or 0, with the paper's erase): a token wipes its slot, and keep has a factor of 0, or several.
+    #[test]
+    fn factors_of_zero_leave_finite_and_right_gradients(
+        length in 1..7_usize, slots in 1..6_usize, width in 1..6_usize, bits in 0..16_usize, seed: u64,
+    ) {
+        let shape = Shape { lengths: vec![length, 3], slots, width };
+        let variant = ContentMemory { strength: Strength::Sigmoid, ..variant(bits, 4, None) };
+        let mut pack = draw::<f32>(&variant, &shape, seed);
+        // Every second token knows its slot and its strength for sure.
+        let sure = 4.0 * 1024.0;
+        pack.memory
+            .mapv_inplace(|x| f64::from((x + x.signum()) as f32));
+        pack.strength_bias = 0.0;
+        for (t, (mut key, mut strength)) in pack
+            .address_key
+            .rows_mut()
+            .into_iter()
+            .zip(pack.strength_key.rows_mut())
+            .enumerate()
+            .filter(|(t, _)| t % 2 == 0)
+        {
+            let slot = pack.memory.index_axis(Axis(0), usize::from(t >= length));
+            let slot = slot.row(t % slots);
+            let sign = if variant.erase == Erase::Coupled { 1.0 } else { -1.0 };
+            strength.assign(&slot.map(|x| sure * sign * x));
+            if slots > 1 && variant.addressing == Addressing::Dot {
+                key.assign(&slot.map(|x| sure * x));
+            }
+        }
+        check_forward::<f32>(&variant, &pack);
+        check_backward::<f32>(&variant, &pack);
+    }
+}
+
+#[test]
+fn the_largest_shapes_agree_with_the_reference() {
+    for (lengths, slots, width, bits) in [
+        (vec![2], 4096, 3, 8),
+        (vec![1], 3, 1024, 0),
+        (vec![512], 2, 3, 0),
+    ] {
+        let variant = variant(bits, width, None);
+        let shape = Shape {
+            lengths,
+            slots,
+            width,
+        };
+        let pack = draw::<bf16>(&variant, &shape, 7);
+        check_forward::<bf16>(&variant, &pack);
+        check_backward::<bf16>(&variant, &pack);
+    }
+}
+
+/// A file of tests/fixtures/ops.
+struct Fixture(Vec<u8>);
+
+impl Fixture {
+    fn all() -> Vec<(String, Self)> {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/ops");
+        let entries = std::fs::read_dir(folder).expect("the fixture folder");
+        entries
+            .map(|entry| entry.expect("a folder entry").path())
+            .filter_map(|path| {
+                let name = path.file_stem()?.to_str()?.to_owned();
+                let bytes = std::fs::read(&path).expect("a fixture");
+                name.starts_with("memory_").then_some((name, Self(bytes)))
+            })
+            .collect()
+    }
+
+    fn params(&self) -> serde_json::Value {
+        let (_, header) = SafeTensors::read_metadata(&self.0).expect("a safetensors header");
+        let metadata = header.metadata().as_ref().expect("metadata");
+        serde_json::from_str(&metadata["params"]).expect("params in JSON")
+    }
+
+    fn variant(&self) -> ContentMemory {
+        let params = self.params();
+        let choice = |name: &str, second: &str| params[name] == second;
+        let number = |name: &str| f64::from(params[name].as_f64().expect("a number") as f32);
+        ContentMemory {
+            addressing: [Addressing::Cosine, Addressing::Dot]
+                [usize::from(choice("addressing", "dot"))],
+            strength: [Strength::Sigmoid, Strength::Softmax]
+                [usize::from(choice("strength", "softmax"))],
+            erase: [Erase::Coupled, Erase::Paper][usize::from(choice("erase", "paper"))],
+            order: [Order::ReadThenWrite, Order::WriteThenRead]
+                [usize::from(choice("order", "write_then_read"))],
+            top_k: params["top_k"].as_u64().map(|k| k as usize),
+            scale: number("scale"),
+            epsilon: number("epsilon"),
+        }
+    }
+
+    fn tensor<T: Storage>(&self, name: &str) -> Array<f64, IxDyn> {
+        let file = SafeTensors::deserialize(&self.0).expect("a safetensors file");
+        let tensor = file.tensor(name).unwrap_or_else(|e| panic!("{name}: {e}"));
+        let numbers = tensor.data().chunks_exact(8).map(|bytes| {
+            T::round(f64::from_le_bytes(bytes.try_into().expect("eight bytes"))).widen()
+        });
+        Array::from_shape_vec(tensor.shape(), numbers.collect()).expect("a tensor of f64")
+    }
+
+    /// [B, T, D] as rows of packed tokens.
+    fn rows<T: Storage>(&self, name: &str) -> Array2<f64> {
+        let x = self.tensor::<T>(name);
+        let width = x.shape()[x.ndim() - 1];
+        let rows = x.len() / width;
+        x.into_shape_with_order((rows, width)).expect("contiguous")
+    }
+
+    fn pack<T: Storage>(&self, variant: &ContentMemory) -> Pack {
+        let cube = |name: &str| {
+            let x = self.tensor::<T>(name);
+            x.into_dimensionality().expect("three axes")
+        };
+        let tokens = self.tensor::<T>("input.value");
+        Pack {
+            lengths: vec![tokens.shape()[1]; tokens.shape()[0]],
+            memory: cube("input.memory"),
+            address_key: self.rows::<T>("input.address_key"),
+            strength_key: self.rows::<T>("input.strength_key"),
+            value: self.rows::<T>("input.value"),
+            key_strength: (variant.addressing == Addressing::Cosine).then(|| {
+                self.tensor::<T>("input.key_strength")
+                    .iter()
+                    .copied()
+                    .collect()
+            }),
+            strength_bias: match variant.strength {
+                Strength::Sigmoid => self.tensor::<f32>("input.strength_bias")[[0]],
+                Strength::Softmax => 0.0,
+            },
+            grad_memory_next: cube("grad_output.memory_next"),
+            grad_read: self.rows::<T>("grad_output.read"),
+        }
+    }
+}
+
+#[test]
+fn the_fixtures_come_out() {
+    let fixtures = Fixture::all();
+    assert_eq!(fixtures.len(), 17);
+    for (name, fixture) in fixtures {
+        println!("{name}");
+        let variant = fixture.variant();
+        check_fixture::<f32>(&fixture, &variant);
+        check_fixture::<bf16>(&fixture, &variant);
+        check_fixture::<f16>(&fixture, &variant);
+    }
+}
+
+fn check_fixture<T: Storage>(fixture: &Fixture, variant: &ContentMemory) {
+    let pack = fixture.pack::<T>(variant);
+    check_forward::<T>(variant, &pack);
+    check_backward::<T>(variant, &pack);
+}
