@@ -5,8 +5,8 @@ mod common;
 use std::ops::Range;
 use std::path::Path;
 
-use common::{Random, Storage, assert_close, in_every_order};
-use dtmem_host::{Arg, Buffer, Executor, Launch, View};
+use common::{Random, Storage, assert_close, assert_every_barrier_is_needed, in_every_order};
+use dtmem_host::{Arg, Buffer, Executor, Launch, Result, View};
 use dtmem_reference::content_memory::{
     Addressing, ContentMemory, Erase, Gradients, Inputs, Order, Strength,
 };
@@ -286,19 +286,17 @@ impl<'a, T: Storage> Run<'a, T> {
     }
 
     /// An empty grid is no launch.
-    fn launch(&self, name: &str, [x, y, z]: [usize; 3], args: &[Arg]) {
+    fn launch(&self, name: &str, [x, y, z]: [usize; 3], args: &[Arg]) -> Result<()> {
         if x * y * z == 0 {
-            return;
+            return Ok(());
         }
         let launch = Launch::new([x as u32, y as u32, z as u32], [THREADS as u32, 1, 1]);
-        let launched = self
-            .executor
-            .launch(&format!("content_memory_{name}"), launch, args);
-        launched.unwrap_or_else(|error| panic!("{error}"));
+        self.executor
+            .launch(&format!("content_memory_{name}"), launch, args)
     }
 
-    fn launch_typed(&self, name: &str, grid: [usize; 3], args: &[Arg]) {
-        self.launch(&format!("{name}_{}", T::NAME), grid, args);
+    fn launch_typed(&self, name: &str, grid: [usize; 3], args: &[Arg]) -> Result<()> {
+        self.launch(&format!("{name}_{}", T::NAME), grid, args)
     }
 
     fn slots_arg(&self) -> Arg {
@@ -322,7 +320,13 @@ impl<'a, T: Storage> Run<'a, T> {
     }
 
     /// Products of rows of tokens with `memory`; Σ memory·other of each slot.
-    fn scores(&self, memory: View, other: View, rows: &[(&Rows<T>, View)], squares: View) {
+    fn scores(
+        &self,
+        memory: View,
+        other: View,
+        rows: &[(&Rows<T>, View)],
+        squares: View,
+    ) -> Result<()> {
         let part = |n: usize| rows.get(n);
         let mut args = vec![Arg::Input(memory), Arg::Input(other)];
         args.extend((0..3).map(|n| read_only(part(n).map(|(x, _)| x.view()))));
@@ -335,10 +339,17 @@ impl<'a, T: Storage> Run<'a, T> {
             "scores",
             [tiles(self.slots), of_rows, self.sequences],
             &args,
-        );
+        )
     }
 
-    fn address(&self, squares: View, similarity: View, w: View, beta: View, norms: View) {
+    fn address(
+        &self,
+        squares: View,
+        similarity: View,
+        w: View,
+        beta: View,
+        norms: View,
+    ) -> Result<()> {
         let key = self.address_key();
         let top_k = self.variant.top_k.map_or(i32::MAX, |k| k as i32);
         let args = [
@@ -358,11 +369,11 @@ impl<'a, T: Storage> Run<'a, T> {
             self.scale(),
             self.epsilon(),
         ];
-        self.launch_typed("address", [self.longest, self.sequences, 1], &args);
+        self.launch_typed("address", [self.longest, self.sequences, 1], &args)
     }
 
     /// M′ and y.
-    fn forward(&self) -> (Buffer<T>, Buffer<T>) {
+    fn forward(&self) -> Result<(Buffer<T>, Buffer<T>)> {
         let plane = self.tokens * self.slots;
         let mut workspace = Workspace {
             buffer: self
@@ -377,8 +388,8 @@ impl<'a, T: Storage> Run<'a, T> {
 
         let memory = self.memory.view();
         let keys = [(&self.address_key(), w), (&self.strength_key(), beta)];
-        self.scores(memory, memory, &keys, squares);
-        self.address(squares, w, w, beta, View::NULL);
+        self.scores(memory, memory, &keys, squares)?;
+        self.address(squares, w, w, beta, View::NULL)?;
         let value = self.values();
         self.launch_typed(
             "write",
@@ -395,7 +406,7 @@ impl<'a, T: Storage> Run<'a, T> {
                 value.stride(),
                 self.paper(),
             ],
-        );
+        )?;
         let seen = if self.write_then_read() {
             memory_next.view()
         } else {
@@ -412,11 +423,11 @@ impl<'a, T: Storage> Run<'a, T> {
                 self.slots_arg(),
                 self.width_arg(),
             ],
-        );
-        (memory_next, read)
+        )?;
+        Ok((memory_next, read))
     }
 
-    fn backward(&self, bias_before: f32) -> GradientBuffers<T> {
+    fn backward(&self, bias_before: f32) -> Result<GradientBuffers<T>> {
         let (plane, of_slots) = (self.tokens * self.slots, self.sequences * self.slots);
         let crossed = if self.write_then_read() {
             self.tokens * self.longest
@@ -470,9 +481,9 @@ impl<'a, T: Storage> Run<'a, T> {
         let after_write = Arg::I32(self.write_then_read().into());
 
         let operands = [(&key, similarity), (&strength_key, beta), (&grad_read, dw)];
-        self.scores(memory, memory, &operands, squares);
-        self.scores(g, memory, &[(&value, d_strength)], slopes);
-        self.address(squares, similarity, w, beta, norms);
+        self.scores(memory, memory, &operands, squares)?;
+        self.scores(g, memory, &[(&value, d_strength)], slopes)?;
+        self.address(squares, similarity, w, beta, norms)?;
         self.launch(
             "prefix",
             per_slot,
@@ -488,7 +499,7 @@ impl<'a, T: Storage> Run<'a, T> {
                 self.paper(),
                 after_write,
             ],
-        );
+        )?;
         if self.write_then_read() {
             let args = [
                 Arg::Input(value.view()),
@@ -499,7 +510,7 @@ impl<'a, T: Storage> Run<'a, T> {
                 value.stride(),
                 pitch,
             ];
-            self.launch_typed("cross", per_pair, &args);
+            self.launch_typed("cross", per_pair, &args)?;
             let args = [
                 Arg::Input(w),
                 Arg::Input(beta),
@@ -508,7 +519,7 @@ impl<'a, T: Storage> Run<'a, T> {
                 slots,
                 pitch,
             ];
-            self.launch("gates", per_pair, &args);
+            self.launch("gates", per_pair, &args)?;
             self.launch(
                 "spread",
                 [tiles(self.slots), tiles(self.longest), self.sequences],
@@ -523,7 +534,7 @@ impl<'a, T: Storage> Run<'a, T> {
                     slots,
                     pitch,
                 ],
-            );
+            )?;
         }
         self.launch_typed(
             "value_gradient",
@@ -541,7 +552,7 @@ impl<'a, T: Storage> Run<'a, T> {
                 pitch,
                 d_value.stride(),
             ],
-        );
+        )?;
         self.launch(
             "suffix",
             per_slot,
@@ -556,7 +567,7 @@ impl<'a, T: Storage> Run<'a, T> {
                 slots,
                 self.paper(),
             ],
-        );
+        )?;
         let d_kappa = gradients
             .key_strength
             .as_ref()
@@ -582,7 +593,7 @@ impl<'a, T: Storage> Run<'a, T> {
                 self.scale(),
                 self.epsilon(),
             ],
-        );
+        )?;
         self.launch_typed(
             "memory_gradient",
             [tiles(self.slots), tiles(self.width), self.sequences],
@@ -607,7 +618,7 @@ impl<'a, T: Storage> Run<'a, T> {
                 after_write,
                 self.epsilon(),
             ],
-        );
+        )?;
         self.launch_typed(
             "key_gradient",
             [tiles(self.width), tiles(2 * self.longest), self.sequences],
@@ -626,16 +637,16 @@ impl<'a, T: Storage> Run<'a, T> {
                 d_keys.stride(),
                 d_strength_keys.stride(),
             ],
-        );
+        )?;
         if self.bias.is_some() {
             let args = [
                 Arg::Input(d_bias_shares),
                 Arg::Output(gradients.strength_bias.view()),
                 Arg::I32(self.tokens as i32),
             ];
-            self.launch("bias_gradient", [1, 1, 1], &args);
+            self.launch("bias_gradient", [1, 1, 1], &args)?;
         }
-        gradients
+        Ok(gradients)
     }
 }
 
@@ -650,7 +661,7 @@ struct GradientBuffers<T> {
 
 fn check_forward<T: Storage>(variant: &ContentMemory, pack: &Pack) {
     let (memory_next, read) = in_every_order(|executor| {
-        let (memory_next, read) = Run::<T>::new(executor, variant, pack).forward();
+        let (memory_next, read) = unwrap(Run::<T>::new(executor, variant, pack).forward());
         (Compared(memory_next.download()), Compared(read.download()))
     });
     let reference = pack.reference_forward(variant);
@@ -668,7 +679,7 @@ fn check_backward<T: Storage>(variant: &ContentMemory, pack: &Pack) {
     let width = pack.value.ncols();
     let (found, bias) = in_every_order(|executor| {
         let run = Run::<T>::new(executor, variant, pack);
-        let gradients = run.backward(BIAS_BEFORE);
+        let gradients = unwrap(run.backward(BIAS_BEFORE));
         let d_keys = run.rows(&gradients.keys, 0, 2 * width + 1);
         let d_strength_keys = run.rows(&gradients.keys, width, 2 * width + 1);
         let d_value = run.rows(&gradients.value, 0, width + 2);
@@ -708,6 +719,10 @@ fn check_backward<T: Storage>(variant: &ContentMemory, pack: &Pack) {
     }
     let expected = arr0(f64::from(BIAS_BEFORE) + reference.strength_bias);
     assert_close("d strength_bias", &bias.0, &expected, T::TOLERANCE);
+}
+
+fn unwrap<R>(run: Result<R>) -> R {
+    run.unwrap_or_else(|error| panic!("{error}"))
 }
 
 /// Numbers that are equal when their bits are.
@@ -847,6 +862,34 @@ fn the_largest_shapes_agree_with_the_reference() {
         let pack = draw::<bf16>(&variant, &shape, 7);
         check_forward::<bf16>(&variant, &pack);
         check_backward::<bf16>(&variant, &pack);
+    }
+}
+
+#[test]
+fn every_barrier_is_needed() {
+    // Two steps of each sum, an empty sequence, and the choice of the best slots.
+    let variant = variant(8, 33, Some(2));
+    let pack = Pack::draw::<bf16>(&variant, &[17, 0], 40, 33, 5);
+    let run = |executor: &Executor| {
+        let run = Run::<bf16>::new(executor, &variant, &pack);
+        run.forward()?;
+        run.backward(0.0).map(drop)
+    };
+    for (file, source) in [
+        (
+            "kernels/content_memory.cu",
+            include_str!("../../content_memory.cu"),
+        ),
+        (
+            "kernels/content_memory.cuh",
+            include_str!("../../content_memory.cuh"),
+        ),
+        (
+            "kernels/content_memory_backward.cu",
+            include_str!("../../content_memory_backward.cu"),
+        ),
+    ] {
+        assert_every_barrier_is_needed(file, source, run);
     }
 }
 
