@@ -1,0 +1,320 @@
+// Attention over a pack, forward, and the attention-BCE (memory) loss. Reference: attention.rs; SPEC section 3.
+//
+//   S_ij = scale·q_i·k_j over the keys that the mask shows,  out_i = Σ_j A_ij v_j,  A = exp(S − lse),  lse = log Σ exp S
+//   row_loss_i = −Σ_j (E_ij log A_ij + (1 − E_ij) log(1 − A_ij)) for supervised heads of annotated sequences
+//
+// q, out [tokens_q, H, width]; k, v [tokens_k, H_kv, width], each with a token stride (elements) of its own, rows aligned
+// to 16 bytes; lse [tokens_q, H] in f32. Query head h uses key head h·H_kv/H. Queries stand at the end of their keys.
+//
+// A block owns 64 queries of one head (32 for width 256), a warp 16 of them: the scores, the output and the running
+// maximum and sum of its rows stay in registers. Keys and values come by asynchronous copies, one of the two while
+// the other is worked on.
+//
+// The loss of a supervised head needs lse, so it is one more pass over the keys. 1 − A of a row's largest entry (its
+// peak) is the sum of the others, never a subtraction; every other entry has A ≤ 1/2. While a row goes by, the largest
+// entry so far is held back and all others are added up; what a larger one displaces is added then. For the backward
+// pass a row keeps three numbers: with ĝ = ∂row_loss/∂A and p the peak,
+//   at_peak = Σ_k A_k (ĝ_k − ĝ_p),  shift = ĝ_p + at_peak,  so that  dS_j = A_j ĝ_j − A_j·shift,  dS_p = −A_p·at_peak
+// in which nothing cancels when A_p rounds to 1.
+//
+// Bytes: q, out once; k and v once for each tile of queries, from the second level cache. Operations: 4·width for every
+// visible pair (6 with the loss). Bound by the matrix units for long sequences, in f32 by shared memory.
+//
+// History (not measured on a GPU yet)
+//   1  this version: mma.sync, cp.async with one buffer each for keys and values, padded rows
+
+#include "attention.cuh"
+
+namespace {
+
+using namespace attention;
+
+// Keys of a tile.
+template <typename T, int kWidth>
+constexpr int kKeys = kWidth * sizeof(T) <= 256 ? 64 : 32;
+
+constexpr float kLogFloor = -100.0f;
+// A is added up times e^40, so that the sum without the peak reaches e^−100 and below.
+constexpr float kLift = 40.0f;
+constexpr float kLower = 4.2483543e-18f;  // e^−40
+
+// Unlike fmaxf, this lets a NaN through.
+__device__ inline float floored(float log) { return log < kLogFloor ? kLogFloor : log > 0.0f ? 0.0f : log; }
+
+// Sums over the entries of a row but for its largest so far. Logarithms of A come in.
+struct RowLoss {
+    float peak_log = -kInfinity;
+    int peak = 0x7fffffff;
+    int peak_paired = 0;
+    float rest = 0.0f;        // Σ A·e^40
+    float slope = 0.0f;       // Σ A·ĝ
+    float complement = 0.0f;  // 1 − Π (1 − A) over what is not paired: A ≤ 1/2 there, one logarithm does for all
+    float loss = 0.0f;        // of the pairs
+
+    __device__ void add(float log, int key, int paired) {
+        if (log > peak_log || (log == peak_log && key < peak)) {
+            settle(peak_log, peak_paired);
+            peak_log = log;
+            peak = key;
+            peak_paired = paired;
+        } else {
+            settle(log, paired);
+        }
+    }
+
+    __device__ void settle(float log, int paired) {
+        const float lifted = expf(log + kLift), weight = lifted * kLower;
+        rest += lifted;
+        slope += loss_slope(weight, paired != 0);
+        if (paired != 0) {
+            loss -= floored(log);
+        } else {
+            complement += weight * (1.0f - complement);
+        }
+    }
+
+    // Adds the sums of the lane that is `lanes` away.
+    __device__ void join(int lanes) {
+        const auto other = [lanes](auto x) { return __shfl_xor_sync(0xffffffffu, x, lanes); };
+        const float other_complement = other(complement);
+        rest += other(rest);
+        slope += other(slope);
+        complement += other_complement * (1.0f - complement);
+        loss += other(loss);
+        const float log = other(peak_log);
+        const int key = other(peak), paired = other(peak_paired);
+        add(log, key, paired);
+    }
+
+    // The row's loss, and what the backward pass wants to know.
+    __device__ float finish(float& at_peak, float& shift) const {
+        const float others = rest * kLower;
+        const float own_log = others < 0.5f ? log1pf(-others) : peak_log;
+        const float own = expf(own_log);
+        const float peak_slope = (peak_paired != 0 ? -others : own) / fmaxf(own * others, kVarianceFloor);
+        at_peak = slope - others * peak_slope;
+        shift = peak_slope + at_peak;
+        return loss - floored(peak_paired != 0 ? own_log : logf(rest) - kLift) - log1pf(-complement);
+    }
+};
+
+template <typename T>
+struct Forward {
+    const T *q, *k, *v;
+    T* out;
+    float* lse;
+    Pack pack;
+    Mask mask;
+    Supervision supervision;
+    int32_t* peak;  // these four [tokens_q, supervised heads]
+    float *shift, *at_peak, *row_loss;
+    int32_t heads, key_heads, q_stride, k_stride, v_stride, out_stride;
+    float scale;
+};
+
+template <int kWidth, typename T>
+__device__ inline void forward(const Forward<T>& x) {
+    using Sizes = Tile<T, kWidth>;
+    constexpr int kTileKeys = kKeys<T, kWidth>, kPitch = Sizes::kPitch, kTiles = kTileKeys / kColumns;
+    extern __shared__ __align__(16) unsigned char memory[];
+    T* query_tile = reinterpret_cast<T*>(memory);
+    T* key_tile = query_tile + Sizes::kRows * kPitch;
+    T* value_tile = key_tile + kTileKeys * kPitch;
+
+    int first;
+    const Sequence sequence(
+        x.pack, find_sequence(x.pack.queries, x.pack.sequences, Sizes::kRows, static_cast<int>(blockIdx.x), first));
+    const int rows = min(Sizes::kRows, sequence.queries - first);
+    if (rows <= 0) return;
+
+    const Owner<T, kWidth> owner;
+    const int head = static_cast<int>(blockIdx.y), key_head = head / (x.heads / x.key_heads);
+    const T* keys = x.k + static_cast<int64_t>(sequence.first_key) * x.k_stride + key_head * kWidth;
+    const T* values = x.v + static_cast<int64_t>(sequence.first_key) * x.v_stride + key_head * kWidth;
+    const int64_t token = sequence.first_query + first;
+    const auto load_keys = [&](int key, int end) {
+        load_tile<kTileKeys, kWidth>(key_tile, keys + static_cast<int64_t>(key) * x.k_stride, x.k_stride, end - key);
+        ptx::cp_async_commit();
+    };
+
+    // The runs of the first and the last query bound those of all between.
+    const Run first_run = x.mask.visible(sequence, first), last_run = x.mask.visible(sequence, first + rows - 1);
+    const int begin = first_run.begin, end = last_run.end;
+    const Run runs[2] = {x.mask.visible(sequence, first + owner.row(0)), x.mask.visible(sequence, first + owner.row(1))};
+    const auto shown_whole = [&](int key) { return last_run.begin <= key && key + kTileKeys <= first_run.end; };
+
+    load_tile<Sizes::kRows, kWidth>(query_tile, x.q + token * x.q_stride + head * kWidth, x.q_stride, rows);
+    load_keys(begin, end);
+
+    float out[Sizes::kPartWidth / kColumns][4] = {};
+    float maximum[2] = {-kInfinity, -kInfinity}, sum[2] = {};  // of scores times log2 e
+    for (int key = begin; key < end; key += kTileKeys) {
+        ptx::cp_async_wait_all();
+        __syncthreads();  // these keys are there, and nobody works on the last values
+        load_tile<kTileKeys, kWidth>(value_tile, values + static_cast<int64_t>(key) * x.v_stride, x.v_stride, end - key);
+        ptx::cp_async_commit();
+
+        float scores[kTiles][4] = {};
+        multiply_transposed<kWidth, kPitch>(scores, query_tile + owner.first_row * kPitch, key_tile);
+
+        ptx::cp_async_wait_all();
+        __syncthreads();  // the values are there, and nobody works on these keys
+        if (key + kTileKeys < end) load_keys(key + kTileKeys, end);
+
+        const bool whole = shown_whole(key);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            float largest = maximum[half];
+#pragma unroll
+            for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+                for (int i = half * 2; i < half * 2 + 2; ++i) {
+                    scores[n][i] *= x.scale * kLog2E;
+                    if (!whole && !runs[half].holds(key + owner.column(n, i))) scores[n][i] = -kInfinity;
+                    largest = fmaxf(largest, scores[n][i]);
+                }
+            }
+            largest = row_maximum(largest);
+            const float centre = largest == -kInfinity ? 0.0f : largest;  // nothing seen yet
+            const float shrink = ptx::exp2_approx(maximum[half] - centre);
+            maximum[half] = largest;
+            float total = 0.0f;
+#pragma unroll
+            for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+                for (int i = half * 2; i < half * 2 + 2; ++i) {
+                    scores[n][i] = ptx::exp2_approx(scores[n][i] - centre);
+                    total += scores[n][i];
+                }
+            }
+            sum[half] = sum[half] * shrink + total;
+#pragma unroll
+            for (int n = 0; n < Sizes::kPartWidth / kColumns; ++n) {
+                out[n][half * 2] *= shrink;
+                out[n][half * 2 + 1] *= shrink;
+            }
+        }
+        multiply<kPitch>(out, scores, value_tile + owner.first_column);
+    }
+    ptx::cp_async_wait_all();  // of a block that sees no key
+
+    float factor[2], lse[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        sum[half] = row_sum(sum[half]);
+        factor[half] = sum[half] > 0.0f ? 1.0f / sum[half] : sum[half];
+        lse[half] = maximum[half] * kLn2 + logf(sum[half]);
+        if (owner.row(half) < rows && owner.part == 0 && owner.lane % 4 == 0) {
+            x.lse[(token + owner.row(half)) * x.heads + head] = lse[half];
+        }
+    }
+    store_rows<kWidth>(out, factor, x.out + token * x.out_stride + head * kWidth, x.out_stride, rows);
+
+    const int slot = x.supervision.slot(head);
+    if (slot < 0) return;
+    const bool annotated = x.supervision.annotated[sequence.index] != 0;
+
+    RowLoss losses[2];
+    for (int key = begin; annotated && key < end; key += kTileKeys) {
+        __syncthreads();  // nobody works on the last keys
+        load_keys(key, end);
+        ptx::cp_async_wait_all();
+        __syncthreads();
+        float scores[kTiles][4] = {};
+        multiply_transposed<kWidth, kPitch>(scores, query_tile + owner.first_row * kPitch, key_tile);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            if (owner.row(half) >= rows) continue;
+            const uint64_t pairs = x.supervision.bits(static_cast<int>(token) + owner.row(half), key);
+#pragma unroll
+            for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+                for (int i = half * 2; i < half * 2 + 2; ++i) {
+                    const int column = owner.column(n, i);
+                    if (!runs[half].holds(key + column)) continue;
+                    losses[half].add(scores[n][i] * x.scale - lse[half], key + column, pairs >> column & 1);
+                }
+            }
+        }
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        losses[half].join(1);
+        losses[half].join(2);
+        if (owner.row(half) >= rows || owner.part != 0 || owner.lane % 4 != 0) continue;
+        const int64_t at = (token + owner.row(half)) * x.supervision.count + slot;
+        const bool counts = annotated && runs[half].begin < runs[half].end;
+        float at_peak = 0.0f, shift = 0.0f;
+        x.row_loss[at] = counts ? losses[half].finish(at_peak, shift) : 0.0f;
+        x.peak[at] = counts ? losses[half].peak : -1;
+        x.shift[at] = shift;
+        x.at_peak[at] = at_peak;
+    }
+}
+
+}  // namespace
+
+// grid (tokens_q / rows + sequences, H), rows = 64 (width 256: 32); block 128; dynamic shared memory
+// (rows + 2·keys)·(width·size + 16) bytes, keys = 64 if width·size ≤ 256, else 32.
+// `mask`: 0 none, 1 causal, 2 sliding window (`window`), 3 grouped causal (`groups` [tokens_k]); else groups is null.
+// Without supervision the pointers from `slots` to `row_loss` are null.
+#define ATTENTION_FORWARD(NAME, T, WIDTH)                                                                              \
+    extern "C" __global__ void __launch_bounds__(kThreads) attention_forward_##WIDTH##_##NAME(                         \
+        const T* q, const T* k, const T* v, T* out, float* lse, const int32_t* cu_seqlens_q,                           \
+        const int32_t* cu_seqlens_k, const int32_t* groups, const int32_t* slots, const uint8_t* annotated,            \
+        const int32_t* pair_offsets, const int32_t* pair_keys, int32_t* peak, float* shift, float* at_peak,            \
+        float* row_loss, int32_t sequences, int32_t heads, int32_t key_heads, int32_t supervised, int32_t q_stride,    \
+        int32_t k_stride, int32_t v_stride, int32_t out_stride, int32_t mask, int32_t window, float scale) {           \
+        forward<WIDTH>(Forward<T>{q, k, v, out, lse, {cu_seqlens_q, cu_seqlens_k, sequences}, {mask, window, groups},  \
+                                  {slots, annotated, pair_offsets, pair_keys, supervised}, peak, shift, at_peak,       \
+                                  row_loss, heads, key_heads, q_stride, k_stride, v_stride, out_stride, scale});       \
+    }
+
+#define ATTENTION_FORWARD_WIDTHS(NAME, T)                                                                              \
+    ATTENTION_FORWARD(NAME, T, 16)                                                                                     \
+    ATTENTION_FORWARD(NAME, T, 32)                                                                                     \
+    ATTENTION_FORWARD(NAME, T, 64)                                                                                     \
+    ATTENTION_FORWARD(NAME, T, 128)                                                                                    \
+    ATTENTION_FORWARD(NAME, T, 256)
+
+ATTENTION_FORWARD_WIDTHS(f32, float)
+ATTENTION_FORWARD_WIDTHS(bf16, bf16)
+ATTENTION_FORWARD_WIDTHS(f16, f16)
+
+// loss = Σ row_loss / divisor and factor = 1 / divisor, both 0 when nothing is annotated. The divisor counts, for each
+// supervised head and query of an annotated sequence, the sequence's keys (`square`) or those that the mask shows.
+// One block of 1024 threads.
+extern "C" __global__ void __launch_bounds__(1024)
+    attention_loss(const float* row_loss, const int32_t* cu_seqlens_q, const int32_t* cu_seqlens_k, const int32_t* groups,
+                   const uint8_t* annotated, float* loss, float* factor, int32_t sequences, int32_t supervised,
+                   int32_t mask, int32_t window, int32_t square) {
+    __shared__ float sums[1024];
+    __shared__ int64_t counts[1024];
+    const int thread = static_cast<int>(threadIdx.x);
+    float sum = 0.0f;
+    int64_t count = 0;
+    for (int token = thread; token < cu_seqlens_q[sequences]; token += 1024) {
+        int query;
+        const Sequence sequence({cu_seqlens_q, cu_seqlens_k, sequences},
+                                find_token(cu_seqlens_q, sequences, token, query));
+        if (annotated[sequence.index] == 0) continue;
+        const Run run = Mask{mask, window, groups}.visible(sequence, query);
+        count += square != 0 ? sequence.keys : run.end - run.begin;
+        for (int slot = 0; slot < supervised; ++slot) sum += row_loss[static_cast<int64_t>(token) * supervised + slot];
+    }
+    sums[thread] = sum;
+    counts[thread] = count;
+    for (int half = 512; half > 0; half /= 2) {
+        __syncthreads();
+        if (thread < half) {
+            sums[thread] += sums[thread + half];
+            counts[thread] += counts[thread + half];
+        }
+    }
+    if (thread == 0) {
+        const int64_t divisor = counts[0] * supervised;
+        const float inverse = divisor == 0 ? 0.0f : 1.0f / static_cast<float>(divisor);
+        *loss = sums[0] * inverse;
+        *factor = inverse;
+    }
+}
