@@ -50,8 +50,8 @@ fn cases() -> [Case; 3] {
             config: ModelConfig {
                 front_end: FrontEnd::Linear,
                 width: 128,
-                layers: 2,
-                feed_forward: 512,
+                layers: 1,
+                feed_forward: 1024,
                 dropout: 0.0,
                 ..ModelConfig::default()
             },

@@ -2,7 +2,7 @@
 
 use super::activations::Activations;
 use super::config::AttentionSpan;
-use super::forward::{ActingState, Counts, Masks};
+use super::forward::{ActingState, Counts, Pass};
 use super::{Capacity, Model, ModelError};
 use crate::backend::{Backend, KeyValueCache, Span};
 use crate::batch::{Packer, TokenLayout};
@@ -228,13 +228,12 @@ impl<B: Backend> Actor<B> {
             commit,
         };
         let counts = Counts::from(batch);
-        model.forward(
-            &self.batch,
+        let pass = Pass {
+            batch: &self.batch,
             counts,
-            Masks::default(),
-            Some(state),
-            &mut self.activations,
-        )?;
+            training: None,
+        };
+        model.forward(pass, Some(state), &mut self.activations)?;
         if commit && model.config.attention == AttentionSpan::Episode {
             self.prefix += counts.tokens / active.len().max(1);
         }

@@ -1,14 +1,14 @@
-//! Forward and backward of a model, over any backend.
+//! The forward pass of a model, over any backend.
 
 use dtmem_reference::dropout::Mask;
 
-use super::activations::{Activations, Backward, BlockActivations, MemoryActivations};
+use super::activations::{Activations, MemoryActivations};
 use super::config::Block;
-use super::network::{BlockNetwork, MemoryNetwork, ObservationEmbedding};
+use super::network::{MemoryNetwork, ObservationEmbedding};
 use super::{Model, ModelError};
 use crate::backend::{
-    Activation, Backend, Codes, Dropped, In, KeyValueCache, Linear, MemoryGradients, MemoryInputs,
-    MemoryStart, Out, Positions,
+    Activation, Backend, Codes, Dropped, In, KeyValueCache, Linear, MemoryInputs, MemoryStart, Out,
+    Positions,
 };
 use crate::batch::PackedBatch;
 
@@ -32,25 +32,18 @@ impl From<&PackedBatch> for Counts {
     }
 }
 
-/// What each summed loss counts in the gradient.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct LossWeights {
-    /// Of the cross-entropy of one action: 1 / actions of the whole batch.
-    pub action: f64,
-    /// Of the numerator of the memory loss: λ / its denominator over the whole batch.
-    pub pair: f64,
-}
-
-/// Draws the dropout masks of one training step; none outside of training.
-#[derive(Debug, Clone, Copy, Default)]
-pub(super) struct Masks {
-    /// Seed and number of the step.
+/// What one pass over a batch is told.
+#[derive(Debug)]
+pub(super) struct Pass<'a, B: Backend> {
+    pub batch: &'a B::Batch,
+    pub counts: Counts,
+    /// Seed and number of the training step, from which dropout is drawn; none outside of training.
     pub training: Option<(u64, u32)>,
 }
 
 /// Where in the model dropout happens; each site of each block has its own masks.
 #[derive(Debug, Clone, Copy)]
-enum Site {
+pub(super) enum Site {
     Embedding,
     FeedForward(usize),
     AdaptedKeys(usize),
@@ -71,22 +64,31 @@ impl Site {
     }
 }
 
-impl Masks {
-    fn mask<Batch>(
+impl<'a, B: Backend> Pass<'a, B> {
+    pub fn mask(
         self,
         probability: f64,
         site: Site,
-        batch: &Batch,
-    ) -> Result<Option<Dropped<'_, Batch>>, ModelError> {
+    ) -> Result<Option<Dropped<'a, B::Batch>>, ModelError> {
         match self.training {
             Some((seed, step)) if probability > 0.0 => {
                 let mask = Mask::new(seed, step, site.number(), probability)?;
-                Ok(Some(Dropped { mask, batch }))
+                Ok(Some(Dropped {
+                    mask,
+                    batch: self.batch,
+                }))
             }
             _ => Ok(None),
         }
     }
 }
+
+impl<B: Backend> Clone for Pass<'_, B> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<B: Backend> Copy for Pass<'_, B> {}
 
 /// State of episodes that are being acted in, in lockstep.
 #[derive(Debug)]
@@ -107,16 +109,15 @@ impl<B: Backend> Model<B> {
     /// Logits at the observation tokens, and everything before them.
     pub(super) fn forward(
         &self,
-        batch: &B::Batch,
-        counts: Counts,
-        masks: Masks,
+        pass: Pass<B>,
         mut acting: Option<ActingState<B>>,
         acts: &mut Activations<B>,
     ) -> Result<(), ModelError> {
+        let Pass { batch, counts, .. } = pass;
         let backend = &self.backend;
         let network = &self.network;
         let width = self.config.width;
-        self.embed(batch, counts, acts)?;
+        self.embed(pass, acts)?;
         let table = match network.positions {
             Positions::Constant(_) => &self.constants,
             Positions::Learned(_) => &self.values,
@@ -145,11 +146,11 @@ impl<B: Backend> Model<B> {
                 &mut acts.statistics,
             )?;
         }
-        if let Some(mask) = masks.mask(self.config.dropout, Site::Embedding, batch)? {
+        if let Some(mask) = pass.mask(self.config.dropout, Site::Embedding)? {
             backend.dropout(mask, width, &mut acts.residual[0])?;
         }
         for index in 0..network.blocks.len() {
-            self.block(index, batch, counts.tokens, masks, &mut acting, acts)?;
+            self.block(index, pass, &mut acting, acts)?;
         }
         let stream = &acts.residual[network.blocks.len()];
         let last = match &network.final_norm {
@@ -177,12 +178,8 @@ impl<B: Backend> Model<B> {
         )
     }
 
-    fn embed(
-        &self,
-        batch: &B::Batch,
-        counts: Counts,
-        acts: &mut Activations<B>,
-    ) -> Result<(), ModelError> {
+    fn embed(&self, pass: Pass<B>, acts: &mut Activations<B>) -> Result<(), ModelError> {
+        let Pass { batch, counts, .. } = pass;
         let backend = &self.backend;
         let width = self.config.width;
         match &self.network.observation {
@@ -246,12 +243,11 @@ impl<B: Backend> Model<B> {
     fn block(
         &self,
         index: usize,
-        batch: &B::Batch,
-        rows: usize,
-        masks: Masks,
+        pass: Pass<B>,
         acting: &mut Option<ActingState<B>>,
         acts: &mut Activations<B>,
     ) -> Result<(), ModelError> {
+        let (batch, rows) = (pass.batch, pass.counts.tokens);
         let backend = &self.backend;
         let block = &self.network.blocks[index];
         let width = self.config.width;
@@ -332,18 +328,7 @@ impl<B: Backend> Model<B> {
 
         if let (Some(memory), Some(acts_memory)) = (&block.memory, &mut acts.memory) {
             let x = &acts.middle;
-            self.memory(
-                index,
-                memory,
-                batch,
-                rows,
-                masks,
-                acting,
-                x,
-                acts_memory,
-                branch,
-                none,
-            )?;
+            self.memory(index, memory, pass, acting, x, acts_memory, branch, none)?;
         }
         let stream = acts
             .memory
@@ -379,7 +364,7 @@ impl<B: Backend> Model<B> {
             None,
             Out::rows(branch, width),
         )?;
-        if let Some(mask) = masks.mask(self.config.dropout, Site::FeedForward(index), batch)? {
+        if let Some(mask) = pass.mask(self.config.dropout, Site::FeedForward(index))? {
             backend.dropout(mask, width, branch)?;
         }
         if pre {
@@ -403,15 +388,14 @@ impl<B: Backend> Model<B> {
         &self,
         index: usize,
         network: &MemoryNetwork,
-        batch: &B::Batch,
-        rows: usize,
-        masks: Masks,
+        pass: Pass<B>,
         acting: &mut Option<ActingState<B>>,
         x: &B::Buffer,
         acts: &mut MemoryActivations<B>,
         branch: &mut B::Buffer,
         none: &mut B::Buffer,
     ) -> Result<(), ModelError> {
+        let (batch, rows) = (pass.batch, pass.counts.tokens);
         let backend = &self.backend;
         let width = self.config.width;
         backend.layer_norm(
@@ -422,7 +406,7 @@ impl<B: Backend> Model<B> {
             &mut acts.normed,
             &mut acts.statistics,
         )?;
-        let [on_keys, on_address, on_strength] = self.adapter_masks(masks, index, batch)?;
+        let [on_keys, on_address, on_strength] = self.adapter_masks(pass, index)?;
         self.linear(
             rows,
             &network.keys,
@@ -499,578 +483,18 @@ impl<B: Backend> Model<B> {
         Ok(())
     }
 
-    fn adapter_masks<'b>(
+    pub(super) fn adapter_masks<'b>(
         &self,
-        masks: Masks,
+        pass: Pass<'b, B>,
         block: usize,
-        batch: &'b B::Batch,
     ) -> Result<[Option<Dropped<'b, B::Batch>>; 3], ModelError> {
-        let probability = self
-            .config
-            .adapter
-            .as_ref()
-            .map_or(0.0, |adapter| adapter.dropout);
+        let adapter = self.config.adapter.as_ref();
+        let probability = adapter.map_or(0.0, |adapter| adapter.dropout);
         Ok([
-            masks.mask(probability, Site::AdaptedKeys(block), batch)?,
-            masks.mask(probability, Site::AdaptedAddress(block), batch)?,
-            masks.mask(probability, Site::AdaptedStrength(block), batch)?,
+            pass.mask(probability, Site::AdaptedKeys(block))?,
+            pass.mask(probability, Site::AdaptedAddress(block))?,
+            pass.mask(probability, Site::AdaptedStrength(block))?,
         ])
-    }
-
-    /// Adds the gradients of the weighted losses to `gradients`.
-    pub(super) fn backward(
-        &self,
-        batch: &B::Batch,
-        counts: Counts,
-        masks: Masks,
-        weights: LossWeights,
-        acts: &mut Activations<B>,
-        grads: &mut Backward<B>,
-        gradients: &mut B::Buffer,
-    ) -> Result<(), ModelError> {
-        let backend = &self.backend;
-        let network = &self.network;
-        let width = self.config.width;
-        backend.cross_entropy(
-            batch,
-            network.head.outputs,
-            weights.action,
-            &acts.logits,
-            &mut grads.logits,
-            &mut acts.metrics,
-        )?;
-        self.linear_backward(
-            counts.observations,
-            &network.head,
-            In::rows(&acts.gathered, width),
-            &acts.none,
-            None,
-            In::rows(&grads.logits, network.head.outputs),
-            Some(Out::rows(&mut grads.observation, width)),
-            false,
-            gradients,
-        )?;
-        let scattered = match network.final_norm {
-            Some(_) => &mut grads.side,
-            None => &mut grads.stream,
-        };
-        backend.scatter_observations(batch, width, &grads.observation, scattered)?;
-        if let Some(norm) = &network.final_norm {
-            backend.layer_norm_backward(
-                counts.tokens,
-                norm,
-                &self.values,
-                &acts.residual[network.blocks.len()],
-                &acts.last_statistics,
-                &grads.side,
-                &mut grads.stream,
-                gradients,
-            )?;
-        }
-        for index in (0..network.blocks.len()).rev() {
-            let block = &network.blocks[index];
-            let x = &acts.residual[index];
-            let (acts, none) = (&acts.blocks[index], &acts.none);
-            match self.config.block {
-                Block::PostLn => self.post_ln_backward(
-                    index,
-                    block,
-                    batch,
-                    counts.tokens,
-                    masks,
-                    weights,
-                    x,
-                    acts,
-                    none,
-                    grads,
-                    gradients,
-                )?,
-                Block::PreLn => self.pre_ln_backward(
-                    index,
-                    block,
-                    batch,
-                    counts.tokens,
-                    masks,
-                    weights,
-                    x,
-                    acts,
-                    none,
-                    grads,
-                    gradients,
-                )?,
-            }
-        }
-        if let Some(mask) = masks.mask(self.config.dropout, Site::Embedding, batch)? {
-            backend.dropout(mask, width, &mut grads.stream)?;
-        }
-        let assembled = match &network.embedding_norm {
-            Some(norm) => {
-                backend.layer_norm_backward(
-                    counts.tokens,
-                    norm,
-                    &self.values,
-                    &acts.assembled,
-                    &acts.statistics,
-                    &grads.stream,
-                    &mut grads.side,
-                    gradients,
-                )?;
-                &grads.side
-            }
-            None => &grads.stream,
-        };
-        let positions = match network.positions {
-            Positions::Learned(span) if self.config.adapter.is_none() => Some(span),
-            _ => None,
-        };
-        backend.assemble_tokens_backward(
-            batch,
-            width,
-            assembled,
-            &mut grads.observation,
-            &mut grads.action,
-            &mut grads.return_to_go,
-            positions,
-            gradients,
-        )?;
-        self.embed_backward(batch, counts, acts, grads, gradients)
-    }
-
-    fn embed_backward(
-        &self,
-        batch: &B::Batch,
-        counts: Counts,
-        acts: &Activations<B>,
-        grads: &mut Backward<B>,
-        gradients: &mut B::Buffer,
-    ) -> Result<(), ModelError> {
-        let backend = &self.backend;
-        let width = self.config.width;
-        if let Some(map) = &self.network.return_to_go {
-            self.linear_backward(
-                counts.returns,
-                map,
-                In::rows(&acts.return_value, 1),
-                &acts.none,
-                None,
-                In::rows(&grads.return_to_go, width),
-                None,
-                false,
-                gradients,
-            )?;
-        }
-        for (rows, x, y, grad) in [
-            (
-                counts.observations,
-                &acts.observation_in,
-                &acts.observation,
-                &mut grads.observation,
-            ),
-            (
-                counts.actions,
-                &acts.action_in,
-                &acts.action,
-                &mut grads.action,
-            ),
-        ] {
-            backend.activation_backward(Activation::Tanh, rows * width, x, y, grad)?;
-        }
-        let map = &self.network.action;
-        backend.one_hot_backward(batch, Codes::Actions, map, &grads.action, gradients)?;
-        match &self.network.observation {
-            ObservationEmbedding::Linear(map) => backend.one_hot_backward(
-                batch,
-                Codes::Observations,
-                map,
-                &grads.observation,
-                gradients,
-            )?,
-            ObservationEmbedding::Convolution(front_end, map) => {
-                self.linear_backward(
-                    counts.observations,
-                    map,
-                    In::rows(&acts.convolution_out, map.inputs),
-                    &acts.none,
-                    None,
-                    In::rows(&grads.observation, width),
-                    Some(Out::rows(&mut grads.convolution_out, map.inputs)),
-                    false,
-                    gradients,
-                )?;
-                backend.convolutions_backward(
-                    batch,
-                    front_end,
-                    &self.values,
-                    &acts.convolution_middle,
-                    &acts.convolution_out,
-                    &mut grads.convolution_out,
-                    &mut grads.convolution_middle,
-                    gradients,
-                )?;
-            }
-        }
-        Ok(())
-    }
-
-    /// `grads.stream`: gradient of the block's output on entry, of its input on return.
-    fn post_ln_backward(
-        &self,
-        index: usize,
-        block: &BlockNetwork,
-        batch: &B::Batch,
-        rows: usize,
-        masks: Masks,
-        weights: LossWeights,
-        x: &B::Buffer,
-        acts: &BlockActivations<B>,
-        none: &B::Buffer,
-        grads: &mut Backward<B>,
-        gradients: &mut B::Buffer,
-    ) -> Result<(), ModelError> {
-        let backend = &self.backend;
-        let width = self.config.width;
-        let stream = acts
-            .memory
-            .as_ref()
-            .map_or(&acts.middle, |memory| &memory.out);
-        backend.layer_norm_backward(
-            rows,
-            &block.feed_forward_norm,
-            &self.values,
-            &acts.feed_forward_side,
-            &acts.feed_forward_statistics,
-            &grads.stream,
-            &mut grads.side,
-            gradients,
-        )?;
-        std::mem::swap(&mut grads.stream, &mut grads.side);
-        self.feed_forward_backward(
-            index, block, batch, rows, masks, stream, acts, none, grads, gradients,
-        )?;
-        backend.add_assign(rows * width, &grads.side, &mut grads.stream)?;
-        if let (Some(memory), Some(acts_memory)) = (&block.memory, &acts.memory) {
-            let x = &acts.middle;
-            self.memory_backward(
-                index,
-                memory,
-                batch,
-                rows,
-                masks,
-                x,
-                acts_memory,
-                none,
-                grads,
-                gradients,
-            )?;
-        }
-        backend.layer_norm_backward(
-            rows,
-            &block.attention_norm,
-            &self.values,
-            &acts.attention_side,
-            &acts.attention_statistics,
-            &grads.stream,
-            &mut grads.side,
-            gradients,
-        )?;
-        std::mem::swap(&mut grads.stream, &mut grads.side);
-        self.attention_backward(block, batch, rows, weights, x, acts, none, grads, gradients)?;
-        backend.add_assign(rows * width, &grads.side, &mut grads.stream)?;
-        Ok(())
-    }
-
-    /// As [`Self::post_ln_backward`].
-    fn pre_ln_backward(
-        &self,
-        index: usize,
-        block: &BlockNetwork,
-        batch: &B::Batch,
-        rows: usize,
-        masks: Masks,
-        weights: LossWeights,
-        x: &B::Buffer,
-        acts: &BlockActivations<B>,
-        none: &B::Buffer,
-        grads: &mut Backward<B>,
-        gradients: &mut B::Buffer,
-    ) -> Result<(), ModelError> {
-        let backend = &self.backend;
-        let width = self.config.width;
-        let stream = acts
-            .memory
-            .as_ref()
-            .map_or(&acts.middle, |memory| &memory.out);
-        let normed = &acts.feed_forward_side;
-        self.feed_forward_backward(
-            index, block, batch, rows, masks, normed, acts, none, grads, gradients,
-        )?;
-        backend.layer_norm_backward(
-            rows,
-            &block.feed_forward_norm,
-            &self.values,
-            stream,
-            &acts.feed_forward_statistics,
-            &grads.side,
-            &mut grads.branch,
-            gradients,
-        )?;
-        backend.add_assign(rows * width, &grads.branch, &mut grads.stream)?;
-        if let (Some(memory), Some(acts_memory)) = (&block.memory, &acts.memory) {
-            let x = &acts.middle;
-            self.memory_backward(
-                index,
-                memory,
-                batch,
-                rows,
-                masks,
-                x,
-                acts_memory,
-                none,
-                grads,
-                gradients,
-            )?;
-        }
-        let normed = &acts.attention_side;
-        self.attention_backward(
-            block, batch, rows, weights, normed, acts, none, grads, gradients,
-        )?;
-        backend.layer_norm_backward(
-            rows,
-            &block.attention_norm,
-            &self.values,
-            x,
-            &acts.attention_statistics,
-            &grads.side,
-            &mut grads.branch,
-            gradients,
-        )?;
-        backend.add_assign(rows * width, &grads.branch, &mut grads.stream)?;
-        Ok(())
-    }
-
-    /// From `grads.stream`, the gradient of the branch's output, to `grads.side`, that of its
-    /// input `x`.
-    fn feed_forward_backward(
-        &self,
-        index: usize,
-        block: &BlockNetwork,
-        batch: &B::Batch,
-        rows: usize,
-        masks: Masks,
-        x: &B::Buffer,
-        acts: &BlockActivations<B>,
-        none: &B::Buffer,
-        grads: &mut Backward<B>,
-        gradients: &mut B::Buffer,
-    ) -> Result<(), ModelError> {
-        let backend = &self.backend;
-        let (width, wide) = (self.config.width, block.up.outputs);
-        let grad_down = match masks.mask(self.config.dropout, Site::FeedForward(index), batch)? {
-            Some(mask) => {
-                backend.copy(&grads.stream, &mut grads.branch, rows * width)?;
-                backend.dropout(mask, width, &mut grads.branch)?;
-                &grads.branch
-            }
-            None => &grads.stream,
-        };
-        self.linear_backward(
-            rows,
-            &block.down,
-            In::rows(&acts.hidden, wide),
-            none,
-            None,
-            In::rows(grad_down, width),
-            Some(Out::rows(&mut grads.hidden, wide)),
-            false,
-            gradients,
-        )?;
-        let (up, hidden) = (&acts.up, &acts.hidden);
-        backend.activation_backward(
-            block.activation,
-            rows * wide,
-            up,
-            hidden,
-            &mut grads.hidden,
-        )?;
-        self.linear_backward(
-            rows,
-            &block.up,
-            In::rows(x, width),
-            none,
-            None,
-            In::rows(&grads.hidden, wide),
-            Some(Out::rows(&mut grads.side, width)),
-            false,
-            gradients,
-        )
-    }
-
-    /// From `grads.stream` to `grads.side`, as [`Self::feed_forward_backward`].
-    fn attention_backward(
-        &self,
-        block: &BlockNetwork,
-        batch: &B::Batch,
-        rows: usize,
-        weights: LossWeights,
-        x: &B::Buffer,
-        acts: &BlockActivations<B>,
-        none: &B::Buffer,
-        grads: &mut Backward<B>,
-        gradients: &mut B::Buffer,
-    ) -> Result<(), ModelError> {
-        let width = self.config.width;
-        self.linear_backward(
-            rows,
-            &block.attention_out,
-            In::rows(&acts.attended, width),
-            none,
-            None,
-            In::rows(&grads.stream, width),
-            Some(Out::rows(&mut grads.branch, width)),
-            false,
-            gradients,
-        )?;
-        self.backend.attention_backward(
-            batch,
-            &block.attention,
-            &acts.qkv,
-            &acts.attended,
-            &acts.lse,
-            &grads.branch,
-            weights.pair,
-            &mut grads.qkv,
-        )?;
-        self.linear_backward(
-            rows,
-            &block.qkv,
-            In::rows(x, width),
-            none,
-            None,
-            In::rows(&grads.qkv, 3 * width),
-            Some(Out::rows(&mut grads.side, width)),
-            false,
-            gradients,
-        )
-    }
-
-    /// `grads.stream`: gradient of x + Memory(LN x) on entry, of x on return.
-    fn memory_backward(
-        &self,
-        index: usize,
-        network: &MemoryNetwork,
-        batch: &B::Batch,
-        rows: usize,
-        masks: Masks,
-        x: &B::Buffer,
-        acts: &MemoryActivations<B>,
-        none: &B::Buffer,
-        grads: &mut Backward<B>,
-        gradients: &mut B::Buffer,
-    ) -> Result<(), ModelError> {
-        let backend = &self.backend;
-        let width = self.config.width;
-        self.linear_backward(
-            rows,
-            &network.out,
-            In::rows(&acts.read, width),
-            none,
-            None,
-            In::rows(&grads.stream, width),
-            Some(Out::rows(&mut grads.branch, width)),
-            false,
-            gradients,
-        )?;
-        let inputs = memory_inputs(
-            network,
-            width,
-            &acts.keys,
-            &acts.projected,
-            &acts.key_strength,
-        );
-        let input_gradients = MemoryGradients {
-            keys: &mut grads.keys,
-            value: Out::columns(&mut grads.projected, 3 * width, 2 * width),
-            key_strength: network
-                .key_strength
-                .as_ref()
-                .map(|_| &mut grads.key_strength),
-        };
-        backend.memory_backward(
-            batch,
-            &network.memory,
-            &self.values,
-            inputs,
-            &acts.states,
-            &grads.branch,
-            input_gradients,
-            &mut grads.states,
-            gradients,
-        )?;
-        let [on_keys, on_address, on_strength] = self.adapter_masks(masks, index, batch)?;
-        for (map, adapted, mask, column) in [
-            (&network.address_query, &acts.address_adapted, on_address, 0),
-            (
-                &network.strength_query,
-                &acts.strength_adapted,
-                on_strength,
-                width,
-            ),
-        ] {
-            self.linear_backward(
-                rows,
-                map,
-                In::columns(&acts.projected, 3 * width, column),
-                adapted,
-                mask,
-                In::columns(&grads.keys, 2 * width, column),
-                Some(Out::columns(&mut grads.projected, 3 * width, column)),
-                false,
-                gradients,
-            )?;
-        }
-        self.linear_backward(
-            rows,
-            &network.keys,
-            In::rows(&acts.normed, width),
-            &acts.projected_adapted,
-            on_keys,
-            In::rows(&grads.projected, 3 * width),
-            Some(Out::rows(&mut grads.side, width)),
-            false,
-            gradients,
-        )?;
-        if let Some(map) = &network.key_strength {
-            backend.activation_backward(
-                Activation::OnePlus,
-                rows,
-                &acts.key_strength_in,
-                &acts.key_strength,
-                &mut grads.key_strength,
-            )?;
-            self.linear_backward(
-                rows,
-                map,
-                In::rows(&acts.normed, width),
-                none,
-                None,
-                In::rows(&grads.key_strength, 1),
-                Some(Out::rows(&mut grads.side, width)),
-                true,
-                gradients,
-            )?;
-        }
-        backend.layer_norm_backward(
-            rows,
-            &network.norm,
-            &self.values,
-            x,
-            &acts.statistics,
-            &grads.side,
-            &mut grads.branch,
-            gradients,
-        )?;
-        backend.add_assign(rows * width, &grads.branch, &mut grads.stream)?;
-        Ok(())
     }
 
     fn linear(
@@ -1086,35 +510,9 @@ impl<B: Backend> Model<B> {
             .backend
             .linear(rows, map, &self.values, x, adapted, dropout, y)?)
     }
-
-    fn linear_backward(
-        &self,
-        rows: usize,
-        map: &Linear,
-        x: In<B::Buffer>,
-        adapted: &B::Buffer,
-        dropout: Option<Dropped<B::Batch>>,
-        grad_y: In<B::Buffer>,
-        grad_x: Option<Out<B::Buffer>>,
-        accumulate: bool,
-        gradients: &mut B::Buffer,
-    ) -> Result<(), ModelError> {
-        Ok(self.backend.linear_backward(
-            rows,
-            map,
-            &self.values,
-            x,
-            adapted,
-            dropout,
-            grad_y,
-            grad_x,
-            accumulate,
-            gradients,
-        )?)
-    }
 }
 
-fn memory_inputs<'a, Buffer>(
+pub(super) fn memory_inputs<'a, Buffer>(
     network: &MemoryNetwork,
     width: usize,
     keys: &'a Buffer,

@@ -3,6 +3,7 @@
 
 mod acting;
 mod activations;
+mod backward;
 mod config;
 mod forward;
 mod network;
@@ -22,7 +23,7 @@ pub use training::{OptimiserStep, StepMetrics, Training};
 use crate::backend::{Backend, BackendError, Positions};
 use crate::batch::{BatchError, PackedBatch, Packer};
 use activations::Activations;
-use forward::{Counts, Masks};
+use forward::{Counts, Pass};
 use network::Network;
 
 /// Why a model cannot be made or run.
@@ -204,7 +205,12 @@ impl<B: Backend> Model<B> {
         let mut acts = Activations::new(&self.backend, &self.network, &self.config, capacity)?;
         let mut staged = B::Batch::default();
         self.backend.stage(batch, &mut staged)?;
-        self.forward(&staged, counts, Masks::default(), None, &mut acts)?;
+        let pass = Pass {
+            batch: &staged,
+            counts,
+            training: None,
+        };
+        self.forward(pass, None, &mut acts)?;
         Ok(acts)
     }
 

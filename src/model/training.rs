@@ -6,7 +6,8 @@ use dtmem_reference::Scalar;
 use dtmem_reference::optimiser::clip_scale;
 
 use super::activations::{Activations, Backward};
-use super::forward::{Counts, LossWeights, Masks};
+use super::backward::LossWeights;
+use super::forward::{Counts, Pass};
 use super::{Capacity, Model, ModelError};
 use crate::backend::{AdamW, Backend, METRICS, Metric, Span};
 use crate::batch::PackedBatch;
@@ -100,25 +101,21 @@ impl<B: Backend> Shard<B> {
         &mut self,
         model: &Model<B>,
         batch: &PackedBatch,
-        masks: Masks,
+        training: (u64, u32),
         weights: LossWeights,
     ) -> Result<(), ModelError> {
         let backend = &model.backend;
         batch.select(&self.sequences, &mut self.part);
         backend.stage(&self.part, &mut self.batch)?;
-        let counts = Counts::from(&self.part);
+        let pass = Pass {
+            batch: &self.batch,
+            counts: Counts::from(&self.part),
+            training: Some(training),
+        };
         let acts = &mut self.activations;
         backend.zero(&mut self.gradients, model.trained_span())?;
-        model.forward(&self.batch, counts, masks, None, acts)?;
-        model.backward(
-            &self.batch,
-            counts,
-            masks,
-            weights,
-            acts,
-            &mut self.backward,
-            &mut self.gradients,
-        )?;
+        model.forward(pass, None, acts)?;
+        model.backward(pass, weights, acts, &mut self.backward, &mut self.gradients)?;
         Ok(backend.download(&acts.metrics, 0, &mut self.metrics)?)
     }
 }
@@ -188,9 +185,6 @@ impl<B: Backend> Training<B> {
     ) -> Result<StepMetrics, ModelError> {
         model.check(batch, self.capacity)?;
         self.divide(batch);
-        let masks = Masks {
-            training: Some((seed, step as u32)),
-        };
         let actions = batch.observation_tokens.len().max(1) as f64;
         let (lambda, denominator) = match &model.supervision {
             Some(supervision) => (supervision.lambda, supervision.divisor(batch)),
@@ -207,7 +201,7 @@ impl<B: Backend> Training<B> {
         };
         let backend = &model.backend;
         backend.for_each(&mut self.shards, |shard| {
-            shard.run(model, batch, masks, weights)
+            shard.run(model, batch, (seed, step as u32), weights)
         })?;
 
         let trained = model.parameters.trained();

@@ -1,0 +1,550 @@
+//! The backward pass of a model, over any backend: [`super::forward`] read from its end.
+
+use super::activations::{Activations, Backward, BlockActivations, MemoryActivations};
+use super::config::Block;
+use super::forward::{Pass, Site, memory_inputs};
+use super::network::{BlockNetwork, MemoryNetwork, ObservationEmbedding};
+use super::{Model, ModelError};
+use crate::backend::{
+    Activation, Backend, Codes, Dropped, In, Linear, MemoryGradients, Out, Positions,
+};
+
+/// What each summed loss counts in the gradient.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct LossWeights {
+    /// Of the cross-entropy of one action: 1 / actions of the whole batch.
+    pub action: f64,
+    /// Of the numerator of the memory loss: λ / its denominator over the whole batch.
+    pub pair: f64,
+}
+
+impl<B: Backend> Model<B> {
+    /// Adds the gradients of the weighted losses to `gradients`.
+    pub(super) fn backward(
+        &self,
+        pass: Pass<B>,
+        weights: LossWeights,
+        acts: &mut Activations<B>,
+        grads: &mut Backward<B>,
+        gradients: &mut B::Buffer,
+    ) -> Result<(), ModelError> {
+        let Pass { batch, counts, .. } = pass;
+        let backend = &self.backend;
+        let network = &self.network;
+        let width = self.config.width;
+        backend.cross_entropy(
+            batch,
+            network.head.outputs,
+            weights.action,
+            &acts.logits,
+            &mut grads.logits,
+            &mut acts.metrics,
+        )?;
+        self.linear_backward(
+            counts.observations,
+            &network.head,
+            In::rows(&acts.gathered, width),
+            &acts.none,
+            None,
+            In::rows(&grads.logits, network.head.outputs),
+            Some(Out::rows(&mut grads.observation, width)),
+            false,
+            gradients,
+        )?;
+        let scattered = match network.final_norm {
+            Some(_) => &mut grads.side,
+            None => &mut grads.stream,
+        };
+        backend.scatter_observations(batch, width, &grads.observation, scattered)?;
+        if let Some(norm) = &network.final_norm {
+            backend.layer_norm_backward(
+                counts.tokens,
+                norm,
+                &self.values,
+                &acts.residual[network.blocks.len()],
+                &acts.last_statistics,
+                &grads.side,
+                &mut grads.stream,
+                gradients,
+            )?;
+        }
+        for index in (0..network.blocks.len()).rev() {
+            let block = &network.blocks[index];
+            let x = &acts.residual[index];
+            let (acts, none) = (&acts.blocks[index], &acts.none);
+            match self.config.block {
+                Block::PostLn => self.post_ln_backward(
+                    index, block, pass, weights, x, acts, none, grads, gradients,
+                )?,
+                Block::PreLn => self.pre_ln_backward(
+                    index, block, pass, weights, x, acts, none, grads, gradients,
+                )?,
+            }
+        }
+        if let Some(mask) = pass.mask(self.config.dropout, Site::Embedding)? {
+            backend.dropout(mask, width, &mut grads.stream)?;
+        }
+        let assembled = match &network.embedding_norm {
+            Some(norm) => {
+                backend.layer_norm_backward(
+                    counts.tokens,
+                    norm,
+                    &self.values,
+                    &acts.assembled,
+                    &acts.statistics,
+                    &grads.stream,
+                    &mut grads.side,
+                    gradients,
+                )?;
+                &grads.side
+            }
+            None => &grads.stream,
+        };
+        let positions = match network.positions {
+            Positions::Learned(span) if self.config.adapter.is_none() => Some(span),
+            _ => None,
+        };
+        backend.assemble_tokens_backward(
+            batch,
+            width,
+            assembled,
+            &mut grads.observation,
+            &mut grads.action,
+            &mut grads.return_to_go,
+            positions,
+            gradients,
+        )?;
+        self.embed_backward(pass, acts, grads, gradients)
+    }
+
+    fn embed_backward(
+        &self,
+        pass: Pass<B>,
+        acts: &Activations<B>,
+        grads: &mut Backward<B>,
+        gradients: &mut B::Buffer,
+    ) -> Result<(), ModelError> {
+        let Pass { batch, counts, .. } = pass;
+        let backend = &self.backend;
+        let width = self.config.width;
+        if let Some(map) = &self.network.return_to_go {
+            self.linear_backward(
+                counts.returns,
+                map,
+                In::rows(&acts.return_value, 1),
+                &acts.none,
+                None,
+                In::rows(&grads.return_to_go, width),
+                None,
+                false,
+                gradients,
+            )?;
+        }
+        for (rows, x, y, grad) in [
+            (
+                counts.observations,
+                &acts.observation_in,
+                &acts.observation,
+                &mut grads.observation,
+            ),
+            (
+                counts.actions,
+                &acts.action_in,
+                &acts.action,
+                &mut grads.action,
+            ),
+        ] {
+            backend.activation_backward(Activation::Tanh, rows * width, x, y, grad)?;
+        }
+        let map = &self.network.action;
+        backend.one_hot_backward(batch, Codes::Actions, map, &grads.action, gradients)?;
+        match &self.network.observation {
+            ObservationEmbedding::Linear(map) => backend.one_hot_backward(
+                batch,
+                Codes::Observations,
+                map,
+                &grads.observation,
+                gradients,
+            )?,
+            ObservationEmbedding::Convolution(front_end, map) => {
+                self.linear_backward(
+                    counts.observations,
+                    map,
+                    In::rows(&acts.convolution_out, map.inputs),
+                    &acts.none,
+                    None,
+                    In::rows(&grads.observation, width),
+                    Some(Out::rows(&mut grads.convolution_out, map.inputs)),
+                    false,
+                    gradients,
+                )?;
+                backend.convolutions_backward(
+                    batch,
+                    front_end,
+                    &self.values,
+                    &acts.convolution_middle,
+                    &acts.convolution_out,
+                    &mut grads.convolution_out,
+                    &mut grads.convolution_middle,
+                    gradients,
+                )?;
+            }
+        }
+        Ok(())
+    }
+
+    /// `grads.stream`: gradient of the block's output on entry, of its input on return.
+    fn post_ln_backward(
+        &self,
+        index: usize,
+        block: &BlockNetwork,
+        pass: Pass<B>,
+        weights: LossWeights,
+        x: &B::Buffer,
+        acts: &BlockActivations<B>,
+        none: &B::Buffer,
+        grads: &mut Backward<B>,
+        gradients: &mut B::Buffer,
+    ) -> Result<(), ModelError> {
+        let rows = pass.counts.tokens;
+        let backend = &self.backend;
+        let width = self.config.width;
+        let stream = acts
+            .memory
+            .as_ref()
+            .map_or(&acts.middle, |memory| &memory.out);
+        backend.layer_norm_backward(
+            rows,
+            &block.feed_forward_norm,
+            &self.values,
+            &acts.feed_forward_side,
+            &acts.feed_forward_statistics,
+            &grads.stream,
+            &mut grads.side,
+            gradients,
+        )?;
+        std::mem::swap(&mut grads.stream, &mut grads.side);
+        self.feed_forward_backward(index, block, pass, stream, acts, none, grads, gradients)?;
+        backend.add_assign(rows * width, &grads.side, &mut grads.stream)?;
+        if let (Some(memory), Some(acts_memory)) = (&block.memory, &acts.memory) {
+            let x = &acts.middle;
+            self.memory_backward(index, memory, pass, x, acts_memory, none, grads, gradients)?;
+        }
+        backend.layer_norm_backward(
+            rows,
+            &block.attention_norm,
+            &self.values,
+            &acts.attention_side,
+            &acts.attention_statistics,
+            &grads.stream,
+            &mut grads.side,
+            gradients,
+        )?;
+        std::mem::swap(&mut grads.stream, &mut grads.side);
+        self.attention_backward(block, pass, weights, x, acts, none, grads, gradients)?;
+        backend.add_assign(rows * width, &grads.side, &mut grads.stream)?;
+        Ok(())
+    }
+
+    /// As [`Self::post_ln_backward`].
+    fn pre_ln_backward(
+        &self,
+        index: usize,
+        block: &BlockNetwork,
+        pass: Pass<B>,
+        weights: LossWeights,
+        x: &B::Buffer,
+        acts: &BlockActivations<B>,
+        none: &B::Buffer,
+        grads: &mut Backward<B>,
+        gradients: &mut B::Buffer,
+    ) -> Result<(), ModelError> {
+        let rows = pass.counts.tokens;
+        let backend = &self.backend;
+        let width = self.config.width;
+        let stream = acts
+            .memory
+            .as_ref()
+            .map_or(&acts.middle, |memory| &memory.out);
+        let normed = &acts.feed_forward_side;
+        self.feed_forward_backward(index, block, pass, normed, acts, none, grads, gradients)?;
+        backend.layer_norm_backward(
+            rows,
+            &block.feed_forward_norm,
+            &self.values,
+            stream,
+            &acts.feed_forward_statistics,
+            &grads.side,
+            &mut grads.branch,
+            gradients,
+        )?;
+        backend.add_assign(rows * width, &grads.branch, &mut grads.stream)?;
+        if let (Some(memory), Some(acts_memory)) = (&block.memory, &acts.memory) {
+            let x = &acts.middle;
+            self.memory_backward(index, memory, pass, x, acts_memory, none, grads, gradients)?;
+        }
+        let normed = &acts.attention_side;
+        self.attention_backward(block, pass, weights, normed, acts, none, grads, gradients)?;
+        backend.layer_norm_backward(
+            rows,
+            &block.attention_norm,
+            &self.values,
+            x,
+            &acts.attention_statistics,
+            &grads.side,
+            &mut grads.branch,
+            gradients,
+        )?;
+        backend.add_assign(rows * width, &grads.branch, &mut grads.stream)?;
+        Ok(())
+    }
+
+    /// From `grads.stream`, the gradient of the branch's output, to `grads.side`, that of its
+    /// input `x`.
+    fn feed_forward_backward(
+        &self,
+        index: usize,
+        block: &BlockNetwork,
+        pass: Pass<B>,
+        x: &B::Buffer,
+        acts: &BlockActivations<B>,
+        none: &B::Buffer,
+        grads: &mut Backward<B>,
+        gradients: &mut B::Buffer,
+    ) -> Result<(), ModelError> {
+        let rows = pass.counts.tokens;
+        let backend = &self.backend;
+        let (width, wide) = (self.config.width, block.up.outputs);
+        let grad_down = match pass.mask(self.config.dropout, Site::FeedForward(index))? {
+            Some(mask) => {
+                backend.copy(&grads.stream, &mut grads.branch, rows * width)?;
+                backend.dropout(mask, width, &mut grads.branch)?;
+                &grads.branch
+            }
+            None => &grads.stream,
+        };
+        self.linear_backward(
+            rows,
+            &block.down,
+            In::rows(&acts.hidden, wide),
+            none,
+            None,
+            In::rows(grad_down, width),
+            Some(Out::rows(&mut grads.hidden, wide)),
+            false,
+            gradients,
+        )?;
+        let (up, hidden) = (&acts.up, &acts.hidden);
+        backend.activation_backward(
+            block.activation,
+            rows * wide,
+            up,
+            hidden,
+            &mut grads.hidden,
+        )?;
+        self.linear_backward(
+            rows,
+            &block.up,
+            In::rows(x, width),
+            none,
+            None,
+            In::rows(&grads.hidden, wide),
+            Some(Out::rows(&mut grads.side, width)),
+            false,
+            gradients,
+        )
+    }
+
+    /// From `grads.stream` to `grads.side`, as [`Self::feed_forward_backward`].
+    fn attention_backward(
+        &self,
+        block: &BlockNetwork,
+        pass: Pass<B>,
+        weights: LossWeights,
+        x: &B::Buffer,
+        acts: &BlockActivations<B>,
+        none: &B::Buffer,
+        grads: &mut Backward<B>,
+        gradients: &mut B::Buffer,
+    ) -> Result<(), ModelError> {
+        let (batch, rows) = (pass.batch, pass.counts.tokens);
+        let width = self.config.width;
+        self.linear_backward(
+            rows,
+            &block.attention_out,
+            In::rows(&acts.attended, width),
+            none,
+            None,
+            In::rows(&grads.stream, width),
+            Some(Out::rows(&mut grads.branch, width)),
+            false,
+            gradients,
+        )?;
+        self.backend.attention_backward(
+            batch,
+            &block.attention,
+            &acts.qkv,
+            &acts.attended,
+            &acts.lse,
+            &grads.branch,
+            weights.pair,
+            &mut grads.qkv,
+        )?;
+        self.linear_backward(
+            rows,
+            &block.qkv,
+            In::rows(x, width),
+            none,
+            None,
+            In::rows(&grads.qkv, 3 * width),
+            Some(Out::rows(&mut grads.side, width)),
+            false,
+            gradients,
+        )
+    }
+
+    /// `grads.stream`: gradient of x + Memory(LN x) on entry, of x on return.
+    fn memory_backward(
+        &self,
+        index: usize,
+        network: &MemoryNetwork,
+        pass: Pass<B>,
+        x: &B::Buffer,
+        acts: &MemoryActivations<B>,
+        none: &B::Buffer,
+        grads: &mut Backward<B>,
+        gradients: &mut B::Buffer,
+    ) -> Result<(), ModelError> {
+        let (batch, rows) = (pass.batch, pass.counts.tokens);
+        let backend = &self.backend;
+        let width = self.config.width;
+        self.linear_backward(
+            rows,
+            &network.out,
+            In::rows(&acts.read, width),
+            none,
+            None,
+            In::rows(&grads.stream, width),
+            Some(Out::rows(&mut grads.branch, width)),
+            false,
+            gradients,
+        )?;
+        let inputs = memory_inputs(
+            network,
+            width,
+            &acts.keys,
+            &acts.projected,
+            &acts.key_strength,
+        );
+        let input_gradients = MemoryGradients {
+            keys: &mut grads.keys,
+            value: Out::columns(&mut grads.projected, 3 * width, 2 * width),
+            key_strength: network
+                .key_strength
+                .as_ref()
+                .map(|_| &mut grads.key_strength),
+        };
+        backend.memory_backward(
+            batch,
+            &network.memory,
+            &self.values,
+            inputs,
+            &acts.states,
+            &grads.branch,
+            input_gradients,
+            &mut grads.states,
+            gradients,
+        )?;
+        let [on_keys, on_address, on_strength] = self.adapter_masks(pass, index)?;
+        for (map, adapted, mask, column) in [
+            (&network.address_query, &acts.address_adapted, on_address, 0),
+            (
+                &network.strength_query,
+                &acts.strength_adapted,
+                on_strength,
+                width,
+            ),
+        ] {
+            self.linear_backward(
+                rows,
+                map,
+                In::columns(&acts.projected, 3 * width, column),
+                adapted,
+                mask,
+                In::columns(&grads.keys, 2 * width, column),
+                Some(Out::columns(&mut grads.projected, 3 * width, column)),
+                false,
+                gradients,
+            )?;
+        }
+        self.linear_backward(
+            rows,
+            &network.keys,
+            In::rows(&acts.normed, width),
+            &acts.projected_adapted,
+            on_keys,
+            In::rows(&grads.projected, 3 * width),
+            Some(Out::rows(&mut grads.side, width)),
+            false,
+            gradients,
+        )?;
+        if let Some(map) = &network.key_strength {
+            backend.activation_backward(
+                Activation::OnePlus,
+                rows,
+                &acts.key_strength_in,
+                &acts.key_strength,
+                &mut grads.key_strength,
+            )?;
+            self.linear_backward(
+                rows,
+                map,
+                In::rows(&acts.normed, width),
+                none,
+                None,
+                In::rows(&grads.key_strength, 1),
+                Some(Out::rows(&mut grads.side, width)),
+                true,
+                gradients,
+            )?;
+        }
+        backend.layer_norm_backward(
+            rows,
+            &network.norm,
+            &self.values,
+            x,
+            &acts.statistics,
+            &grads.side,
+            &mut grads.branch,
+            gradients,
+        )?;
+        backend.add_assign(rows * width, &grads.branch, &mut grads.stream)?;
+        Ok(())
+    }
+
+    fn linear_backward(
+        &self,
+        rows: usize,
+        map: &Linear,
+        x: In<B::Buffer>,
+        adapted: &B::Buffer,
+        dropout: Option<Dropped<B::Batch>>,
+        grad_y: In<B::Buffer>,
+        grad_x: Option<Out<B::Buffer>>,
+        accumulate: bool,
+        gradients: &mut B::Buffer,
+    ) -> Result<(), ModelError> {
+        Ok(self.backend.linear_backward(
+            rows,
+            map,
+            &self.values,
+            x,
+            adapted,
+            dropout,
+            grad_y,
+            grad_x,
+            accumulate,
+            gradients,
+        )?)
+    }
+}
