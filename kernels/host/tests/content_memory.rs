@@ -5,7 +5,10 @@ mod common;
 use std::ops::Range;
 use std::path::Path;
 
-use common::{Random, Storage, assert_close, assert_every_barrier_is_needed, in_every_order};
+use common::{
+    Random, Storage, assert_close, assert_every_barrier_is_needed, assert_near, in_every_order,
+    norm,
+};
 use dtmem_host::{Arg, Buffer, Executor, Launch, Result, View};
 use dtmem_reference::content_memory::{
     Addressing, ContentMemory, Erase, Gradients, Inputs, Order, Strength,
@@ -674,7 +677,8 @@ fn check_forward<T: Storage>(variant: &ContentMemory, pack: &Pack) {
     assert_close("read", &read.0, &reference.read, T::TOLERANCE);
 }
 
-fn check_backward<T: Storage>(variant: &ContentMemory, pack: &Pack) {
+/// Errors of what passes through a softmax, where it may cancel, are relative to at least `scale`.
+fn check_backward<T: Storage>(variant: &ContentMemory, pack: &Pack, scale: f64) {
     const BIAS_BEFORE: f32 = 0.75;
     let width = pack.value.ncols();
     let (found, bias) = in_every_order(|executor| {
@@ -701,24 +705,38 @@ fn check_backward<T: Storage>(variant: &ContentMemory, pack: &Pack) {
     let [memory, address_key, strength_key, value, key_strength] = found.map(|x| x.0);
     let reference = pack.reference_backward(variant);
     assert_close("d memory", &memory, &reference.memory, T::TOLERANCE);
-    assert_close(
+    assert_near(
         "d address_key",
         &address_key,
         &reference.address_key,
         T::TOLERANCE,
+        scale,
     );
-    assert_close(
+    assert_near(
         "d strength_key",
         &strength_key,
         &reference.strength_key,
         T::TOLERANCE,
+        scale,
     );
     assert_close("d value", &value, &reference.value, T::TOLERANCE);
     if let Some(reference) = &reference.key_strength {
-        assert_close("d key_strength", &key_strength, reference, T::TOLERANCE);
+        assert_near(
+            "d key_strength",
+            &key_strength,
+            reference,
+            T::TOLERANCE,
+            scale,
+        );
     }
     let expected = arr0(f64::from(BIAS_BEFORE) + reference.strength_bias);
-    assert_close("d strength_bias", &bias.0, &expected, T::TOLERANCE);
+    assert_near("d strength_bias", &bias.0, &expected, T::TOLERANCE, scale);
+}
+
+/// Chance finds the cases where nearly everything cancels: what cancels has the size of the gradients that arrive.
+fn check_random_backward<T: Storage>(variant: &ContentMemory, pack: &Pack) {
+    let arriving = pack.grad_memory_next.iter().chain(&pack.grad_read);
+    check_backward::<T>(variant, pack, norm(arriving.copied()));
 }
 
 fn unwrap<R>(run: Result<R>) -> R {
@@ -782,7 +800,7 @@ fn shape() -> impl Strategy<Value = Shape> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(10))]
+    #![proptest_config(ProptestConfig::with_cases(8))]
 
     #[test]
     fn forward_agrees_with_the_reference(shape in shape(), bits in 0..16_usize, seed: u64) {
@@ -795,9 +813,9 @@ proptest! {
     #[test]
     fn backward_agrees_with_the_reference(shape in shape(), bits in 0..16_usize, seed: u64) {
         let variant = variant(bits, shape.width, None);
-        check_backward::<f32>(&variant, &draw::<f32>(&variant, &shape, seed));
-        check_backward::<bf16>(&variant, &draw::<bf16>(&variant, &shape, seed));
-        check_backward::<f16>(&variant, &draw::<f16>(&variant, &shape, seed));
+        check_random_backward::<f32>(&variant, &draw::<f32>(&variant, &shape, seed));
+        check_random_backward::<bf16>(&variant, &draw::<bf16>(&variant, &shape, seed));
+        check_random_backward::<f16>(&variant, &draw::<f16>(&variant, &shape, seed));
     }
 
     #[test]
@@ -809,7 +827,7 @@ proptest! {
         let variant = variant(bits, 4, Some(k));
         let pack = draw::<f32>(&variant, &shape, seed).in_whole_numbers();
         check_forward::<f32>(&variant, &pack);
-        check_backward::<f32>(&variant, &pack);
+        check_random_backward::<f32>(&variant, &pack);
     }
 
     // w = 1 and β = 1 (or 0, with the paper's erase): a token wipes its slot, and keep has a factor of 0, or several.
@@ -842,7 +860,7 @@ proptest! {
             }
         }
         check_forward::<f32>(&variant, &pack);
-        check_backward::<f32>(&variant, &pack);
+        check_random_backward::<f32>(&variant, &pack);
     }
 }
 
@@ -861,7 +879,7 @@ fn the_largest_shapes_agree_with_the_reference() {
         };
         let pack = draw::<bf16>(&variant, &shape, 7);
         check_forward::<bf16>(&variant, &pack);
-        check_backward::<bf16>(&variant, &pack);
+        check_random_backward::<bf16>(&variant, &pack);
     }
 }
 
@@ -995,5 +1013,5 @@ fn the_fixtures_come_out() {
 fn check_fixture<T: Storage>(fixture: &Fixture, variant: &ContentMemory) {
     let pack = fixture.pack::<T>(variant);
     check_forward::<T>(variant, &pack);
-    check_backward::<T>(variant, &pack);
+    check_backward::<T>(variant, &pack, 0.0);
 }
