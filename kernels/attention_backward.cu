@@ -108,9 +108,11 @@ __device__ inline void query_gradient(const Backward<T>& x, T* dq, int dq_stride
         if (owner.row(half) < rows) own[half] = row_of(x, sequence, first + owner.row(half), head, slot);
     }
 
-    load_tile<Sizes::kRows, kWidth>(query_tile, x.q + token * x.q_stride + head * kWidth, x.q_stride, rows);
-    load_tile<Sizes::kRows, kWidth>(grad_tile, x.grad_out + token * x.grad_out_stride + head * kWidth, x.grad_out_stride,
-                                    rows);
+    if (first_run.begin < end) {
+        load_tile<Sizes::kRows, kWidth>(query_tile, x.q + token * x.q_stride + head * kWidth, x.q_stride, rows);
+        load_tile<Sizes::kRows, kWidth>(grad_tile, x.grad_out + token * x.grad_out_stride + head * kWidth,
+                                        x.grad_out_stride, rows);
+    }
 
     float sums[Sizes::kPartWidth / kColumns][4] = {};
     for (int key = first_run.begin; key < end; key += kTileKeys) {
@@ -147,7 +149,6 @@ __device__ inline void query_gradient(const Backward<T>& x, T* dq, int dq_stride
         }
         multiply<kPitch>(sums, scores, key_tile + owner.first_column);
     }
-    ptx::cp_async_wait_all();  // of a block that sees no key
     const float factor[2] = {x.scale, x.scale};
     store_rows<kWidth>(sums, factor, dq + token * dq_stride + head * kWidth, dq_stride, rows);
 }
@@ -193,8 +194,10 @@ __device__ inline void key_gradient(const Backward<T>& x, T* dk, T* dv, int dk_s
     const int end = first_query(begin, sequence.queries,
                                 [&](int query) { return x.mask.visible(sequence, query).begin >= first + rows; });
 
-    load_tile<Sizes::kRows, kWidth>(key_tile, x.k + token * x.k_stride + key_head * kWidth, x.k_stride, rows);
-    load_tile<Sizes::kRows, kWidth>(value_tile, x.v + token * x.v_stride + key_head * kWidth, x.v_stride, rows);
+    if (begin < end) {
+        load_tile<Sizes::kRows, kWidth>(key_tile, x.k + token * x.k_stride + key_head * kWidth, x.k_stride, rows);
+        load_tile<Sizes::kRows, kWidth>(value_tile, x.v + token * x.v_stride + key_head * kWidth, x.v_stride, rows);
+    }
 
     float key_sums[Sizes::kPartWidth / kColumns][4] = {}, value_sums[Sizes::kPartWidth / kColumns][4] = {};
     for (int head = key_head * group; head < (key_head + 1) * group; ++head) {
@@ -247,7 +250,6 @@ __device__ inline void key_gradient(const Backward<T>& x, T* dk, T* dv, int dk_s
             multiply<kPitch>(key_sums, grads, query_tile + owner.first_column);
         }
     }
-    ptx::cp_async_wait_all();  // of a block that no query sees
     const float one[2] = {1.0f, 1.0f}, factor[2] = {x.scale, x.scale};
     store_rows<kWidth>(value_sums, one, dv + token * dv_stride + key_head * kWidth, dv_stride, rows);
     store_rows<kWidth>(key_sums, factor, dk + token * dk_stride + key_head * kWidth, dk_stride, rows);

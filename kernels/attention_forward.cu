@@ -143,8 +143,10 @@ __device__ inline void forward(const Forward<T>& x) {
     const Run runs[2] = {x.mask.visible(sequence, first + owner.row(0)), x.mask.visible(sequence, first + owner.row(1))};
     const auto shown_whole = [&](int key) { return last_run.begin <= key && key + kTileKeys <= first_run.end; };
 
-    load_tile<Sizes::kRows, kWidth>(query_tile, x.q + token * x.q_stride + head * kWidth, x.q_stride, rows);
-    load_keys(begin, end);
+    if (begin < end) {
+        load_tile<Sizes::kRows, kWidth>(query_tile, x.q + token * x.q_stride + head * kWidth, x.q_stride, rows);
+        load_keys(begin, end);
+    }
 
     float out[Sizes::kPartWidth / kColumns][4] = {};
     float maximum[2] = {-kInfinity, -kInfinity}, sum[2] = {};  // of scores times log2 e
@@ -196,7 +198,6 @@ __device__ inline void forward(const Forward<T>& x) {
         }
         multiply<kPitch>(out, scores, value_tile + owner.first_column);
     }
-    ptx::cp_async_wait_all();  // of a block that sees no key
 
     float factor[2], lse[2];
 #pragma unroll

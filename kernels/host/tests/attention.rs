@@ -2,8 +2,8 @@
 
 mod common;
 
-use common::{Random, Storage, assert_close, in_every_order};
-use dtmem_host::{Arg, Buffer, Executor, Launch, View};
+use common::{Random, Storage, assert_close, assert_every_barrier_is_needed, in_every_order};
+use dtmem_host::{Arg, Buffer, Executor, Launch, Result, View};
 use dtmem_reference::attention::{Attention, Denominator, Mask, Supervision};
 use half::{bf16, f16};
 use ndarray::{Array2, Array3};
@@ -330,7 +330,7 @@ struct Run<T> {
 }
 
 /// Forward, loss and backward, as a training step launches them.
-fn run<T: Storage>(executor: &Executor, case: &Case) -> Run<T> {
+fn run<T: Storage>(executor: &Executor, case: &Case) -> Result<Run<T>> {
     let (tokens_q, tokens_k) = case.tokens();
     let (heads, key_heads, width) = (case.heads, case.shape.key_heads, case.shape.width);
     let sequences = case.shape.lengths.len();
@@ -375,9 +375,7 @@ fn run<T: Storage>(executor: &Executor, case: &Case) -> Run<T> {
             block: [threads, 1, 1],
             shared_bytes: (shared_rows * (row_bytes + 16)) as u32,
         };
-        executor
-            .launch(name, launch, args)
-            .unwrap_or_else(|error| panic!("{error}"));
+        executor.launch(name, launch, args)
     };
 
     let pack = [
@@ -420,7 +418,7 @@ fn run<T: Storage>(executor: &Executor, case: &Case) -> Run<T> {
         THREADS,
         tile_rows + 2 * keys,
         &args,
-    );
+    )?;
 
     if supervised {
         let mut args = vec![Arg::Input(row_loss.view())];
@@ -434,7 +432,7 @@ fn run<T: Storage>(executor: &Executor, case: &Case) -> Run<T> {
         ]);
         args.extend(case.mask());
         args.push(Arg::I32(i32::from(case.denominator == Denominator::Square)));
-        launch("attention_loss", [1, 1], 1024, 0, &args);
+        launch("attention_loss", [1, 1], 1024, 0, &args)?;
     }
 
     launch(
@@ -452,7 +450,7 @@ fn run<T: Storage>(executor: &Executor, case: &Case) -> Run<T> {
             grad_out.stride(),
             out.stride(),
         ],
-    );
+    )?;
 
     let mut inputs = vec![];
     inputs.extend([0, 1, 2].map(|part| Arg::Input(input.view(part))));
@@ -472,12 +470,12 @@ fn run<T: Storage>(executor: &Executor, case: &Case) -> Run<T> {
         args.extend(parts.iter().map(|&part| gradients.stride(part)));
         args.extend(&numbers);
         let name = format!("attention_{name}_gradient_{width}_{}", T::NAME);
-        launch(&name, grid, THREADS, 2 * (tile_rows + others), &args);
+        launch(&name, grid, THREADS, 2 * (tile_rows + others), &args)
     };
-    gradient("query", [blocks(tokens_q), heads as u32], &[0]);
-    gradient("key", [blocks(tokens_k), key_heads as u32], &[1, 2]);
+    gradient("query", [blocks(tokens_q), heads as u32], &[0])?;
+    gradient("key", [blocks(tokens_k), key_heads as u32], &[1, 2])?;
 
-    Run {
+    Ok(Run {
         out: out.download(0),
         lse: lse.download(),
         loss: if supervised {
@@ -486,12 +484,14 @@ fn run<T: Storage>(executor: &Executor, case: &Case) -> Run<T> {
             vec![0.0]
         },
         gradients: [0, 1, 2].map(|part| gradients.download(part)),
-    }
+    })
 }
 
 fn check<T: Storage>(shape: &Shape) {
     let case = Case::draw::<T>(shape);
-    let found = in_every_order(|executor| run::<T>(executor, &case));
+    let found = in_every_order(|executor| {
+        run::<T>(executor, &case).unwrap_or_else(|error| panic!("{error}"))
+    });
 
     let attention = case.attention();
     let (tokens, heads) = (case.tokens().0, case.heads);
@@ -620,5 +620,33 @@ proptest! {
         check::<f32>(&shape);
         check::<bf16>(&shape);
         check::<f16>(&shape);
+    }
+}
+
+#[test]
+fn every_barrier_is_needed() {
+    let case = Case::draw::<bf16>(&Shape {
+        lengths: vec![(130, 130), (70, 200)],
+        key_heads: 1,
+        group: 1,
+        width: 16,
+        shown: Shown::Window(70),
+        annotation: Annotation::SomePairs,
+        sharpness: 1.0,
+        fused: false,
+        seed: 3,
+    });
+    let run = |executor: &Executor| run::<bf16>(executor, &case).map(drop);
+    for (file, source) in [
+        (
+            "kernels/attention_forward.cu",
+            include_str!("../../attention_forward.cu"),
+        ),
+        (
+            "kernels/attention_backward.cu",
+            include_str!("../../attention_backward.cu"),
+        ),
+    ] {
+        assert_every_barrier_is_needed(file, source, run);
     }
 }
