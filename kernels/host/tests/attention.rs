@@ -650,3 +650,22 @@ fn every_barrier_is_needed() {
         assert_every_barrier_is_needed(file, source, run);
     }
 }
+
+/// A window wider than a tile of keys: tiles stand inside of the first row's window and not of the last one's.
+#[test]
+fn wide_windows_agree_with_the_reference() {
+    let shape = Shape {
+        lengths: vec![(150, 150), (70, 200)],
+        key_heads: 1,
+        group: 2,
+        width: 16,
+        shown: Shown::Window(66),
+        annotation: Annotation::SomePairs,
+        sharpness: 1.0,
+        fused: false,
+        seed: 4,
+    };
+    check::<f32>(&shape);
+    check::<bf16>(&shape);
+    check::<f16>(&shape);
+}
