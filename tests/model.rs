@@ -562,3 +562,44 @@ fn batches_beyond_the_buffers_are_an_error() {
         .expect_err("too large a batch");
     assert!(error.to_string().contains("tokens"), "{error}");
 }
+
+#[test]
+fn the_number_of_shards_changes_rounding_only() {
+    let dropout = ModelConfig {
+        dropout: 0.2,
+        ..tuner()
+    };
+    let memory = ModelConfig {
+        segment_steps: 2,
+        ..decision()
+    };
+    for (config, spaces, supervision) in [
+        (dropout, grid(), Some(supervision())),
+        (memory, symbols(), None),
+    ] {
+        let model = model::<f64>(&config, &spaces, supervision);
+        let batch = Data::new(&spaces, &[5, 3, 8], 7).pack(&model);
+        let run = |shards: usize| {
+            let mut training = Training::new(&model, capacity(&batch), shards).expect("buffers");
+            let metrics = training.gradients(&model, &batch, 9, 4).expect("gradients");
+            (
+                metrics,
+                training.gradient_values(&model).expect("gradients"),
+            )
+        };
+        let (whole, gradients) = run(1);
+        // More shards than sequences: some are empty.
+        for shards in [2, 5] {
+            let (metrics, others) = run(shards);
+            assert!((metrics.loss - whole.loss).abs() < 1e-12 * whole.loss);
+            assert!((metrics.memory_loss - whole.memory_loss).abs() < 1e-12);
+            let norm = whole.gradient_norm;
+            assert!(
+                gradients
+                    .iter()
+                    .zip(&others)
+                    .all(|(a, b)| (a - b).abs() < 1e-12 * norm)
+            );
+        }
+    }
+}
