@@ -98,13 +98,7 @@ impl<B: Backend> Activations<B> {
         } = capacity;
         let rows = tokens * config.width;
         let steps = observations * config.width;
-        let (middle, out) = match &network.observation {
-            ObservationEmbedding::Convolution(front_end, _) => {
-                let cells = observations * front_end.grid.positions();
-                (cells * front_end.middle, cells * front_end.out)
-            }
-            ObservationEmbedding::Linear(_) => (0, 0),
-        };
+        let (middle, out) = convolution_lens(network, observations);
         let with_returns = usize::from(network.return_to_go.is_some());
         Ok(Self {
             convolution_middle: backend.buffer(middle)?,
@@ -228,13 +222,7 @@ impl<B: Backend> Backward<B> {
         let steps = observations * config.width;
         let with_memory = usize::from(config.memory.is_some());
         let slots = config.memory.as_ref().map_or(0, |memory| memory.slots);
-        let (middle, out) = match &network.observation {
-            ObservationEmbedding::Convolution(front_end, _) => {
-                let cells = observations * front_end.grid.positions();
-                (cells * front_end.middle, cells * front_end.out)
-            }
-            ObservationEmbedding::Linear(_) => (0, 0),
-        };
+        let (middle, out) = convolution_lens(network, observations);
         Ok(Self {
             stream: backend.buffer(rows)?,
             side: backend.buffer(rows)?,
@@ -252,5 +240,16 @@ impl<B: Backend> Backward<B> {
             return_to_go: backend.buffer(steps * usize::from(network.return_to_go.is_some()))?,
             logits: backend.buffer(observations * network.head.outputs)?,
         })
+    }
+}
+
+/// Lengths of the two convolutions' outputs; none with the linear front end.
+fn convolution_lens(network: &Network, observations: usize) -> (usize, usize) {
+    match &network.observation {
+        ObservationEmbedding::Convolution(front_end, _) => {
+            let cells = observations * front_end.grid.positions();
+            (cells * front_end.middle, cells * front_end.out)
+        }
+        ObservationEmbedding::Linear(_) => (0, 0),
     }
 }
