@@ -1,0 +1,13 @@
+//! The operations of `dtmem::ops`: plans and errors without a GPU, whole launches through the host executor against the
+//! reference, and the same on a GPU where there is one. One module for each operation.
+
+mod activation;
+mod common;
+mod layer_norm;
+mod machines;
+mod refusals;
+
+// What the feature `host` compiles as ops::host; the tests need no feature.
+use dtmem::ops::{Error, Result, launch, memory};
+#[path = "../../src/ops/host.rs"]
+mod host;
