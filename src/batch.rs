@@ -82,6 +82,26 @@ pub struct PackedBatch {
     /// First token of each sequence in the batch that it was selected from ([`Self::select`]), so
     /// that dropout draws the same mask for it; its own first token otherwise.
     pub origins: Vec<i32>,
+    /// What changes from step to step of a training.
+    pub training: TrainingStep,
+}
+
+/// A step of a training, as far as it concerns its batch.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct TrainingStep {
+    /// Number of the step, from 1: dropout draws from it.
+    pub number: u32,
+    /// Weights of the losses.
+    pub weights: LossWeights,
+}
+
+/// What each summed loss counts in the gradient.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct LossWeights {
+    /// Of the cross-entropy of one action: 1 / actions of the whole batch.
+    pub action: f64,
+    /// Of the numerator of the memory loss: λ / its denominator over the whole batch.
+    pub pair: f64,
 }
 
 impl PackedBatch {
@@ -170,7 +190,9 @@ impl PackedBatch {
             pair_keys,
             annotated,
             origins,
+            training,
         } = self;
+        *training = TrainingStep::default();
         for offsets in [cu_seqlens, segment_offsets, sequence_segments, pair_offsets] {
             offsets.clear();
             offsets.push(0);

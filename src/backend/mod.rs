@@ -131,6 +131,15 @@ impl<'a, B> Out<'a, B> {
     }
 }
 
+/// The trained part of the arenas: their start.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Trained {
+    /// Numbers.
+    pub len: usize,
+    /// How many of them, from the first, weight decay applies to.
+    pub decayed: usize,
+}
+
 /// A low-rank update of some consecutive outputs of a [`Linear`].
 #[derive(Debug, Clone, PartialEq)]
 pub struct Adapter {
@@ -362,10 +371,25 @@ pub enum Metric {
     Correct,
     /// Numerator of the attention-BCE: −Σ (E log A + (1−E) log(1−A)).
     MemoryLoss,
+    /// Norm of the gradient before clipping.
+    GradientNorm,
+    /// What the optimiser multiplies the gradient by; NaN where the norm is not finite.
+    GradientScale,
 }
 
 /// Length of the metrics buffer.
-pub const METRICS: usize = 3;
+pub const METRICS: usize = 5;
+
+/// What a buffer holds, which decides how precisely: a backend may compute in a narrow type.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// Results of operations and their gradients.
+    Activation,
+    /// Parameters and tables: kept exactly, and as operations read them.
+    Parameter,
+    /// Gradients of parameters, moments, statistics, losses.
+    Exact,
+}
 
 /// A dropout mask and the batch whose tokens it is drawn for: element e of token t is drawn at
 /// index (origin of t)·width + e, wherever the token's sequence stands in this batch.
@@ -405,7 +429,7 @@ pub trait Backend: Sync {
     ) -> std::result::Result<(), E>;
 
     /// A buffer of `len` numbers. Its content is not defined.
-    fn buffer(&self, len: usize) -> Result<Self::Buffer>;
+    fn buffer(&self, len: usize, kind: Kind) -> Result<Self::Buffer>;
 
     /// Copies from the host.
     fn upload(&self, from: &[Self::Element], to: &mut Self::Buffer, offset: usize) -> Result<()>;
@@ -617,7 +641,7 @@ pub trait Backend: Sync {
         metrics: &mut Self::Buffer,
     ) -> Result<()>;
 
-    /// Gradients of Σ grad_out·out + `pair_gradient` · the numerator of the memory loss.
+    /// Gradients of Σ grad_out·out + the numerator of the memory loss · its weight in the batch.
     fn attention_backward(
         &self,
         batch: &Self::Batch,
@@ -626,7 +650,6 @@ pub trait Backend: Sync {
         out: &Self::Buffer,
         lse: &Self::Buffer,
         grad_out: &Self::Buffer,
-        pair_gradient: f64,
         grad_qkv: &mut Self::Buffer,
     ) -> Result<()>;
 
@@ -683,25 +706,33 @@ pub trait Backend: Sync {
     ) -> Result<()>;
 
     /// Cross-entropy of the batch's targets: writes [`Metric::ActionLoss`] (the sum),
-    /// [`Metric::Correct`] and dlogits [observations, actions] of `scale` times the sum.
+    /// [`Metric::Correct`] and dlogits [observations, actions] of the sum · its weight in the batch.
     fn cross_entropy(
         &self,
         batch: &Self::Batch,
         actions: usize,
-        scale: f64,
         logits: &Self::Buffer,
         grad_logits: &mut Self::Buffer,
         metrics: &mut Self::Buffer,
     ) -> Result<()>;
 
-    /// √Σ g² over the spans.
-    fn norm(&self, gradients: &Self::Buffer, spans: &[Span]) -> Result<f64>;
+    /// Writes [`Metric::GradientNorm`], √Σ g² of the first `len` gradients, and
+    /// [`Metric::GradientScale`], which makes it at most `clip`.
+    fn norm(
+        &self,
+        len: usize,
+        gradients: &Self::Buffer,
+        clip: Option<f64>,
+        metrics: &mut Self::Buffer,
+    ) -> Result<()>;
 
-    /// One AdamW step on a span of the four arenas.
+    /// One AdamW step on the start of the four arenas, with gradients ·
+    /// [`Metric::GradientScale`]. Where that is NaN nothing changes.
     fn adamw(
         &self,
         hyper: &AdamW,
-        span: Span,
+        trained: Trained,
+        metrics: &Self::Buffer,
         gradients: &Self::Buffer,
         parameters: &mut Self::Buffer,
         first_moment: &mut Self::Buffer,

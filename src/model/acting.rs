@@ -4,7 +4,7 @@ use super::activations::Activations;
 use super::config::AttentionSpan;
 use super::forward::{ActingState, Counts, Pass};
 use super::{Capacity, Model, ModelError};
-use crate::backend::{Backend, KeyValueCache, Span};
+use crate::backend::{Backend, KeyValueCache, Kind, Span};
 use crate::batch::{Packer, TokenLayout};
 
 /// Acts greedily in up to a fixed number of episodes that all started together.
@@ -68,8 +68,8 @@ impl<B: Backend> Actor<B> {
         let caches = (0..config.layers)
             .map(|_| {
                 Ok(KeyValueCache {
-                    keys: backend.buffer(len)?,
-                    values: backend.buffer(len)?,
+                    keys: backend.buffer(len, Kind::Activation)?,
+                    values: backend.buffer(len, Kind::Activation)?,
                     capacity: cached,
                 })
             })
@@ -82,7 +82,7 @@ impl<B: Backend> Actor<B> {
             .filter_map(|block| block.memory.as_ref())
         {
             let Span { len, .. } = memory.memory.initial;
-            let mut state = backend.buffer(episodes * len)?;
+            let mut state = backend.buffer(episodes * len, Kind::Activation)?;
             let mut initial = vec![B::Element::default(); len];
             backend.download(&model.values, memory.memory.initial.offset, &mut initial)?;
             for episode in 0..episodes {

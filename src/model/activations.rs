@@ -2,7 +2,7 @@
 
 use super::config::ModelConfig;
 use super::network::{BlockNetwork, MemoryNetwork, Network, ObservationEmbedding};
-use crate::backend::{Backend, METRICS, Result};
+use crate::backend::{Backend, Kind, METRICS, Result};
 
 /// Upper bounds of the batches that buffers are made for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -101,31 +101,31 @@ impl<B: Backend> Activations<B> {
         let (middle, out) = convolution_lens(network, observations);
         let with_returns = usize::from(network.return_to_go.is_some());
         Ok(Self {
-            convolution_middle: backend.buffer(middle)?,
-            convolution_out: backend.buffer(out)?,
-            observation_in: backend.buffer(steps)?,
-            observation: backend.buffer(steps)?,
-            action_in: backend.buffer(steps)?,
-            action: backend.buffer(steps)?,
-            return_value: backend.buffer(observations * with_returns)?,
-            return_to_go: backend.buffer(steps * with_returns)?,
-            assembled: backend.buffer(rows)?,
-            statistics: backend.buffer(2 * tokens)?,
+            convolution_middle: backend.buffer(middle, Kind::Activation)?,
+            convolution_out: backend.buffer(out, Kind::Activation)?,
+            observation_in: backend.buffer(steps, Kind::Activation)?,
+            observation: backend.buffer(steps, Kind::Activation)?,
+            action_in: backend.buffer(steps, Kind::Activation)?,
+            action: backend.buffer(steps, Kind::Activation)?,
+            return_value: backend.buffer(observations * with_returns, Kind::Activation)?,
+            return_to_go: backend.buffer(steps * with_returns, Kind::Activation)?,
+            assembled: backend.buffer(rows, Kind::Activation)?,
+            statistics: backend.buffer(2 * tokens, Kind::Exact)?,
             residual: (0..=config.layers)
-                .map(|_| backend.buffer(rows))
+                .map(|_| backend.buffer(rows, Kind::Activation))
                 .collect::<Result<_>>()?,
             blocks: network
                 .blocks
                 .iter()
                 .map(|block| BlockActivations::new(backend, block, config, capacity))
                 .collect::<Result<_>>()?,
-            last: backend.buffer(rows)?,
-            last_statistics: backend.buffer(2 * tokens)?,
-            gathered: backend.buffer(steps)?,
-            logits: backend.buffer(observations * network.head.outputs)?,
-            metrics: backend.buffer(METRICS)?,
-            branch: backend.buffer(rows)?,
-            none: backend.buffer(0)?,
+            last: backend.buffer(rows, Kind::Activation)?,
+            last_statistics: backend.buffer(2 * tokens, Kind::Exact)?,
+            gathered: backend.buffer(steps, Kind::Activation)?,
+            logits: backend.buffer(observations * network.head.outputs, Kind::Activation)?,
+            metrics: backend.buffer(METRICS, Kind::Exact)?,
+            branch: backend.buffer(rows, Kind::Activation)?,
+            none: backend.buffer(0, Kind::Activation)?,
         })
     }
 }
@@ -140,20 +140,20 @@ impl<B: Backend> BlockActivations<B> {
         let tokens = capacity.tokens;
         let rows = tokens * config.width;
         Ok(Self {
-            attention_side: backend.buffer(rows)?,
-            attention_statistics: backend.buffer(2 * tokens)?,
-            qkv: backend.buffer(3 * rows)?,
-            attended: backend.buffer(rows)?,
-            lse: backend.buffer(tokens * config.heads)?,
-            middle: backend.buffer(rows)?,
+            attention_side: backend.buffer(rows, Kind::Activation)?,
+            attention_statistics: backend.buffer(2 * tokens, Kind::Exact)?,
+            qkv: backend.buffer(3 * rows, Kind::Activation)?,
+            attended: backend.buffer(rows, Kind::Activation)?,
+            lse: backend.buffer(tokens * config.heads, Kind::Exact)?,
+            middle: backend.buffer(rows, Kind::Activation)?,
             memory: match &block.memory {
                 Some(memory) => Some(MemoryActivations::new(backend, memory, capacity)?),
                 None => None,
             },
-            feed_forward_side: backend.buffer(rows)?,
-            feed_forward_statistics: backend.buffer(2 * tokens)?,
-            up: backend.buffer(tokens * config.feed_forward)?,
-            hidden: backend.buffer(tokens * config.feed_forward)?,
+            feed_forward_side: backend.buffer(rows, Kind::Activation)?,
+            feed_forward_statistics: backend.buffer(2 * tokens, Kind::Exact)?,
+            up: backend.buffer(tokens * config.feed_forward, Kind::Activation)?,
+            hidden: backend.buffer(tokens * config.feed_forward, Kind::Activation)?,
         })
     }
 }
@@ -164,18 +164,20 @@ impl<B: Backend> MemoryActivations<B> {
         let rows = tokens * network.memory.width;
         let state = network.memory.slots * network.memory.width;
         Ok(Self {
-            normed: backend.buffer(rows)?,
-            statistics: backend.buffer(2 * tokens)?,
-            projected: backend.buffer(3 * rows)?,
-            projected_adapted: backend.buffer(tokens * network.keys.ranks())?,
-            keys: backend.buffer(2 * rows)?,
-            address_adapted: backend.buffer(tokens * network.address_query.ranks())?,
-            strength_adapted: backend.buffer(tokens * network.strength_query.ranks())?,
-            key_strength_in: backend.buffer(tokens)?,
-            key_strength: backend.buffer(tokens)?,
-            states: backend.buffer(capacity.segments * state)?,
-            read: backend.buffer(rows)?,
-            out: backend.buffer(rows)?,
+            normed: backend.buffer(rows, Kind::Activation)?,
+            statistics: backend.buffer(2 * tokens, Kind::Exact)?,
+            projected: backend.buffer(3 * rows, Kind::Activation)?,
+            projected_adapted: backend.buffer(tokens * network.keys.ranks(), Kind::Activation)?,
+            keys: backend.buffer(2 * rows, Kind::Activation)?,
+            address_adapted: backend
+                .buffer(tokens * network.address_query.ranks(), Kind::Activation)?,
+            strength_adapted: backend
+                .buffer(tokens * network.strength_query.ranks(), Kind::Activation)?,
+            key_strength_in: backend.buffer(tokens, Kind::Activation)?,
+            key_strength: backend.buffer(tokens, Kind::Activation)?,
+            states: backend.buffer(capacity.segments * state, Kind::Activation)?,
+            read: backend.buffer(rows, Kind::Activation)?,
+            out: backend.buffer(rows, Kind::Activation)?,
         })
     }
 }
@@ -224,21 +226,24 @@ impl<B: Backend> Backward<B> {
         let slots = config.memory.as_ref().map_or(0, |memory| memory.slots);
         let (middle, out) = convolution_lens(network, observations);
         Ok(Self {
-            stream: backend.buffer(rows)?,
-            side: backend.buffer(rows)?,
-            branch: backend.buffer(rows)?,
-            hidden: backend.buffer(tokens * config.feed_forward)?,
-            qkv: backend.buffer(3 * rows)?,
-            projected: backend.buffer(3 * rows * with_memory)?,
-            keys: backend.buffer(2 * rows * with_memory)?,
-            key_strength: backend.buffer(tokens * with_memory)?,
-            states: backend.buffer(2 * sequences * slots * config.width)?,
-            convolution_middle: backend.buffer(middle)?,
-            convolution_out: backend.buffer(out)?,
-            observation: backend.buffer(steps)?,
-            action: backend.buffer(steps)?,
-            return_to_go: backend.buffer(steps * usize::from(network.return_to_go.is_some()))?,
-            logits: backend.buffer(observations * network.head.outputs)?,
+            stream: backend.buffer(rows, Kind::Activation)?,
+            side: backend.buffer(rows, Kind::Activation)?,
+            branch: backend.buffer(rows, Kind::Activation)?,
+            hidden: backend.buffer(tokens * config.feed_forward, Kind::Activation)?,
+            qkv: backend.buffer(3 * rows, Kind::Activation)?,
+            projected: backend.buffer(3 * rows * with_memory, Kind::Activation)?,
+            keys: backend.buffer(2 * rows * with_memory, Kind::Activation)?,
+            key_strength: backend.buffer(tokens * with_memory, Kind::Activation)?,
+            states: backend.buffer(2 * sequences * slots * config.width, Kind::Activation)?,
+            convolution_middle: backend.buffer(middle, Kind::Activation)?,
+            convolution_out: backend.buffer(out, Kind::Activation)?,
+            observation: backend.buffer(steps, Kind::Activation)?,
+            action: backend.buffer(steps, Kind::Activation)?,
+            return_to_go: backend.buffer(
+                steps * usize::from(network.return_to_go.is_some()),
+                Kind::Activation,
+            )?,
+            logits: backend.buffer(observations * network.head.outputs, Kind::Activation)?,
         })
     }
 }

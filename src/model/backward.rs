@@ -9,21 +9,11 @@ use crate::backend::{
     Activation, Backend, Codes, Dropped, In, Linear, MemoryGradients, Out, Positions,
 };
 
-/// What each summed loss counts in the gradient.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct LossWeights {
-    /// Of the cross-entropy of one action: 1 / actions of the whole batch.
-    pub action: f64,
-    /// Of the numerator of the memory loss: λ / its denominator over the whole batch.
-    pub pair: f64,
-}
-
 impl<B: Backend> Model<B> {
     /// Adds the gradients of the weighted losses to `gradients`.
     pub(super) fn backward(
         &self,
         pass: Pass<B>,
-        weights: LossWeights,
         acts: &mut Activations<B>,
         grads: &mut Backward<B>,
         gradients: &mut B::Buffer,
@@ -35,7 +25,6 @@ impl<B: Backend> Model<B> {
         backend.cross_entropy(
             batch,
             network.head.outputs,
-            weights.action,
             &acts.logits,
             &mut grads.logits,
             &mut acts.metrics,
@@ -73,12 +62,12 @@ impl<B: Backend> Model<B> {
             let x = &acts.residual[index];
             let (acts, none) = (&acts.blocks[index], &acts.none);
             match self.config.block {
-                Block::PostLn => self.post_ln_backward(
-                    index, block, pass, weights, x, acts, none, grads, gradients,
-                )?,
-                Block::PreLn => self.pre_ln_backward(
-                    index, block, pass, weights, x, acts, none, grads, gradients,
-                )?,
+                Block::PostLn => {
+                    self.post_ln_backward(index, block, pass, x, acts, none, grads, gradients)?
+                }
+                Block::PreLn => {
+                    self.pre_ln_backward(index, block, pass, x, acts, none, grads, gradients)?
+                }
             }
         }
         if let Some(mask) = pass.mask(self.config.dropout, Site::Embedding)? {
@@ -199,7 +188,6 @@ impl<B: Backend> Model<B> {
         index: usize,
         block: &BlockNetwork,
         pass: Pass<B>,
-        weights: LossWeights,
         x: &B::Buffer,
         acts: &BlockActivations<B>,
         none: &B::Buffer,
@@ -241,7 +229,7 @@ impl<B: Backend> Model<B> {
             gradients,
         )?;
         std::mem::swap(&mut grads.stream, &mut grads.side);
-        self.attention_backward(block, pass, weights, x, acts, none, grads, gradients)?;
+        self.attention_backward(block, pass, x, acts, none, grads, gradients)?;
         backend.add_assign(rows * width, &grads.side, &mut grads.stream)?;
         Ok(())
     }
@@ -252,7 +240,6 @@ impl<B: Backend> Model<B> {
         index: usize,
         block: &BlockNetwork,
         pass: Pass<B>,
-        weights: LossWeights,
         x: &B::Buffer,
         acts: &BlockActivations<B>,
         none: &B::Buffer,
@@ -284,7 +271,7 @@ impl<B: Backend> Model<B> {
             self.memory_backward(index, memory, pass, x, acts_memory, none, grads, gradients)?;
         }
         let normed = &acts.attention_side;
-        self.attention_backward(block, pass, weights, normed, acts, none, grads, gradients)?;
+        self.attention_backward(block, pass, normed, acts, none, grads, gradients)?;
         backend.layer_norm_backward(
             rows,
             &block.attention_norm,
@@ -360,7 +347,6 @@ impl<B: Backend> Model<B> {
         &self,
         block: &BlockNetwork,
         pass: Pass<B>,
-        weights: LossWeights,
         x: &B::Buffer,
         acts: &BlockActivations<B>,
         none: &B::Buffer,
@@ -387,7 +373,6 @@ impl<B: Backend> Model<B> {
             &acts.attended,
             &acts.lse,
             &grads.branch,
-            weights.pair,
             &mut grads.qkv,
         )?;
         self.linear_backward(

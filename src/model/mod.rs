@@ -20,7 +20,7 @@ pub use config::*;
 pub use parameters::{Parameter, Parameters, Start};
 pub use training::{OptimiserStep, StepMetrics, Training};
 
-use crate::backend::{Backend, BackendError, Positions};
+use crate::backend::{Backend, BackendError, Kind, Positions};
 use crate::batch::{BatchError, PackedBatch, Packer};
 use activations::Activations;
 use forward::{Counts, Pass};
@@ -104,12 +104,12 @@ impl<B: Backend> Model<B> {
         let (parameters, network) = Parameters::plan(|declare| {
             Network::declare(declare, &config, &spaces, supervision.as_ref())
         });
-        let values = backend.buffer(parameters.len())?;
+        let values = backend.buffer(parameters.len(), Kind::Parameter)?;
         let table = match network.positions {
             Positions::Constant(_) => sinusoids(spaces.steps, config.width),
             Positions::Learned(_) => Vec::new(),
         };
-        let mut constants = backend.buffer(table.len())?;
+        let mut constants = backend.buffer(table.len(), Kind::Parameter)?;
         backend.upload(&table, &mut constants, 0)?;
         Ok(Self {
             backend,

@@ -3,14 +3,12 @@
 use std::cmp::Reverse;
 
 use dtmem_reference::Scalar;
-use dtmem_reference::optimiser::clip_scale;
 
 use super::activations::{Activations, Backward};
-use super::backward::LossWeights;
 use super::forward::{Counts, Pass};
 use super::{Capacity, Model, ModelError};
-use crate::backend::{AdamW, Backend, METRICS, Metric, Span};
-use crate::batch::PackedBatch;
+use crate::backend::{AdamW, Backend, Kind, METRICS, Metric, Span, Trained};
+use crate::batch::{LossWeights, PackedBatch, TrainingStep};
 
 /// Settings of the optimiser for one step.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -79,7 +77,6 @@ struct Shard<B: Backend> {
     activations: Activations<B>,
     backward: Backward<B>,
     gradients: B::Buffer,
-    metrics: [B::Element; METRICS],
 }
 
 impl<B: Backend> Shard<B> {
@@ -92,8 +89,7 @@ impl<B: Backend> Shard<B> {
             batch: B::Batch::default(),
             activations: Activations::new(backend, network, config, capacity)?,
             backward: Backward::new(backend, network, config, capacity)?,
-            gradients: backend.buffer(model.parameters.trained())?,
-            metrics: [B::Element::default(); METRICS],
+            gradients: backend.buffer(model.parameters.trained(), Kind::Exact)?,
         })
     }
 
@@ -101,22 +97,29 @@ impl<B: Backend> Shard<B> {
         &mut self,
         model: &Model<B>,
         batch: &PackedBatch,
-        training: (u64, u32),
-        weights: LossWeights,
+        seed: u64,
+        training: TrainingStep,
     ) -> Result<(), ModelError> {
         let backend = &model.backend;
         batch.select(&self.sequences, &mut self.part);
+        self.part.training = training;
         backend.stage(&self.part, &mut self.batch)?;
         let pass = Pass {
             batch: &self.batch,
             counts: Counts::from(&self.part),
-            training: Some(training),
+            training: Some((seed, training.number)),
         };
         let acts = &mut self.activations;
         backend.zero(&mut self.gradients, model.trained_span())?;
+        backend.zero(
+            &mut acts.metrics,
+            Span {
+                offset: 0,
+                len: METRICS,
+            },
+        )?;
         model.forward(pass, None, acts)?;
-        model.backward(pass, weights, acts, &mut self.backward, &mut self.gradients)?;
-        Ok(backend.download(&acts.metrics, 0, &mut self.metrics)?)
+        model.backward(pass, acts, &mut self.backward, &mut self.gradients)
     }
 }
 
@@ -144,8 +147,8 @@ impl<B: Backend> Training<B> {
             shards: (0..shards)
                 .map(|_| Shard::new(model, of_shard))
                 .collect::<Result<_, _>>()?,
-            first_moment: backend.buffer(trained)?,
-            second_moment: backend.buffer(trained)?,
+            first_moment: backend.buffer(trained, Kind::Exact)?,
+            second_moment: backend.buffer(trained, Kind::Exact)?,
             order: Vec::with_capacity(capacity.sequences),
         };
         backend.zero(&mut training.first_moment, model.trained_span())?;
@@ -183,52 +186,54 @@ impl<B: Backend> Training<B> {
         seed: u64,
         step: u64,
     ) -> Result<StepMetrics, ModelError> {
+        self.accumulate(model, batch, seed, step, None)?;
+        self.metrics(model, batch)
+    }
+
+    /// Computes gradients, losses and the norm, into the first shard.
+    fn accumulate(
+        &mut self,
+        model: &Model<B>,
+        batch: &PackedBatch,
+        seed: u64,
+        step: u64,
+        clip: Option<f64>,
+    ) -> Result<(), ModelError> {
         model.check(batch, self.capacity)?;
         self.divide(batch);
-        let actions = batch.observation_tokens.len().max(1) as f64;
-        let (lambda, denominator) = match &model.supervision {
-            Some(supervision) => (supervision.lambda, supervision.divisor(batch)),
-            None => (0.0, 0.0),
-        };
-        let per_pair = if denominator > 0.0 {
-            1.0 / denominator
-        } else {
-            0.0
-        };
-        let weights = LossWeights {
-            action: 1.0 / actions,
-            pair: lambda * per_pair,
+        let training = TrainingStep {
+            number: step as u32,
+            weights: model.loss_weights(batch),
         };
         let backend = &model.backend;
         backend.for_each(&mut self.shards, |shard| {
-            shard.run(model, batch, (seed, step as u32), weights)
+            shard.run(model, batch, seed, training)
         })?;
-
         let trained = model.parameters.trained();
         if let [first, rest @ ..] = self.shards.as_mut_slice() {
+            let metrics = &mut first.activations.metrics;
             for shard in rest {
                 backend.add_assign(trained, &shard.gradients, &mut first.gradients)?;
+                backend.add_assign(METRICS, &shard.activations.metrics, metrics)?;
             }
+            backend.norm(trained, &first.gradients, clip, metrics)?;
         }
-        let sum = |metric: Metric| -> f64 {
-            let metrics = self
-                .shards
-                .iter()
-                .map(|shard| shard.metrics[metric as usize].to_f64());
-            metrics.sum()
-        };
-        let action_loss = sum(Metric::ActionLoss) / actions;
-        let memory_loss = match model.supervision {
-            Some(_) => sum(Metric::MemoryLoss) * per_pair,
-            None => 0.0,
-        };
-        let spans = [model.parameters.decayed, model.parameters.plain];
+        Ok(())
+    }
+
+    fn metrics(&self, model: &Model<B>, batch: &PackedBatch) -> Result<StepMetrics, ModelError> {
+        let mut metrics = [B::Element::default(); METRICS];
+        let first = &self.shards[0].activations.metrics;
+        model.backend.download(first, 0, &mut metrics)?;
+        let metric = |metric: Metric| metrics[metric as usize].to_f64();
+        let weights = model.loss_weights(batch);
+        let action_loss = weights.action * metric(Metric::ActionLoss);
         Ok(StepMetrics {
-            loss: action_loss + lambda * memory_loss,
+            loss: action_loss + weights.pair * metric(Metric::MemoryLoss),
             action_loss,
-            memory_loss,
-            accuracy: sum(Metric::Correct) / actions,
-            gradient_norm: backend.norm(&self.shards[0].gradients, &spans)?,
+            memory_loss: model.per_pair(batch) * metric(Metric::MemoryLoss),
+            accuracy: weights.action * metric(Metric::Correct),
+            gradient_norm: metric(Metric::GradientNorm),
             tokens: batch.tokens(),
         })
     }
@@ -239,8 +244,8 @@ impl<B: Backend> Training<B> {
         download(model, &self.shards[0].gradients)
     }
 
-    /// One optimiser step, number `step` from 1. Nothing is updated if the loss or the gradient is
-    /// not finite: see [`StepMetrics::is_finite`].
+    /// One optimiser step, number `step` from 1. Nothing is updated if the gradient is not finite:
+    /// see [`StepMetrics::is_finite`].
     pub fn step(
         &mut self,
         model: &mut Model<B>,
@@ -249,36 +254,30 @@ impl<B: Backend> Training<B> {
         step: u64,
         optimiser: &OptimiserStep,
     ) -> Result<StepMetrics, ModelError> {
-        let metrics = self.gradients(model, batch, seed, step)?;
-        if !metrics.is_finite() {
-            return Ok(metrics);
-        }
-        let scale = optimiser
-            .clip
-            .map_or(1.0, |clip| clip_scale(metrics.gradient_norm, clip));
-        for (span, weight_decay) in [
-            (model.parameters.decayed, optimiser.weight_decay),
-            (model.parameters.plain, 0.0),
-        ] {
-            let hyper = AdamW {
-                learning_rate: optimiser.learning_rate,
-                beta1: optimiser.beta1,
-                beta2: optimiser.beta2,
-                epsilon: optimiser.epsilon,
-                weight_decay,
-                gradient_scale: scale,
-                step,
-            };
-            model.backend.adamw(
-                &hyper,
-                span,
-                &self.shards[0].gradients,
-                &mut model.values,
-                &mut self.first_moment,
-                &mut self.second_moment,
-            )?;
-        }
-        Ok(metrics)
+        self.accumulate(model, batch, seed, step, optimiser.clip)?;
+        let hyper = AdamW {
+            learning_rate: optimiser.learning_rate,
+            beta1: optimiser.beta1,
+            beta2: optimiser.beta2,
+            epsilon: optimiser.epsilon,
+            weight_decay: optimiser.weight_decay,
+            gradient_scale: 1.0,
+            step,
+        };
+        let first = &self.shards[0];
+        model.backend.adamw(
+            &hyper,
+            Trained {
+                len: model.parameters.trained(),
+                decayed: model.parameters.decayed.len,
+            },
+            &first.activations.metrics,
+            &first.gradients,
+            &mut model.values,
+            &mut self.first_moment,
+            &mut self.second_moment,
+        )?;
+        self.metrics(model, batch)
     }
 
     /// First and second moments of the trained part of the arena.
@@ -323,6 +322,21 @@ fn download<B: Backend>(
 }
 
 impl<B: Backend> Model<B> {
+    /// What the sums of a batch's losses count.
+    fn loss_weights(&self, batch: &PackedBatch) -> LossWeights {
+        let lambda = self.supervision.as_ref().map_or(0.0, |x| x.lambda);
+        LossWeights {
+            action: 1.0 / batch.observation_tokens.len().max(1) as f64,
+            pair: lambda * self.per_pair(batch),
+        }
+    }
+
+    /// 1 / the memory loss's denominator; 0 where there is no annotated sequence.
+    fn per_pair(&self, batch: &PackedBatch) -> f64 {
+        let divisor = self.supervision.as_ref().map_or(0.0, |x| x.divisor(batch));
+        if divisor > 0.0 { 1.0 / divisor } else { 0.0 }
+    }
+
     /// The trained part of the arena: its start.
     fn trained_span(&self) -> Span {
         Span {

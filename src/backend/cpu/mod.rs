@@ -23,8 +23,8 @@ use memory::{ChainGradients, Chains};
 
 use super::{
     Activation, AdamW, Attention, Backend, BackendError, Codes, Convolutions, Dropped, In,
-    KeyValueCache, LayerNorm, Linear, METRICS, Memory, MemoryGradients, MemoryInputs, MemoryStart,
-    Metric, OneHot, Out, Positions, Result, Span,
+    KeyValueCache, Kind, LayerNorm, Linear, METRICS, Memory, MemoryGradients, MemoryInputs,
+    MemoryStart, Metric, OneHot, Out, Positions, Result, Span, Trained,
 };
 use crate::batch::{PackedBatch, TokenKind};
 
@@ -530,7 +530,7 @@ impl<T: Scalar> Backend for Cpu<T> {
         result
     }
 
-    fn buffer(&self, len: usize) -> Result<Vec<T>> {
+    fn buffer(&self, len: usize, _kind: Kind) -> Result<Vec<T>> {
         Ok(vec![T::nan(); len])
     }
 
@@ -1189,7 +1189,6 @@ impl<T: Scalar> Backend for Cpu<T> {
         _out: &Vec<T>,
         lse: &Vec<T>,
         grad_out: &Vec<T>,
-        pair_gradient: f64,
         grad_qkv: &mut Vec<T>,
     ) -> Result<()> {
         const NAME: &str = "attention_backward";
@@ -1199,7 +1198,7 @@ impl<T: Scalar> Backend for Cpu<T> {
         let saved = HeadSaved {
             lse: matrix(NAME, lse, tokens, attention.heads)?,
             grad_out: matrix(NAME, grad_out, tokens, width)?,
-            pair_gradient,
+            pair_gradient: batch.training.weights.pair,
         };
         let (q, rest) = matrix_mut(NAME, grad_qkv, tokens, 3 * width)?.split_at(Axis(1), width);
         let (k, v) = rest.split_at(Axis(1), width);
@@ -1368,7 +1367,6 @@ impl<T: Scalar> Backend for Cpu<T> {
         &self,
         batch: &PackedBatch,
         actions: usize,
-        scale: f64,
         logits: &Vec<T>,
         grad_logits: &mut Vec<T>,
         metrics: &mut Vec<T>,
@@ -1382,7 +1380,7 @@ impl<T: Scalar> Backend for Cpu<T> {
             cross_entropy::forward_backward(
                 logits,
                 &batch.targets,
-                T::from_f64(scale),
+                T::from_f64(batch.training.weights.action),
                 grad_logits,
             ),
         )?;
@@ -1392,34 +1390,67 @@ impl<T: Scalar> Backend for Cpu<T> {
         Ok(())
     }
 
-    fn norm(&self, gradients: &Vec<T>, spans: &[Span]) -> Result<f64> {
-        let mut sum = 0.0;
-        for &span in spans {
-            sum += sum_of_squares(part("norm", gradients, span)?);
-        }
-        Ok(sum.sqrt())
+    fn norm(
+        &self,
+        len: usize,
+        gradients: &Vec<T>,
+        clip: Option<f64>,
+        metrics: &mut Vec<T>,
+    ) -> Result<()> {
+        const NAME: &str = "norm";
+        let norm = sum_of_squares(front(NAME, gradients, len)?).sqrt();
+        let scale = match clip {
+            _ if !norm.is_finite() => f64::NAN,
+            Some(clip) => optimiser::clip_scale(norm, clip),
+            None => 1.0,
+        };
+        let metrics = front_mut(NAME, metrics, METRICS)?;
+        metrics[Metric::GradientNorm as usize] = T::from_f64(norm);
+        metrics[Metric::GradientScale as usize] = T::from_f64(scale);
+        Ok(())
     }
 
     fn adamw(
         &self,
         hyper: &AdamW,
-        span: Span,
+        trained: Trained,
+        metrics: &Vec<T>,
         gradients: &Vec<T>,
         parameters: &mut Vec<T>,
         first_moment: &mut Vec<T>,
         second_moment: &mut Vec<T>,
     ) -> Result<()> {
         const NAME: &str = "adamw";
-        part_mut(NAME, parameters, span)?
-            .par_chunks_mut(ELEMENTS)
-            .zip(part_mut(NAME, first_moment, span)?.par_chunks_mut(ELEMENTS))
-            .zip(part_mut(NAME, second_moment, span)?.par_chunks_mut(ELEMENTS))
-            .zip(part(NAME, gradients, span)?.par_chunks(ELEMENTS))
-            .try_for_each(|(((parameter, first), second), gradient)| {
-                named(
-                    NAME,
-                    optimiser::adamw(hyper, gradient, parameter, first, second),
-                )
-            })
+        let scale = front(NAME, metrics, METRICS)?[Metric::GradientScale as usize].to_f64();
+        if scale.is_nan() {
+            return Ok(());
+        }
+        let decayed = Span {
+            offset: 0,
+            len: trained.decayed,
+        };
+        let plain = Span {
+            offset: trained.decayed,
+            len: trained.len - trained.decayed,
+        };
+        for (span, weight_decay) in [(decayed, hyper.weight_decay), (plain, 0.0)] {
+            let hyper = AdamW {
+                weight_decay,
+                gradient_scale: scale,
+                ..*hyper
+            };
+            part_mut(NAME, parameters, span)?
+                .par_chunks_mut(ELEMENTS)
+                .zip(part_mut(NAME, first_moment, span)?.par_chunks_mut(ELEMENTS))
+                .zip(part_mut(NAME, second_moment, span)?.par_chunks_mut(ELEMENTS))
+                .zip(part(NAME, gradients, span)?.par_chunks(ELEMENTS))
+                .try_for_each(|(((parameter, first), second), gradient)| {
+                    named(
+                        NAME,
+                        optimiser::adamw(&hyper, gradient, parameter, first, second),
+                    )
+                })?;
+        }
+        Ok(())
     }
 }
