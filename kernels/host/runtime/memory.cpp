@@ -42,6 +42,14 @@ std::uint8_t* Machine::allocate(std::size_t bytes, const void* content) {
     return data;
 }
 
+// By the host, between launches.
+void Machine::write(std::uint8_t* data, std::size_t offset, const void* content, std::size_t bytes) {
+    if (bytes == 0) return;
+    std::memcpy(data + offset, content, bytes);
+    std::uint8_t* state = find(reinterpret_cast<std::uint64_t>(data), offset + bytes)->shadow.state.get();
+    for (std::size_t at = offset; at < offset + bytes; ++at) state[at / kGranule] |= 4u << at % kGranule;
+}
+
 void Machine::release(std::uint8_t* data) {
     std::erase_if(allocations_, [&](const auto& allocation) { return allocation->data.get() == data; });
 }

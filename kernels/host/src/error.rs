@@ -41,6 +41,16 @@ pub enum Error {
         /// Bytes of the view.
         bytes: usize,
     },
+    /// The host writes beyond a buffer.
+    #[error("{len} elements from {first} on, into a buffer of {elements}")]
+    Range {
+        /// First element.
+        first: usize,
+        /// How many.
+        len: usize,
+        /// Elements of the buffer.
+        elements: usize,
+    },
     /// A grid or block that no GPU would launch.
     #[error("{kernel}: {what} is {found:?}, expected {expected}")]
     Shape {

@@ -4,7 +4,7 @@ use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 use std::ptr::NonNull;
-use std::rc::Rc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::{Error, Finding, Result, ffi};
 
@@ -23,12 +23,23 @@ macro_rules! elements {
 elements!(u8, u16, i32, u32, i64, u64, f32, f64, half::bf16, half::f16);
 
 /// The runtime's state; buffers keep it alive.
-struct Machine(NonNull<ffi::Machine>);
+struct Machine(Mutex<NonNull<ffi::Machine>>);
+
+// SAFETY: no thread owns the runtime's state, and `lock` lets one at a time use it.
+unsafe impl Send for Machine {}
+// SAFETY: as above.
+unsafe impl Sync for Machine {}
+
+impl Machine {
+    fn lock(&self) -> MutexGuard<'_, NonNull<ffi::Machine>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
 
 impl Drop for Machine {
     fn drop(&mut self) {
         // SAFETY: made by dtmem_host_new, and this was its last owner.
-        unsafe { ffi::dtmem_host_delete(self.0.as_ptr()) }
+        unsafe { ffi::dtmem_host_delete(self.lock().as_ptr()) }
     }
 }
 
@@ -143,11 +154,16 @@ impl Arg {
 
 /// Memory of an executor: `len` elements, aligned to 256 bytes as on a GPU.
 pub struct Buffer<T> {
-    machine: Rc<Machine>,
+    machine: Arc<Machine>,
     data: NonNull<u8>,
     len: usize,
     element: PhantomData<T>,
 }
+
+// SAFETY: it is plain memory; threads change it through `&mut` or inside of a launch, under the machine's lock.
+unsafe impl<T: Send> Send for Buffer<T> {}
+// SAFETY: as above.
+unsafe impl<T: Sync> Sync for Buffer<T> {}
 
 impl<T: Element> Buffer<T> {
     /// Elements.
@@ -179,8 +195,32 @@ impl<T: Element> Buffer<T> {
         }
     }
 
+    /// Writes elements from `first` on, as the host does between launches. Errors: [`Error::Range`].
+    pub fn write(&mut self, first: usize, content: &[T]) -> Result<()> {
+        let end = first.checked_add(content.len());
+        if end.is_none_or(|end| end > self.len) {
+            return Err(Error::Range {
+                first,
+                len: content.len(),
+                elements: self.len,
+            });
+        }
+        // SAFETY: the machine is alive and locked, it made the memory, and the elements lie inside of it.
+        unsafe {
+            ffi::dtmem_host_write(
+                self.machine.lock().as_ptr(),
+                self.data.as_ptr(),
+                first * size_of::<T>(),
+                content.as_ptr().cast(),
+                size_of_val(content),
+            )
+        }
+        Ok(())
+    }
+
     /// A copy of the content. Elements that nothing was written to are NaN, or all ones.
     pub fn download(&self) -> Vec<T> {
+        let _machine = self.machine.lock(); // no launch writes
         // SAFETY: the machine is alive, so there are `len` initialised elements, and T takes any bits.
         unsafe { std::slice::from_raw_parts(self.data.as_ptr().cast::<T>(), self.len) }.to_vec()
     }
@@ -189,7 +229,7 @@ impl<T: Element> Buffer<T> {
 impl<T> Drop for Buffer<T> {
     fn drop(&mut self) {
         // SAFETY: the machine is alive, it made this memory, and nobody uses it any longer.
-        unsafe { ffi::dtmem_host_release(self.machine.0.as_ptr(), self.data.as_ptr()) }
+        unsafe { ffi::dtmem_host_release(self.machine.lock().as_ptr(), self.data.as_ptr()) }
     }
 }
 
@@ -201,7 +241,7 @@ impl<T> fmt::Debug for Buffer<T> {
 
 /// A CPU that runs kernels and watches them.
 pub struct Executor {
-    machine: Rc<Machine>,
+    machine: Arc<Machine>,
     order: Order,
     budget: u64,
     omitted: Option<(CString, u32)>,
@@ -231,7 +271,7 @@ impl Executor {
         let machine = machine
             .unwrap_or_else(|| std::alloc::handle_alloc_error(std::alloc::Layout::new::<usize>()));
         Self {
-            machine: Rc::new(Machine(machine)),
+            machine: Arc::new(Machine(Mutex::new(machine))),
             order: Order::Forward,
             budget: 1 << 30,
             omitted: None,
@@ -270,13 +310,13 @@ impl Executor {
         let data = layout.ok().and_then(|layout| {
             // SAFETY: the machine is alive and not in use; the content is null or a slice of this size.
             NonNull::new(unsafe {
-                ffi::dtmem_host_allocate(self.machine.0.as_ptr(), layout.size(), content)
+                ffi::dtmem_host_allocate(self.machine.lock().as_ptr(), layout.size(), content)
             })
         });
         let data =
             data.unwrap_or_else(|| std::alloc::handle_alloc_error(std::alloc::Layout::new::<T>()));
         Buffer {
-            machine: Rc::clone(&self.machine),
+            machine: Arc::clone(&self.machine),
             data,
             len,
             element: PhantomData,
@@ -315,7 +355,7 @@ impl Executor {
         // plain data for which zeros are a value.
         let (good, finding) = unsafe {
             let good = ffi::dtmem_host_launch(
-                self.machine.0.as_ptr(),
+                self.machine.lock().as_ptr(),
                 kernel,
                 &raw const shape,
                 arguments.as_ptr(),
@@ -363,7 +403,11 @@ impl Executor {
             // SAFETY: the machine is alive and not in use.
             let held = argument.bytes == 0
                 || unsafe {
-                    ffi::dtmem_host_holds(self.machine.0.as_ptr(), argument.address, argument.bytes)
+                    ffi::dtmem_host_holds(
+                        self.machine.lock().as_ptr(),
+                        argument.address,
+                        argument.bytes,
+                    )
                 };
             if !held {
                 return Err(Error::ForeignView {

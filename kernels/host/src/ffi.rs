@@ -99,6 +99,16 @@ unsafe extern "C" {
         content: *const c_void,
     ) -> *mut u8;
     /// # Safety
+    /// `machine` is alive and used by nobody else; `data` is from [`dtmem_host_allocate`] with at least
+    /// `offset + bytes` bytes; `content` has `bytes` readable bytes.
+    pub fn dtmem_host_write(
+        machine: *mut Machine,
+        data: *mut u8,
+        offset: usize,
+        content: *const c_void,
+        bytes: usize,
+    );
+    /// # Safety
     /// `machine` is alive and used by nobody else; `data` is from [`dtmem_host_allocate`] and not used again.
     pub fn dtmem_host_release(machine: *mut Machine, data: *mut u8);
     /// # Safety

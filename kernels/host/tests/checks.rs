@@ -180,6 +180,27 @@ fn a_read_of_uninitialised_global_memory_is_found() {
     assert_eq!(finding.check, Check::Uninitialised);
 }
 
+#[test]
+fn what_the_host_writes_to_a_buffer_counts_as_initialised_and_nothing_beside_it() {
+    let executor = Executor::new();
+    let mut buffer = executor.scratch::<f32>(64);
+    let increment = |buffer: &dtmem_host::Buffer<f32>| {
+        let args = [Arg::Output(buffer.view())];
+        executor.launch("test_increment", launch(64), &args)
+    };
+    buffer.write(1, &numbers(63)).expect("inside");
+    let error = increment(&buffer).unwrap_err();
+    assert_eq!(
+        error.finding().map(|finding| finding.check),
+        Some(Check::Uninitialised)
+    );
+    buffer.write(0, &numbers(64)).expect("inside");
+    increment(&buffer).expect("all of it is written");
+    assert_eq!(buffer.download()[63], 64.0);
+    let beyond = buffer.write(60, &numbers(5));
+    assert!(matches!(beyond, Err(Error::Range { .. })), "{beyond:?}");
+}
+
 fn reverse(defect: i32) -> Finding {
     finding("test_reverse", launch(64), |e| {
         vec![input(e, 64), output(e, 64), value(defect)]
