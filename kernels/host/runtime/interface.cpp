@@ -64,9 +64,8 @@ void dtmem_host_delete(Machine* machine) { delete machine; }
 std::uint8_t* dtmem_host_allocate(Machine* machine, std::size_t bytes, const void* content) {
     return machine->allocate(bytes, content);
 }
-void dtmem_host_write(Machine* machine, std::uint8_t* data, std::size_t offset, const void* content,
-                      std::size_t bytes) {
-    machine->write(data, offset, content, bytes);
+void dtmem_host_write(Machine* machine, std::uint64_t address, const void* content, std::size_t bytes) {
+    machine->write(address, content, bytes);
 }
 void dtmem_host_release(Machine* machine, std::uint8_t* data) { machine->release(data); }
 bool dtmem_host_holds(Machine* machine, std::uint64_t address, std::uint64_t bytes) {

@@ -148,7 +148,7 @@ public:
     ~Machine();
 
     std::uint8_t* allocate(std::size_t bytes, const void* content);
-    void write(std::uint8_t* data, std::size_t offset, const void* content, std::size_t bytes);
+    void write(std::uint64_t address, const void* content, std::size_t bytes);
     void release(std::uint8_t* data);
     Allocation* find(std::uint64_t address, std::uint64_t bytes);
     bool launch(const Kernel& kernel, const LaunchShape& shape, const Argument* arguments, std::size_t count,

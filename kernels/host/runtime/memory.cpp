@@ -43,10 +43,12 @@ std::uint8_t* Machine::allocate(std::size_t bytes, const void* content) {
 }
 
 // By the host, between launches.
-void Machine::write(std::uint8_t* data, std::size_t offset, const void* content, std::size_t bytes) {
+void Machine::write(std::uint64_t address, const void* content, std::size_t bytes) {
     if (bytes == 0) return;
-    std::memcpy(data + offset, content, bytes);
-    std::uint8_t* state = find(reinterpret_cast<std::uint64_t>(data), offset + bytes)->shadow.state.get();
+    Allocation* allocation = find(address, bytes);
+    const std::size_t offset = address - allocation->begin();
+    std::memcpy(allocation->data.get() + offset, content, bytes);
+    std::uint8_t* state = allocation->shadow.state.get();
     for (std::size_t at = offset; at < offset + bytes; ++at) state[at / kGranule] |= 4u << at % kGranule;
 }
 

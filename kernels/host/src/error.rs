@@ -41,15 +41,15 @@ pub enum Error {
         /// Bytes of the view.
         bytes: usize,
     },
-    /// The host writes beyond a buffer.
-    #[error("{len} elements from {first} on, into a buffer of {elements}")]
-    Range {
-        /// First element.
-        first: usize,
-        /// How many.
-        len: usize,
-        /// Elements of the buffer.
-        elements: usize,
+    /// The host reads or writes what is no buffer's.
+    #[error(
+        "{bytes} bytes do not lie in one buffer of this executor as elements of {element} bytes"
+    )]
+    NotHeld {
+        /// Bytes of the view.
+        bytes: usize,
+        /// Bytes of an element.
+        element: usize,
     },
     /// A grid or block that no GPU would launch.
     #[error("{kernel}: {what} is {found:?}, expected {expected}")]

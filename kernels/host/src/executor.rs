@@ -195,29 +195,6 @@ impl<T: Element> Buffer<T> {
         }
     }
 
-    /// Writes elements from `first` on, as the host does between launches. Errors: [`Error::Range`].
-    pub fn write(&mut self, first: usize, content: &[T]) -> Result<()> {
-        let end = first.checked_add(content.len());
-        if end.is_none_or(|end| end > self.len) {
-            return Err(Error::Range {
-                first,
-                len: content.len(),
-                elements: self.len,
-            });
-        }
-        // SAFETY: the machine is alive and locked, it made the memory, and the elements lie inside of it.
-        unsafe {
-            ffi::dtmem_host_write(
-                self.machine.lock().as_ptr(),
-                self.data.as_ptr(),
-                first * size_of::<T>(),
-                content.as_ptr().cast(),
-                size_of_val(content),
-            )
-        }
-        Ok(())
-    }
-
     /// A copy of the content. Elements that nothing was written to are NaN, or all ones.
     pub fn download(&self) -> Vec<T> {
         let _machine = self.machine.lock(); // no launch writes
@@ -303,6 +280,56 @@ impl Executor {
     /// A buffer that a kernel has to write before it reads.
     pub fn scratch<T: Element>(&self, len: usize) -> Buffer<T> {
         self.allocate(len, std::ptr::null())
+    }
+
+    /// A copy of what the host sees in a view, between launches. Errors: [`Error::NotHeld`].
+    pub fn read<T: Element>(&self, view: View) -> Result<Vec<T>> {
+        let machine = self.held::<T>(view)?;
+        let len = view.bytes / size_of::<T>();
+        let mut content = Vec::<T>::with_capacity(len);
+        // SAFETY: the machine holds the bytes, is locked and writes nothing; T takes any bits.
+        unsafe {
+            std::ptr::copy_nonoverlapping(view.address as *const T, content.as_mut_ptr(), len);
+            content.set_len(len);
+        }
+        drop(machine);
+        Ok(content)
+    }
+
+    /// Writes to the start of a view, as the host does between launches. Errors: [`Error::NotHeld`].
+    pub fn write<T: Element>(&self, view: View, content: &[T]) -> Result<()> {
+        let machine = self.held::<T>(View {
+            bytes: view.bytes.max(size_of_val(content)),
+            ..view
+        })?;
+        // SAFETY: the machine is alive and locked, and holds the bytes.
+        unsafe {
+            ffi::dtmem_host_write(
+                machine.as_ptr(),
+                view.address,
+                content.as_ptr().cast(),
+                size_of_val(content),
+            )
+        }
+        Ok(())
+    }
+
+    /// The machine, locked, if the view is a whole number of elements of one of its buffers.
+    fn held<T: Element>(&self, view: View) -> Result<MutexGuard<'_, NonNull<ffi::Machine>>> {
+        let machine = self.machine.lock();
+        let whole = view.bytes.is_multiple_of(size_of::<T>())
+            && view.address.is_multiple_of(align_of::<T>() as u64);
+        // SAFETY: the machine is alive and locked.
+        let held = view.bytes == 0
+            || unsafe { ffi::dtmem_host_holds(machine.as_ptr(), view.address, view.bytes as u64) };
+        if whole && held {
+            Ok(machine)
+        } else {
+            Err(Error::NotHeld {
+                bytes: view.bytes,
+                element: size_of::<T>(),
+            })
+        }
     }
 
     fn allocate<T: Element>(&self, len: usize, content: *const c_void) -> Buffer<T> {

@@ -99,12 +99,11 @@ unsafe extern "C" {
         content: *const c_void,
     ) -> *mut u8;
     /// # Safety
-    /// `machine` is alive and used by nobody else; `data` is from [`dtmem_host_allocate`] with at least
-    /// `offset + bytes` bytes; `content` has `bytes` readable bytes.
+    /// `machine` is alive, used by nobody else and holds `bytes` bytes from `address` on; `content` has as many
+    /// readable bytes.
     pub fn dtmem_host_write(
         machine: *mut Machine,
-        data: *mut u8,
-        offset: usize,
+        address: u64,
         content: *const c_void,
         bytes: usize,
     );

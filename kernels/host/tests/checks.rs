@@ -183,22 +183,24 @@ fn a_read_of_uninitialised_global_memory_is_found() {
 #[test]
 fn what_the_host_writes_to_a_buffer_counts_as_initialised_and_nothing_beside_it() {
     let executor = Executor::new();
-    let mut buffer = executor.scratch::<f32>(64);
-    let increment = |buffer: &dtmem_host::Buffer<f32>| {
-        let args = [Arg::Output(buffer.view())];
-        executor.launch("test_increment", launch(64), &args)
-    };
-    buffer.write(1, &numbers(63)).expect("inside");
-    let error = increment(&buffer).unwrap_err();
+    let buffer = executor.scratch::<f32>(64);
+    let increment = || executor.launch("test_increment", launch(64), &[Arg::Output(buffer.view())]);
+    executor
+        .write(buffer.slice(1..64), &numbers(63))
+        .expect("inside");
+    let error = increment().unwrap_err();
     assert_eq!(
         error.finding().map(|finding| finding.check),
         Some(Check::Uninitialised)
     );
-    buffer.write(0, &numbers(64)).expect("inside");
-    increment(&buffer).expect("all of it is written");
-    assert_eq!(buffer.download()[63], 64.0);
-    let beyond = buffer.write(60, &numbers(5));
-    assert!(matches!(beyond, Err(Error::Range { .. })), "{beyond:?}");
+    executor.write(buffer.view(), &numbers(64)).expect("inside");
+    increment().expect("all of it is written");
+    assert_eq!(
+        executor.read::<f32>(buffer.slice(62..64)).expect("inside"),
+        [63.0, 64.0]
+    );
+    let beyond = executor.write(buffer.slice(60..64), &numbers(5));
+    assert!(matches!(beyond, Err(Error::NotHeld { .. })), "{beyond:?}");
 }
 
 fn reverse(defect: i32) -> Finding {
