@@ -6,6 +6,8 @@
 //! buffer each; [`Span`] names a part of it. Nothing here allocates after set-up.
 
 pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod gpu;
 
 use std::fmt::Debug;
 

@@ -28,6 +28,14 @@ pub enum Error {
         /// Elements that the shape asks for.
         expected: usize,
     },
+    /// A part that a tensor does not have.
+    #[error("elements {found:?} of a tensor of {expected}")]
+    Range {
+        /// What was asked for.
+        found: std::ops::Range<usize>,
+        /// Elements that there are.
+        expected: usize,
+    },
     /// A workspace below what the shape's size function gives.
     #[error("{argument} has {found} elements, expected at least {expected}")]
     TooSmall {
@@ -114,6 +122,20 @@ pub enum Error {
         kernel: &'static str,
         /// What the driver said.
         source: cudarc::driver::DriverError,
+    },
+    /// There is no cuBLASLt.
+    #[error(
+        "the library cublasLt cannot be loaded: install CUDA's libraries (PyTorch's packages have it), or set \
+         LD_LIBRARY_PATH to its folder"
+    )]
+    NoBlas,
+    /// cuBLASLt failed.
+    #[error("cublasLt, {what}: {source}")]
+    Blas {
+        /// What it was asked for.
+        what: String,
+        /// What it said.
+        source: cudarc::cublaslt::result::CublasError,
     },
     /// The driver failed at something else.
     #[error("CUDA driver: {0}")]

@@ -170,16 +170,22 @@ pub struct OnStream<'a> {
     stream: &'a CudaStream,
 }
 
-impl OnStream<'_> {
+impl<'a> OnStream<'a> {
     /// A slice or view to read.
-    pub fn input<'b, T>(&'b self, memory: &'b impl DevicePtr<T>) -> Input<'b, T> {
+    pub fn input<'b, T>(&self, memory: &'b impl DevicePtr<T>) -> Input<'b, T>
+    where
+        'a: 'b,
+    {
         let (home, len) = (Home::context(memory.stream().context()), memory.len());
         let (address, guard) = memory.device_ptr(self.stream);
         Input::new(home, address, len, Some(guard))
     }
 
     /// A slice or view to write.
-    pub fn output<'b, T>(&'b self, memory: &'b mut impl DevicePtrMut<T>) -> Output<'b, T> {
+    pub fn output<'b, T>(&self, memory: &'b mut impl DevicePtrMut<T>) -> Output<'b, T>
+    where
+        'a: 'b,
+    {
         let (home, len) = (Home::context(memory.stream().context()), memory.len());
         let (address, guard) = memory.device_ptr_mut(self.stream);
         Output::new(home, address, len, Some(guard))

@@ -1,13 +1,14 @@
 //! The memory that kernels read and write: always the caller's.
 
 use std::marker::PhantomData;
+use std::ops::Range;
 
 use half::{bf16, f16};
 
 use super::{Error, Result};
 
 /// A type that kernels store numbers in. Their arithmetic is in f32.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Type {
     /// 32 bits.
     F32,
@@ -121,6 +122,15 @@ macro_rules! memory {
 
             pub(super) fn new(home: Home, address: u64, len: usize, guard: Guard<'a>) -> Self {
                 Self { home, address, len, _guard: guard, element: PhantomData }
+            }
+
+            /// Some of the elements. Errors: a range that it does not have.
+            pub fn slice(self, range: Range<usize>) -> Result<Self> {
+                if range.start > range.end || range.end > self.len {
+                    return Err(Error::Range { found: range, expected: self.len });
+                }
+                let address = self.address + (range.start * size_of::<T>()) as u64;
+                Ok(Self { address, len: range.len(), ..self })
             }
 
             /// Elements.
