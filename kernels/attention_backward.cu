@@ -38,8 +38,7 @@ struct Backward {
     Supervision supervision;
     const int32_t* peak;  // these three [tokens_q, supervised heads]
     const float *shift, *at_peak;
-    const float* factor;
-    float grad_memory_loss;
+    const float *factor, *grad_memory_loss;  // [1] each
     int32_t heads, key_heads, q_stride, k_stride, v_stride, grad_out_stride;
     float scale;
 };
@@ -98,7 +97,7 @@ __device__ inline void query_gradient(const Backward<T>& x, T* dq, int dq_stride
     const T* values = x.v + static_cast<int64_t>(sequence.first_key) * x.v_stride + key_head * kWidth;
     const int64_t token = sequence.first_query + first;
     const int slot = active_slot(x, sequence, head);
-    const float loss_factor = slot < 0 ? 0.0f : x.grad_memory_loss * *x.factor;
+    const float loss_factor = slot < 0 ? 0.0f : *x.grad_memory_loss * *x.factor;
 
     const Run first_run = x.mask.visible(sequence, first), last_run = x.mask.visible(sequence, first + rows - 1);
     const int end = last_run.end;
@@ -202,7 +201,7 @@ __device__ inline void key_gradient(const Backward<T>& x, T* dk, T* dv, int dk_s
     float key_sums[Sizes::kPartWidth / kColumns][4] = {}, value_sums[Sizes::kPartWidth / kColumns][4] = {};
     for (int head = key_head * group; head < (key_head + 1) * group; ++head) {
         const int slot = active_slot(x, sequence, head);
-        const float loss_factor = slot < 0 ? 0.0f : x.grad_memory_loss * *x.factor;
+        const float loss_factor = slot < 0 ? 0.0f : *x.grad_memory_loss * *x.factor;
         for (int query = begin; query < end; query += kTileQueries) {
             const int queries = min(kTileQueries, end - query);
             const int64_t query_token = sequence.first_query + query;
@@ -290,11 +289,11 @@ __device__ inline void delta_rows(const T* grad_out, const T* out, float* delta,
     const T *q, const T *k, const T *v, const T *grad_out, const float *lse, const float *delta,                       \
         const int32_t *cu_seqlens_q, const int32_t *cu_seqlens_k, const int32_t *groups, const int32_t *slots,         \
         const uint8_t *annotated, const int32_t *pair_offsets, const int32_t *pair_keys, const int32_t *peak,          \
-        const float *shift, const float *at_peak, const float *factor
+        const float *shift, const float *at_peak, const float *factor, const float *grad_memory_loss
 #define ATTENTION_SIZES                                                                                                \
     int32_t sequences, int32_t heads, int32_t key_heads, int32_t supervised, int32_t q_stride, int32_t k_stride,       \
         int32_t v_stride, int32_t grad_out_stride
-#define ATTENTION_NUMBERS int32_t mask, int32_t window, float scale, float grad_memory_loss
+#define ATTENTION_NUMBERS int32_t mask, int32_t window, float scale
 #define ATTENTION_BACKWARD(T)                                                                                          \
     Backward<T> {                                                                                                      \
         q, k, v, grad_out, lse, delta, {cu_seqlens_q, cu_seqlens_k, sequences}, {mask, window, groups},                \
@@ -303,7 +302,7 @@ __device__ inline void delta_rows(const T* grad_out, const T* out, float* delta,
     }
 
 // Both: block 128; dynamic shared memory 2·(rows + others)·(width·size + 16) bytes with rows = 64 (width 256: 32) and
-// others = 32 (width·size > 512: 16). Without supervision the pointers from `slots` to `factor` are null.
+// others = 32 (width·size > 512: 16). Without supervision the pointers from `slots` to `grad_memory_loss` are null.
 // query gradient: grid (tokens_q / rows + sequences, H). key gradient: grid (tokens_k / rows + sequences, H_kv).
 #define ATTENTION_GRADIENTS(NAME, T, WIDTH)                                                                            \
     extern "C" __global__ void __launch_bounds__(kThreads) attention_query_gradient_##WIDTH##_##NAME(                  \

@@ -365,6 +365,7 @@ fn run<T: Storage>(executor: &Executor, case: &Case) -> Result<Run<T>> {
     let peak = executor.scratch::<i32>(rows);
     let [shift, at_peak, row_loss] = [(); 3].map(|()| executor.scratch::<f32>(rows));
     let [loss, factor] = [(); 2].map(|()| executor.scratch::<f32>(1));
+    let grad_memory_loss = executor.upload(&[case.grad_memory_loss()]);
 
     let row_bytes = width * size_of::<T>();
     let tile_rows = if width > 128 { 32 } else { 64 };
@@ -458,9 +459,11 @@ fn run<T: Storage>(executor: &Executor, case: &Case) -> Result<Run<T>> {
     inputs.extend(pack);
     inputs.extend(supervision);
     inputs.push(Arg::Input(optional(peak.view())));
-    inputs.extend([&shift, &at_peak, &factor].map(|x| Arg::Input(optional(x.view()))));
+    inputs.extend(
+        [&shift, &at_peak, &factor, &grad_memory_loss].map(|x| Arg::Input(optional(x.view()))),
+    );
     let mut numbers = case.mask().to_vec();
-    numbers.extend([scale, Arg::F32(case.grad_memory_loss())]);
+    numbers.push(scale);
     let others = if row_bytes <= 512 { 32 } else { 16 };
     let gradient = |name: &str, grid, parts: &[usize]| {
         let mut args = inputs.clone();
