@@ -18,6 +18,9 @@ pub enum Error {
         /// What it may be.
         expected: String,
     },
+    /// Numbers on the host that must not be uploaded as they are.
+    #[error(transparent)]
+    Content(#[from] dtmem_reference::Error),
     /// A tensor of another size than the shape says.
     #[error("{argument} has {found} elements, expected {expected}")]
     Length {

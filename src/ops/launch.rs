@@ -6,7 +6,7 @@ use super::memory::{Home, Span};
 use super::{Error, Result};
 
 /// Arguments that a kernel takes at most.
-pub const MAX_ARGS: usize = 32;
+pub const MAX_ARGS: usize = 40;
 
 /// An argument of a kernel.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -68,6 +68,13 @@ impl<'a> Launch<'a> {
         }
     }
 
+    /// With further arguments behind those that it has. The kernels' parameters are at most [`MAX_ARGS`].
+    pub(super) fn and<const N: usize>(mut self, list: [Arg; N]) -> Self {
+        self.args[self.count..self.count + N].copy_from_slice(&list);
+        self.count += N;
+        self
+    }
+
     /// Name of the kernel's file, without `.cu`.
     pub fn family(&self) -> &'static str {
         self.family
@@ -120,6 +127,13 @@ pub trait Launcher {
     /// Starts a kernel, behind those that were started before; a launch without blocks does nothing. Errors:
     /// [`Launch::check_home`], and what keeps the kernel from starting.
     fn launch(&self, launch: &Launch<'_>) -> Result<()>;
+}
+
+/// Starts the launches of a plan in their order, without those that are not needed.
+pub(super) fn launch_all(launcher: &impl Launcher, plan: &[Option<Launch<'_>>]) -> Result<()> {
+    plan.iter()
+        .flatten()
+        .try_for_each(|launch| launcher.launch(launch))
 }
 
 /// Blocks that are needed for `items`, as an argument called `name`.

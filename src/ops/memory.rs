@@ -5,6 +5,7 @@ use std::ops::Range;
 
 use half::{bf16, f16};
 
+use super::launch::Arg;
 use super::{Error, Result};
 
 /// A type that kernels store numbers in. Their arithmetic is in f32.
@@ -45,13 +46,13 @@ pub(super) fn kernel_for<T: Storage>([f32, bf16, f16]: [&'static str; 3]) -> &'s
     }
 }
 
-/// The three names of a kernel that is there for each type.
+/// The three names of a kernel that is there for each type, from the parts before the type's.
 macro_rules! for_each_type {
-    ($stem:literal) => {
+    ($($stem:literal),+) => {
         [
-            concat!($stem, "_f32"),
-            concat!($stem, "_bf16"),
-            concat!($stem, "_f16"),
+            concat!($($stem),+, "_f32"),
+            concat!($($stem),+, "_bf16"),
+            concat!($($stem),+, "_f16"),
         ]
     };
 }
@@ -90,7 +91,7 @@ impl Span {
         self.address.saturating_add(self.bytes as u64)
     }
 
-    fn overlaps(self, other: Self) -> bool {
+    fn meets(self, other: Self) -> bool {
         self.bytes > 0
             && other.bytes > 0
             && self.address < other.end()
@@ -147,6 +148,45 @@ macro_rules! memory {
             pub fn span(&self) -> Span {
                 Span { address: self.address, bytes: self.len.saturating_mul(size_of::<T>()) }
             }
+
+            /// Some of the elements; none where there are fewer.
+            pub fn slice(self, elements: Range<usize>) -> Self {
+                let (start, end) = (elements.start.min(self.len), elements.end);
+                let len = if end <= self.len { end.saturating_sub(start) } else { 0 };
+                Self { len, address: self.address + (start * size_of::<T>()) as u64, ..self }
+            }
+
+            /// As a matrix: a row every `stride` elements. The last one may end where its columns do.
+            pub fn rows(self, stride: usize) -> Rows<Self> {
+                Rows { memory: self, columns: stride, stride }
+            }
+        }
+
+        impl<'a, T> Rows<$name<'a, T>> {
+            /// Matrices that stand side by side in this one, each with its number of columns.
+            pub fn columns<const N: usize>(self, widths: [usize; N]) -> [Self; N] {
+                let Rows { memory, columns, stride } = self;
+                let $name { home, address, len, mut _guard, element } = memory;
+                let mut first = 0;
+                widths.map(|width| {
+                    let start = first.min(columns);
+                    first = first.saturating_add(width);
+                    let offset = start.min(len);
+                    let address = address + (offset * size_of::<T>()) as u64;
+                    let _guard = _guard.take();
+                    Rows {
+                        memory: $name { home, address, len: len - offset, _guard, element },
+                        columns: width.min(columns - start),
+                        stride,
+                    }
+                })
+            }
+
+            /// What a kernel may touch of `shape` [rows, columns]: up to the last element.
+            pub(super) fn span(&self, shape: [usize; 2]) -> Span {
+                let bytes = extent(shape, self.stride).saturating_mul(size_of::<T>());
+                Span { address: self.memory.address, bytes }
+            }
         }
     };
 }
@@ -159,6 +199,30 @@ memory! {
 memory! {
     /// Elements that a kernel writes, or reads and writes.
     Output, &'a mut T
+}
+
+/// A matrix in an [`Input`] or [`Output`], whose rows need not be neighbours: columns of a larger one, such as the
+/// queries in a buffer of queries, keys and values.
+#[derive(Debug)]
+pub struct Rows<M> {
+    memory: M,
+    columns: usize,
+    stride: usize,
+}
+
+impl<M> Rows<M> {
+    /// As kernels take it: `Check` has seen that it fits.
+    pub(super) fn stride(&self) -> Arg {
+        Arg::I32(self.stride as i32)
+    }
+}
+
+/// Elements from the first to the last of a matrix [rows, columns].
+fn extent([rows, columns]: [usize; 2], stride: usize) -> usize {
+    match rows.checked_sub(1) {
+        Some(before) if columns > 0 => before.saturating_mul(stride).saturating_add(columns),
+        _ => 0,
+    }
 }
 
 impl<'a, T> Output<'a, T> {
@@ -179,7 +243,23 @@ const MAX_TENSORS: usize = 32;
 struct Tensor {
     name: &'static str,
     span: Span,
+    /// Bytes of a row, and from row to row.
+    row: usize,
+    stride: usize,
     written: bool,
+}
+
+impl Tensor {
+    fn overlaps(&self, other: &Self) -> bool {
+        // Columns of one matrix share addresses, but no element.
+        let interleaved = self.stride == other.stride && self.stride > 0 && {
+            let stride = self.stride as u64;
+            let (first, second) = (self.span.address % stride, other.span.address % stride);
+            let between = ((second + stride - first) % stride) as usize;
+            self.row <= between && between + other.row <= self.stride
+        };
+        self.span.meets(other.span) && !interleaved
+    }
 }
 
 /// Goes through the tensors of an operation, each by its name.
@@ -194,6 +274,8 @@ impl Check {
         let none = Tensor {
             name: "",
             span: Span::NULL,
+            row: 0,
+            stride: 0,
             written: false,
         };
         Self {
@@ -212,7 +294,8 @@ impl Check {
         alignment: usize,
     ) -> Result<()> {
         same_length(name, input.len, len)?;
-        self.tensor::<T>(name, input.home, input.span(), alignment, false)
+        let span = input.span();
+        self.tensor::<T>(name, input.home, span, [span.bytes; 2], alignment, false)
     }
 
     /// A tensor to write.
@@ -224,7 +307,39 @@ impl Check {
         alignment: usize,
     ) -> Result<()> {
         same_length(name, output.len, len)?;
-        self.tensor::<T>(name, output.home, output.span(), alignment, true)
+        let span = output.span();
+        self.tensor::<T>(name, output.home, span, [span.bytes; 2], alignment, true)
+    }
+
+    /// A matrix [rows, columns] to read, each row of which begins at a multiple of `alignment` bytes.
+    pub(super) fn input_rows<T>(
+        &mut self,
+        name: &'static str,
+        matrix: &Rows<Input<'_, T>>,
+        shape: [usize; 2],
+        alignment: usize,
+    ) -> Result<()> {
+        let pitch = check_rows::<T, _>(name, matrix, matrix.memory.len, shape, alignment)?;
+        let (home, span) = (matrix.memory.home, matrix.span(shape));
+        self.tensor::<T>(name, home, span, pitch, alignment, false)
+    }
+
+    /// A matrix to write.
+    pub(super) fn output_rows<T>(
+        &mut self,
+        name: &'static str,
+        matrix: &Rows<Output<'_, T>>,
+        shape: [usize; 2],
+        alignment: usize,
+    ) -> Result<()> {
+        let pitch = check_rows::<T, _>(name, matrix, matrix.memory.len, shape, alignment)?;
+        let (home, span) = (matrix.memory.home, matrix.span(shape));
+        self.tensor::<T>(name, home, span, pitch, alignment, true)
+    }
+
+    /// A tensor to read, of any length.
+    pub(super) fn any_input<T>(&mut self, name: &'static str, input: &Input<'_, T>) -> Result<()> {
+        self.input(name, input, input.len, align_of::<T>())
     }
 
     /// Memory for what has to be kept between two kernels: at least `len` elements.
@@ -241,13 +356,7 @@ impl Check {
                 expected: len,
             });
         }
-        self.tensor::<T>(
-            name,
-            workspace.home,
-            workspace.span(),
-            align_of::<T>(),
-            true,
-        )
+        self.output(name, workspace, workspace.len, align_of::<T>())
     }
 
     fn tensor<T>(
@@ -255,6 +364,7 @@ impl Check {
         name: &'static str,
         home: Home,
         span: Span,
+        [row, stride]: [usize; 2],
         alignment: usize,
         written: bool,
     ) -> Result<()> {
@@ -273,6 +383,8 @@ impl Check {
             *slot = Tensor {
                 name,
                 span,
+                row,
+                stride,
                 written,
             };
             self.count += 1;
@@ -289,7 +401,7 @@ impl Check {
                 let again = other.written && other_index <= index;
                 let same =
                     written.span == other.span && in_place.contains(&(written.name, other.name));
-                if !again && !same && written.span.overlaps(other.span) {
+                if !again && !same && written.overlaps(other) {
                     return Err(Error::Overlap {
                         first: written.name,
                         second: other.name,
@@ -299,6 +411,41 @@ impl Check {
         }
         Ok(self.home.unwrap_or(Home::HOST))
     }
+}
+
+/// Bytes of a row, and from row to row.
+fn check_rows<T, M>(
+    name: &'static str,
+    matrix: &Rows<M>,
+    found: usize,
+    [rows, columns]: [usize; 2],
+    alignment: usize,
+) -> Result<[usize; 2]> {
+    let Rows {
+        columns: wide,
+        stride,
+        ..
+    } = *matrix;
+    if wide < columns {
+        let found = format_args!("{wide} columns wide");
+        return Err(Error::value(name, found, columns));
+    }
+    let step = (alignment / size_of::<T>()).max(1);
+    if !stride.is_multiple_of(step) || i32::try_from(stride).is_err() {
+        let found = format_args!("a matrix with a row every {stride} elements");
+        let expected = format_args!("a multiple of {step} below 2^31");
+        return Err(Error::value(name, found, expected));
+    }
+    let needed = extent([rows, columns], stride);
+    if found < needed {
+        return Err(Error::TooSmall {
+            argument: name,
+            found,
+            expected: needed,
+        });
+    }
+    same_length(name, found, found.min(rows.saturating_mul(stride)))?;
+    Ok([columns, stride].map(|elements| elements * size_of::<T>()))
 }
 
 fn same_length(argument: &'static str, found: usize, expected: usize) -> Result<()> {

@@ -32,7 +32,8 @@
 //! ```
 //!
 //! * Whatever is wrong with sizes, alignment, overlaps or contexts is an [`Error`] before anything is launched.
-//!   Tensors are contiguous; a part of a buffer is passed as a cudarc view.
+//!   Tensors are contiguous, and a part of a buffer is passed as a cudarc view; where an operation takes [`Rows`], they
+//!   may be columns of a larger matrix.
 //! * A launch does not wait, allocate or panic; only the first one of each kernel loads it. Operations that need scratch
 //!   memory take a workspace, and their shape says how large. So a sequence that has run once can be captured in a CUDA
 //!   graph (on a stream of its own, and with cudarc's event tracking switched off before anything is allocated).
@@ -43,6 +44,7 @@
 //! A new operation is one file here (see `activation.rs`), beside its kernels in `kernels/`.
 
 pub mod activation;
+pub mod attention;
 mod error;
 #[allow(unsafe_code)] // the boundary to the CUDA driver
 pub mod gpu;
@@ -56,4 +58,4 @@ pub mod memory;
 pub use error::{Error, Result};
 pub use gpu::{Gpu, OnStream};
 pub use launch::{Arg, Launch, Launcher};
-pub use memory::{Input, Output, Storage};
+pub use memory::{Input, Output, Rows, Storage};
