@@ -349,7 +349,7 @@ fn frozen_parameters_keep_their_bits() {
             .expect("a step");
     }
     let after = model.values().expect("values");
-    let trained = model.trained_count();
+    let (_, trained) = model.arena();
     assert!(before[..trained] != after[..trained]);
     assert!(
         before[trained..]

@@ -539,7 +539,7 @@ proptest! {
             if let Err(error) = model_from_bytes(&file, &bytes) {
                 prop_assert!(error.to_string().len() > 10);
             }
-            if let Err(error) = state_from_bytes(&file, &bytes, 100, 100) {
+            if let Err(error) = state_from_bytes(&file, &bytes, (100, 100)) {
                 prop_assert!(error.to_string().len() > 10);
             }
         }

@@ -136,12 +136,17 @@ impl<B: Backend> Model<B> {
 
     /// Number of parameters.
     pub fn parameter_count(&self) -> usize {
-        self.parameters.len()
+        self.parameters.count(false)
     }
 
     /// Number of parameters that training changes.
     pub fn trained_count(&self) -> usize {
-        self.parameters.trained()
+        self.parameters.count(true)
+    }
+
+    /// Length of the arena, and of its start that training changes: with the gaps between parameters.
+    pub fn arena(&self) -> (usize, usize) {
+        (self.parameters.len(), self.parameters.trained())
     }
 
     /// The whole arena; [`Parameter::span`] says what stands where.

@@ -53,9 +53,13 @@ impl Parameter {
     }
 }
 
+/// Every parameter begins at a multiple of so many numbers: 16 bytes in the narrowest type. What lies
+/// between two of them is 0 and stays so.
+const ALIGNMENT: usize = 8;
+
 /// All parameters of a model.
 ///
-/// Arena order: trained with decay, trained without, frozen; so that the optimiser needs two calls.
+/// Arena order: trained with decay, trained without, frozen; so that the optimiser needs one call.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Parameters {
     list: Vec<Parameter>,
@@ -95,7 +99,7 @@ impl Parameters {
         &self.list
     }
 
-    /// Number of elements of all.
+    /// Length of the arena.
     pub fn len(&self) -> usize {
         self.len
     }
@@ -105,9 +109,20 @@ impl Parameters {
         self.len == 0
     }
 
-    /// Number of elements that training changes.
+    /// Length of the part of the arena that training changes: its start.
     pub fn trained(&self) -> usize {
         self.decayed.len + self.plain.len
+    }
+
+    /// Number of parameters, or of those that training changes.
+    pub fn count(&self, trained_only: bool) -> usize {
+        let counted = |parameter: &&Parameter| parameter.trainable || !trained_only;
+        let lens = self
+            .list
+            .iter()
+            .filter(counted)
+            .map(|parameter| parameter.span.len);
+        lens.sum()
     }
 
     /// Initial values of the whole arena.
@@ -173,7 +188,7 @@ impl Declare {
             offset: self.start[group] + self.used[group],
             len: shape.iter().product(),
         };
-        self.used[group] += span.len;
+        self.used[group] += span.len.next_multiple_of(ALIGNMENT);
         let mut path = self.prefix.join(".");
         if !path.is_empty() {
             path.push('.');

@@ -269,13 +269,12 @@ pub fn save_state(path: &Path, state: &State) -> Result<(), Error> {
     write(path, tensors, &state.header)
 }
 
-/// Reads a state: `parameters` numbers, and moments of `trained` of them. `path` stands for it in
-/// errors.
+/// Reads a state: an arena of `parameters` numbers, and moments of `trained` of them. `path` stands
+/// for it in errors.
 pub fn state_from_bytes(
     path: &Path,
     bytes: &[u8],
-    parameters: usize,
-    trained: usize,
+    (parameters, trained): (usize, usize),
 ) -> Result<State, Error> {
     let (tensors, header): (_, StateHeader) = parse(path, bytes)?;
     check_version(path, header.version)?;

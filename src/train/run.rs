@@ -355,8 +355,7 @@ fn restore(
     batches: &mut Batches,
 ) -> Result<StateHeader, Error> {
     let file = folder.state();
-    let state =
-        checkpoint::state_from_bytes(&file, bytes, model.parameter_count(), model.trained_count())?;
+    let state = checkpoint::state_from_bytes(&file, bytes, model.arena())?;
     model.set_values(&state.parameters)?;
     training.set_moments(model, &state.first_moment, &state.second_moment)?;
     let position = state.header.position;
