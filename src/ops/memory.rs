@@ -149,13 +149,6 @@ macro_rules! memory {
                 Span { address: self.address, bytes: self.len.saturating_mul(size_of::<T>()) }
             }
 
-            /// Some of the elements; none where there are fewer.
-            pub fn slice(self, elements: Range<usize>) -> Self {
-                let (start, end) = (elements.start.min(self.len), elements.end);
-                let len = if end <= self.len { end.saturating_sub(start) } else { 0 };
-                Self { len, address: self.address + (start * size_of::<T>()) as u64, ..self }
-            }
-
             /// As a matrix: a row every `stride` elements. The last one may end where its columns do.
             pub fn rows(self, stride: usize) -> Rows<Self> {
                 Rows { memory: self, columns: stride, stride }
