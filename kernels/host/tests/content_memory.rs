@@ -230,6 +230,11 @@ fn tiles(n: usize) -> usize {
     n.div_ceil(TILE)
 }
 
+/// Elements behind a row: odd, unless the width is one that the kernels for short segments take.
+fn gap(width: usize) -> usize {
+    if width.is_multiple_of(16) { 8 } else { 3 }
+}
+
 fn read_only(view: Option<View>) -> Arg {
     Arg::Input(view.unwrap_or(View::NULL))
 }
@@ -238,11 +243,12 @@ impl<'a, T: Storage> Run<'a, T> {
     fn new(executor: &'a Executor, variant: &ContentMemory, pack: &Pack) -> Self {
         let (sequences, slots, width) = pack.memory.dim();
         let tokens = pack.tokens();
-        let mut keys = Array2::from_elem((tokens, 2 * width + 3), f64::NAN);
+        let gap = gap(width);
+        let mut keys = Array2::from_elem((tokens, 2 * width + gap), f64::NAN);
         keys.slice_mut(s![.., ..width]).assign(&pack.address_key);
         keys.slice_mut(s![.., width..2 * width])
             .assign(&pack.strength_key);
-        let mut value = Array2::from_elem((tokens, width + 1), f64::NAN);
+        let mut value = Array2::from_elem((tokens, width + gap), f64::NAN);
         value.slice_mut(s![.., ..width]).assign(&pack.value);
         Self {
             executor,
@@ -265,15 +271,15 @@ impl<'a, T: Storage> Run<'a, T> {
     }
 
     fn address_key(&self) -> Rows<'_, T> {
-        self.rows(&self.keys, 0, 2 * self.width + 3)
+        self.rows(&self.keys, 0, 2 * self.width + gap(self.width))
     }
 
     fn strength_key(&self) -> Rows<'_, T> {
-        self.rows(&self.keys, self.width, 2 * self.width + 3)
+        self.rows(&self.keys, self.width, 2 * self.width + gap(self.width))
     }
 
     fn values(&self) -> Rows<'_, T> {
-        self.rows(&self.value, 0, self.width + 1)
+        self.rows(&self.value, 0, self.width + gap(self.width))
     }
 
     fn rows<'b>(&self, buffer: &'b Buffer<T>, start: usize, stride: usize) -> Rows<'b, T> {
@@ -427,6 +433,93 @@ impl<'a, T: Storage> Run<'a, T> {
                 self.width_arg(),
             ],
         )?;
+        Ok((memory_next, read))
+    }
+
+    /// M′ and y, by the kernels for segments of up to 64 tokens.
+    fn forward_short(&self, tile: usize) -> Result<(Buffer<T>, Buffer<T>)> {
+        const PITCH: usize = 64;
+        let (width, rows) = (self.width, self.longest.next_multiple_of(16));
+        let tiles = self.slots.div_ceil(tile);
+        let blocks = self.sequences * tiles;
+        let lens = [
+            blocks * tile * rows * 2,
+            blocks * PITCH * 2 * 2,
+            tiles * self.tokens * width,
+        ];
+        let mut workspace = Workspace {
+            buffer: self.executor.scratch(lens.iter().sum()),
+            used: 0,
+        };
+        let [products, stats, shares] = lens.map(|len| workspace.take(len));
+        let memory_next = self.executor.scratch(self.memory.len());
+        let read = self.executor.scratch(self.tokens * width);
+
+        let (key, strength_key, value) = (self.address_key(), self.strength_key(), self.values());
+        let (memory, offsets) = (
+            Arg::Input(self.memory.view()),
+            Arg::Input(self.offsets.view()),
+        );
+        let numbers = |numbers: &[usize]| -> Vec<Arg> {
+            numbers
+                .iter()
+                .map(|&number| Arg::I32(number as i32))
+                .collect()
+        };
+        let launch = |name: &str, grid: [usize; 3], shared_bytes: usize, args: &[Arg]| {
+            if grid.contains(&0) {
+                return Ok(());
+            }
+            let launch = Launch {
+                shared_bytes: shared_bytes as u32,
+                ..Launch::new(grid.map(|n| n as u32), [THREADS as u32, 1, 1])
+            };
+            let name = format!("content_memory_short_{name}_{}", T::NAME);
+            self.executor.launch(&name, launch, args)
+        };
+        let mut args = vec![
+            memory,
+            Arg::Input(key.view()),
+            Arg::Input(strength_key.view()),
+            read_only(self.key_strength.as_ref().map(Buffer::view)),
+            read_only(self.bias.as_ref().map(Buffer::view)),
+            offsets,
+            Arg::Output(products),
+            Arg::Output(stats),
+        ];
+        args.extend(numbers(&[
+            self.slots,
+            width,
+            key.stride,
+            strength_key.stride,
+            tile,
+            rows,
+        ]));
+        args.extend([self.scale(), self.epsilon()]);
+        let grid = [tiles, self.sequences, 1];
+        launch("scores", grid, tile * 400 + rows * 864, &args)?;
+
+        let mut args = vec![
+            memory,
+            Arg::Input(products),
+            Arg::Input(stats),
+            Arg::Input(value.view()),
+            offsets,
+            Arg::Output(memory_next.view()),
+            Arg::Output(shares),
+        ];
+        let (sigmoid, paper) = (self.bias.is_some(), self.variant.erase == Erase::Paper);
+        let choices = [sigmoid, paper, self.write_then_read()].map(usize::from);
+        args.extend(numbers(&[self.slots, width, value.stride, tile, rows]));
+        args.extend(numbers(&choices));
+        let shared_bytes =
+            tile * (2 * width.next_multiple_of(64) + 16 + 4 * rows + 32) + rows * 384;
+        launch("update", grid, shared_bytes, &args)?;
+
+        let mut args = vec![Arg::Input(shares), Arg::Output(read.view())];
+        args.extend(numbers(&[tiles, self.tokens, width]));
+        let blocks = (self.tokens * width).div_ceil(1024);
+        launch("read", [blocks, 1, 1], 0, &args)?;
         Ok((memory_next, read))
     }
 
@@ -663,8 +756,16 @@ struct GradientBuffers<T> {
 }
 
 fn check_forward<T: Storage>(variant: &ContentMemory, pack: &Pack) {
+    compare_forward::<T>(variant, pack, |run| run.forward());
+}
+
+fn compare_forward<T: Storage>(
+    variant: &ContentMemory,
+    pack: &Pack,
+    forward: impl Fn(&Run<T>) -> Result<(Buffer<T>, Buffer<T>)>,
+) {
     let (memory_next, read) = in_every_order(|executor| {
-        let (memory_next, read) = unwrap(Run::<T>::new(executor, variant, pack).forward());
+        let (memory_next, read) = unwrap(forward(&Run::new(executor, variant, pack)));
         (Compared(memory_next.download()), Compared(read.download()))
     });
     let reference = pack.reference_forward(variant);
@@ -811,6 +912,19 @@ proptest! {
     }
 
     #[test]
+    fn short_segments_agree_with_the_reference(
+        mut shape in shape(), columns in 1..20_usize, tile in 1..7_usize, bits in 0..16_usize, seed: u64,
+    ) {
+        shape.width = 16 * columns;
+        shape.lengths.iter_mut().for_each(|length| *length = (*length).min(64));
+        let variant = variant(bits, shape.width, None);
+        let pack = draw::<bf16>(&variant, &shape, seed);
+        compare_forward::<bf16>(&variant, &pack, |run| run.forward_short(16 * tile));
+        let pack = draw::<f16>(&variant, &shape, seed);
+        compare_forward::<f16>(&variant, &pack, |run| run.forward_short(16 * tile));
+    }
+
+    #[test]
     fn backward_agrees_with_the_reference(shape in shape(), bits in 0..16_usize, seed: u64) {
         let variant = variant(bits, shape.width, None);
         check_random_backward::<f32>(&variant, &draw::<f32>(&variant, &shape, seed));
@@ -884,6 +998,24 @@ fn the_largest_shapes_agree_with_the_reference() {
 }
 
 #[test]
+fn the_largest_short_segments_agree_with_the_reference() {
+    for (lengths, slots, width, tile, bits) in [
+        (vec![64, 1], 97, 512, 96, 0),
+        (vec![50], 70, 1024, 64, 11),
+        (vec![1], 1290, 16, 96, 0),
+    ] {
+        let variant = variant(bits, width, None);
+        let shape = Shape {
+            lengths,
+            slots,
+            width,
+        };
+        let pack = draw::<bf16>(&variant, &shape, 7);
+        compare_forward::<bf16>(&variant, &pack, |run| run.forward_short(tile));
+    }
+}
+
+#[test]
 fn every_barrier_is_needed() {
     // Two steps of each sum, an empty sequence, and the choice of the best slots.
     let variant = variant(8, 33, Some(2));
@@ -909,6 +1041,18 @@ fn every_barrier_is_needed() {
     ] {
         assert_every_barrier_is_needed(file, source, run);
     }
+}
+
+#[test]
+fn every_barrier_of_the_short_kernels_is_needed() {
+    // Softmax over both, two tiles, five steps of the keys, three chunks of columns, and an empty sequence.
+    let variant = variant(2, 272, None);
+    let pack = Pack::draw::<bf16>(&variant, &[33, 0], 70, 272, 5);
+    let source = include_str!("../../content_memory_short.cu");
+    assert_every_barrier_is_needed("kernels/content_memory_short.cu", source, |executor| {
+        let run = Run::<bf16>::new(executor, &variant, &pack);
+        run.forward_short(48).map(drop)
+    });
 }
 
 /// A file of tests/fixtures/ops.
@@ -1013,5 +1157,9 @@ fn the_fixtures_come_out() {
 fn check_fixture<T: Storage>(fixture: &Fixture, variant: &ContentMemory) {
     let pack = fixture.pack::<T>(variant);
     check_forward::<T>(variant, &pack);
+    let width = pack.value.ncols();
+    if T::NAME != f32::NAME && variant.top_k.is_none() && width.is_multiple_of(16) {
+        compare_forward::<T>(variant, &pack, |run| run.forward_short(32));
+    }
     check_backward::<T>(variant, &pack, 0.0);
 }
