@@ -8,6 +8,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use dtmem::backend::Cpu;
 use dtmem::tasks::{Demonstrations, Task};
 use dtmem::train::checkpoint;
 use dtmem::train::config::Config;
@@ -50,6 +51,7 @@ pub fn train(arguments: &Train) -> Result<ExitCode> {
     let mut progress = Progress::new();
     let stop = stop_on_interrupt()?;
     let outcome = run::train(
+        Cpu::new(),
         &config,
         Options {
             folder: &folder,
@@ -82,7 +84,7 @@ pub fn train(arguments: &Train) -> Result<ExitCode> {
 /// `dtmem eval`.
 pub fn eval(arguments: &Eval) -> Result<ExitCode> {
     let file = Folder::new(&arguments.folder).model();
-    let (model, header) = checkpoint::load_model(&file)?;
+    let (model, header) = checkpoint::load_model(&file, Cpu::new())?;
     let config = &header.config;
     let Some(task) = &config.task else {
         return Err(format!(

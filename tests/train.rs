@@ -7,6 +7,7 @@ use std::process::{Command, Output, Stdio};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use dtmem::backend::Cpu;
 use dtmem::tasks::{Demonstrations, Task};
 use dtmem::train::Error;
 use dtmem::train::checkpoint::{load_model, model_from_bytes, state_from_bytes};
@@ -106,7 +107,7 @@ fn run(
         stop: &stop,
         watch: &mut watch,
     };
-    train(config, options)
+    train(Cpu::new(), config, options)
 }
 
 fn finish(config: &Config, folder: &Path, start: Start) -> Summary {
@@ -247,7 +248,11 @@ fn adapters_are_trained_on_a_base_that_stays_as_it_is() {
     let summary = finish(&config, folder.path(), Start::Fresh);
     // Five projections in two layers, each with A [2, 8] and B [8, 2].
     assert_eq!(summary.trained_parameters, 2 * 5 * 2 * 2 * 8);
-    let load = |folder| load_model(&Folder::new(folder).model()).unwrap().0;
+    let load = |folder| {
+        load_model(&Folder::new(folder).model(), Cpu::new())
+            .unwrap()
+            .0
+    };
     let (base, model) = (load(base), load(folder.path()));
     let (before, after) = (base.values().unwrap(), model.values().unwrap());
     let mut moved = 0;
@@ -338,7 +343,7 @@ fn a_kill_between_the_two_files_leaves_a_run_that_resumes() {
     let mut half = files.model().into_os_string();
     half.push(".tmp");
     std::fs::write(&half, &old_model[..old_model.len() / 2]).unwrap();
-    assert_eq!(load_model(&files.model()).unwrap().1.step, 4);
+    assert_eq!(load_model(&files.model(), Cpu::new()).unwrap().1.step, 4);
     finish(&config, folder.path(), Start::Resume);
     assert_eq!(model_bytes(folder.path()), model_bytes(finished().path()));
     // And before the first checkpoint there is nothing to lose.
@@ -360,7 +365,7 @@ fn loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint() {
         ],
     );
     let error = message(&wild, folder.path(), Start::Fresh);
-    let saved = load_model(&Folder::new(folder.path()).model())
+    let saved = load_model(&Folder::new(folder.path()).model(), Cpu::new())
         .unwrap()
         .1
         .step;
@@ -436,7 +441,7 @@ fn own_demonstrations_train_without_a_task() {
     let summary = finish(&config(HALLWAY, &[&path, "task="]), &out, Start::Fresh);
     assert_eq!((summary.task, summary.success_rate), (None, None));
     assert!(out.join("attention.png").exists());
-    load_model(&Folder::new(&out).model()).unwrap();
+    load_model(&Folder::new(&out).model(), Cpu::new()).unwrap();
     // The same demonstrations give the same losses, wherever they come from.
     let mine: Vec<f64> = lines(&out).iter().map(|line| line.action_loss).collect();
     let generated: Vec<f64> = lines(finished().path())
@@ -461,7 +466,7 @@ fn unwritable_folder_is_named_before_anything_is_generated() {
 #[test]
 fn evaluation_does_not_depend_on_how_many_act_at_once() {
     let folder = Folder::new(finished().path());
-    let (model, header) = load_model(&folder.model()).unwrap();
+    let (model, header) = load_model(&folder.model(), Cpu::new()).unwrap();
     let task = header.config.task.as_ref().unwrap();
     let stop = AtomicBool::new(false);
     let play = |episodes| {
@@ -502,14 +507,16 @@ fn checkpoint_of_another_model_is_refused_by_name() {
             let mut other = bytes.clone();
             // Everything before the tensors is ASCII, so places agree.
             other[place..place + from.len()].copy_from_slice(to.as_bytes());
-            let error = model_from_bytes(path, &other).unwrap_err().to_string();
+            let error = model_from_bytes(path, &other, Cpu::new())
+                .unwrap_err()
+                .to_string();
             assert!(error.contains(part), "{to}: {error}");
         } else {
             assert!(part.is_empty(), "{from} is not in the header");
         }
     }
     for length in [0, 7, 8, 100, bytes.len() - 1] {
-        let error = model_from_bytes(path, &bytes[..length])
+        let error = model_from_bytes(path, &bytes[..length], Cpu::new())
             .unwrap_err()
             .to_string();
         assert!(error.contains("other.safetensors"), "{error}");
@@ -536,7 +543,7 @@ proptest! {
             if let Some(cut) = cut {
                 bytes.truncate(cut.index(bytes.len()));
             }
-            if let Err(error) = model_from_bytes(&file, &bytes) {
+            if let Err(error) = model_from_bytes(&file, &bytes, Cpu::new()) {
                 prop_assert!(error.to_string().len() > 10);
             }
             if let Err(error) = state_from_bytes(&file, &bytes, (100, 100)) {
@@ -711,7 +718,7 @@ fn interrupt_saves_and_says_how_to_go_on() {
         hint.contains("dtmem train toy.toml --set 'train.steps=1000000' --out runs/toy --resume"),
         "{hint}"
     );
-    let (_, header) = load_model(&files.model()).unwrap();
+    let (_, header) = load_model(&files.model(), Cpu::new()).unwrap();
     assert!(
         header.step > 0 && hint.contains(&format!("step {}", header.step)),
         "{hint}"

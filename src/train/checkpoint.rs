@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::Error;
 use super::config::{Config, least_parameters, validate_spaces};
 use super::data::Position;
-use crate::backend::Cpu;
+use crate::backend::{Backend, Cpu};
 use crate::model::{Model, Spaces};
 use crate::tasks::write_beside;
 
@@ -115,7 +115,11 @@ impl ModelHeader {
 }
 
 /// Writes a model's parameters by name.
-pub fn save_model(path: &Path, model: &Model<Cpu<f32>>, header: &ModelHeader) -> Result<(), Error> {
+pub fn save_model<B: Backend<Element = f32>>(
+    path: &Path,
+    model: &Model<B>,
+    header: &ModelHeader,
+) -> Result<(), Error> {
     let bytes: Vec<u8> = to_bytes(&model.values()?);
     let tensors = model.parameters().iter().map(|parameter| {
         let range = parameter.span.range();
@@ -128,20 +132,24 @@ pub fn save_model(path: &Path, model: &Model<Cpu<f32>>, header: &ModelHeader) ->
 }
 
 /// Reads a model that [`save_model`] wrote, every value checked.
-pub fn load_model(path: &Path) -> Result<(Model<Cpu<f32>>, ModelHeader), Error> {
+pub fn load_model<B: Backend<Element = f32>>(
+    path: &Path,
+    backend: B,
+) -> Result<(Model<B>, ModelHeader), Error> {
     let bytes = std::fs::read(path).map_err(Error::io("read it", path))?;
-    model_from_bytes(path, &bytes)
+    model_from_bytes(path, &bytes, backend)
 }
 
 /// As [`load_model`], from memory; `path` stands for it in errors.
-pub fn model_from_bytes(
+pub fn model_from_bytes<B: Backend<Element = f32>>(
     path: &Path,
     bytes: &[u8],
-) -> Result<(Model<Cpu<f32>>, ModelHeader), Error> {
+    backend: B,
+) -> Result<(Model<B>, ModelHeader), Error> {
     let (tensors, header): (_, ModelHeader) = parse(path, bytes)?;
     header.validate(path, bytes.len() / 4)?;
     let mut model = Model::new(
-        Cpu::<f32>::new(),
+        backend,
         header.config.model.clone(),
         header.spaces.clone(),
         header.config.supervision(),
@@ -172,8 +180,11 @@ pub fn model_from_bytes(
 
 /// Copies the parameters of a model file into a model that has all of them, by name. Returns how
 /// many numbers the file did not have; only trainable ones may be missing, such as adapters.
-pub fn start_from(path: &Path, model: &mut Model<Cpu<f32>>) -> Result<usize, Error> {
-    let (base, _) = load_model(path)?;
+pub fn start_from<B: Backend<Element = f32>>(
+    path: &Path,
+    model: &mut Model<B>,
+) -> Result<usize, Error> {
+    let (base, _) = load_model(path, Cpu::<f32>::new())?;
     let (base_values, mut values) = (base.values()?, model.values()?);
     let (ours, theirs) = (model.parameters(), base.parameters());
     let differs = |name: &str, found: String, expected: String| {

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use super::Error;
-use crate::backend::Cpu;
+use crate::backend::Backend;
 use crate::model::{Actor, Model, ModelConfig, Spaces};
 use crate::tasks::{Split, Task};
 
@@ -77,8 +77,8 @@ pub fn wilson(successes: u64, episodes: u64) -> [f64; 2] {
 
 /// Plays episodes never seen in training, with the greedy action and the full history. `progress`
 /// is told how many episodes are done. None if `stop` was set meanwhile.
-pub fn evaluate(
-    model: &Model<Cpu<f32>>,
+pub fn evaluate<B: Backend<Element = f32>>(
+    model: &Model<B>,
     task: &Task,
     conditions: &Conditions,
     stop: &AtomicBool,
@@ -116,8 +116,8 @@ struct Played {
     returns: f64,
 }
 
-fn play(
-    model: &Model<Cpu<f32>>,
+fn play<B: Backend<Element = f32>>(
+    model: &Model<B>,
     task: &Task,
     conditions: &Conditions,
     episodes: std::ops::Range<u64>,

@@ -14,7 +14,7 @@ use super::evaluate::{self, Conditions, Evaluation};
 use super::metrics::{MetricsFile, Window, per_second};
 use super::schedule::Schedule;
 use super::{Error, plots};
-use crate::backend::Cpu;
+use crate::backend::Backend;
 use crate::model::{Model, OptimiserStep, StepMetrics, Training};
 use crate::tasks::{Demonstrations, Split, Task, write_beside};
 
@@ -166,10 +166,10 @@ pub struct Summary {
 
 impl Summary {
     /// The summary of a model that was trained or only evaluated for `seconds`, over `tokens`.
-    pub fn new(
+    pub fn new<B: Backend<Element = f32>>(
         task: Option<&Task>,
         evaluation: Option<&Evaluation>,
-        model: &Model<Cpu<f32>>,
+        model: &Model<B>,
         steps: u64,
         tokens: u64,
         seconds: f64,
@@ -188,8 +188,13 @@ impl Summary {
     }
 }
 
-/// Trains as the configuration says, from the start or from where the folder's run was left.
-pub fn train(config: &Config, options: Options) -> Result<Outcome, Error> {
+/// Trains on a backend as the configuration says, from the start or from where the folder's run was
+/// left.
+pub fn train<B: Backend<Element = f32>>(
+    backend: B,
+    config: &Config,
+    options: Options,
+) -> Result<Outcome, Error> {
     let Options {
         folder,
         start,
@@ -211,12 +216,7 @@ pub fn train(config: &Config, options: Options) -> Result<Outcome, Error> {
         (Some(steps), _) => steps,
         (None, epochs) => order.steps_of(epochs.unwrap_or_default()),
     };
-    let mut model = Model::new(
-        Cpu::<f32>::new(),
-        config.model.clone(),
-        spaces,
-        config.supervision(),
-    )?;
+    let mut model = Model::new(backend, config.model.clone(), spaces, config.supervision())?;
     let mut training = Training::new(&model, capacity, config.train.shards)?;
     info!(
         "model: {} parameters, {} of them trained; {steps} steps of at most {} tokens",
@@ -347,11 +347,11 @@ pub fn without_memory(task: &Task) -> String {
 }
 
 /// Puts a saved state back.
-fn restore(
+fn restore<B: Backend<Element = f32>>(
     folder: &Folder,
     bytes: &[u8],
-    model: &mut Model<Cpu<f32>>,
-    training: &mut Training<Cpu<f32>>,
+    model: &mut Model<B>,
+    training: &mut Training<B>,
     batches: &mut Batches,
 ) -> Result<StateHeader, Error> {
     let file = folder.state();
@@ -372,7 +372,7 @@ fn restore(
 }
 
 /// A run under way.
-struct Run<'a> {
+struct Run<'a, B: Backend> {
     config: &'a Config,
     folder: &'a Folder,
     target_return: f64,
@@ -380,12 +380,12 @@ struct Run<'a> {
     metrics: MetricsFile,
     saved_step: Option<u64>,
     state: StateHeader,
-    model: Model<Cpu<f32>>,
-    training: Training<Cpu<f32>>,
+    model: Model<B>,
+    training: Training<B>,
     batches: Batches<'a>,
 }
 
-impl Run<'_> {
+impl<B: Backend<Element = f32>> Run<'_, B> {
     /// Steps until the end or until `stop`, and saves.
     fn learn(&mut self, stop: &AtomicBool, watch: &mut dyn FnMut(Event)) -> Result<(), Error> {
         let train = &self.config.train;
@@ -577,9 +577,9 @@ const MOST_DRAWN: usize = 2048;
 
 /// Draws the first supervised head (or the first of all) beside its target, for the first unseen
 /// episode, or for the first demonstration if there is no task.
-fn draw_attention(
+fn draw_attention<B: Backend>(
     config: &Config,
-    model: &Model<Cpu<f32>>,
+    model: &Model<B>,
     data: &TrainingData,
     path: &Path,
 ) -> Result<(), Error> {
