@@ -7,14 +7,16 @@
 // Gradient, parameters and moments are f32 [n], aligned to 16 bytes; `copy` [n] is what the model computes with, the
 // parameters rounded to bf16 or f16. Decay applies to the first `decayed` parameters: the arena has them in front. The
 // factors of a step, rounded once from f64, and the scale lie in device memory, so that a captured graph can be replayed
-// with those of the next step and no norm has to come back to the host.
+// with those of the next step and no norm has to come back to the host. Where the norm is infinite or NaN, so that the
+// scale is NaN, a step changes nothing.
 //
 // A thread owns four parameters. Bound by memory: gradient, p, m, v read and p, m, v written, 28 bytes a parameter (30
 // with a copy), ≈ 15 operations. sum_of_squares reads 4 bytes a number; a fixed number of blocks walks over them, each
 // thread in one order, so that the sum depends on n and the grid alone.
 //
 // History
-//   1  this version
+//   1  one launch for the whole arena
+//   2  steps with a scale of NaN are left out
 
 #include "reduce.cuh"
 #include "types.cuh"
@@ -57,6 +59,7 @@ __device__ inline void adamw(const float* factors, const float* scale, const flo
                              float* first, float* second, T* copy, int64_t n, int64_t decayed) {
     const int64_t start = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kSize;
     const float factor = scale != nullptr ? *scale : 1.0f;
+    if (factor != factor) return;
     if (start + kSize <= n) {
         update<kSize>(factors, factor, gradient, parameter, first, second, copy, start, decayed);
     } else {
@@ -104,7 +107,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) sum_of_squares(const floa
     if (threadIdx.x == 0) partial[blockIdx.x] = sum;
 }
 
-// norm = √Σ partial; scale = 1 where norm ≤ max_norm, else max_norm/norm (NaN for a norm that is NaN).
+// norm = √Σ partial; scale = 1 where norm ≤ max_norm, else max_norm/norm, but NaN where the norm is infinite or NaN.
 // grid 1, block 256. norm_and_scale [2].
 extern "C" __global__ void __launch_bounds__(kThreads)
     clip_scale(const float* partial, float* norm_and_scale, int32_t count, float max_norm) {
@@ -115,6 +118,6 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     if (threadIdx.x == 0) {
         const float norm = sqrtf(sum);
         norm_and_scale[0] = norm;
-        norm_and_scale[1] = norm <= max_norm ? 1.0f : max_norm / norm;
+        norm_and_scale[1] = !(norm < INFINITY) ? NAN : norm <= max_norm ? 1.0f : max_norm / norm;
     }
 }

@@ -74,9 +74,11 @@ pub fn sum_of_squares<T: Scalar>(gradient: &[T]) -> f64 {
 }
 
 /// The factor that brings a gradient of this norm down to `max_norm`: min(1, max_norm/norm), 1 for
-/// a norm of 0, NaN for a norm that is NaN.
+/// a norm of 0, NaN for a norm that is not finite.
 pub fn clip_scale(norm: f64, max_norm: f64) -> f64 {
-    if norm <= max_norm {
+    if !norm.is_finite() {
+        f64::NAN
+    } else if norm <= max_norm {
         1.0
     } else {
         max_norm / norm

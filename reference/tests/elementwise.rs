@@ -565,6 +565,7 @@ fn clipping_scales_down_to_the_largest_norm_and_never_up() {
     assert_eq!(optimiser::clip_scale(0.0, 1.0), 1.0);
     assert_eq!(optimiser::clip_scale(0.0, 0.0), 1.0);
     assert!(optimiser::clip_scale(f64::NAN, 1.0).is_nan());
+    assert!(optimiser::clip_scale(f64::INFINITY, 1.0).is_nan());
 }
 
 #[test]

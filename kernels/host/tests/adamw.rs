@@ -194,10 +194,38 @@ proptest! {
 }
 
 #[test]
-fn a_norm_that_is_not_a_number_stays_one() {
-    let x = Array1::from_vec(vec![1.0, f64::NAN, 2.0]);
-    let found = norm_and_scale(&Executor::new(), &x, 2, 1.0).unwrap();
-    assert!(found.iter().all(|x| x.is_nan()), "{found:?}");
+fn a_norm_that_is_not_finite_has_no_scale() {
+    for (x, max_norm) in [
+        (f64::NAN, 1.0),
+        (f64::INFINITY, 1.0),
+        (1e30, f32::INFINITY), // its square
+    ] {
+        let gradient = Array1::from_vec(vec![1.0, x, 2.0]);
+        let found = norm_and_scale(&Executor::new(), &gradient, 2, max_norm).unwrap();
+        assert!(!found[0].is_finite() && found[1].is_nan(), "{found:?}");
+    }
+}
+
+#[test]
+fn a_step_without_a_scale_changes_nothing() {
+    let executor = Executor::new();
+    let (factors, scale) = (executor.upload(&[0.5_f32; 8]), executor.upload(&[f32::NAN]));
+    let before: Vec<f32> = (1..10).map(|x| x as f32).collect();
+    let state = [(); 4].map(|()| executor.upload(&before));
+    let [gradient, parameter, first, second] = state.each_ref().map(|x| x.view());
+    let args = [
+        Arg::Input(factors.view()),
+        Arg::Input(scale.view()),
+        Arg::Input(gradient),
+        Arg::Output(parameter),
+        Arg::Output(first),
+        Arg::Output(second),
+        Arg::I64(9),
+        Arg::I64(5),
+    ];
+    let launch = Launch::new([1, 1, 1], [THREADS, 1, 1]);
+    executor.launch("adamw_f32", launch, &args).unwrap();
+    assert!(state.iter().all(|x| x.download() == before));
 }
 
 #[test]
