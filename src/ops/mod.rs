@@ -44,6 +44,7 @@
 //! A new operation is one file here (see `activation.rs`), beside its kernels in `kernels/`.
 
 pub mod activation;
+pub mod adamw;
 pub mod attention;
 mod error;
 #[allow(unsafe_code)] // the boundary to the CUDA driver

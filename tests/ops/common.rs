@@ -30,7 +30,7 @@ impl Number for f32 {
 impl Number for bf16 {
     const TOLERANCE: f64 = 1.5e-2;
     fn round(x: f64) -> Self {
-        Self::from_f64(x)
+        Self::from_f32(x as f32) // from_f64 forgets the low bits of x
     }
     fn widen(self) -> f64 {
         self.to_f64()
@@ -40,7 +40,7 @@ impl Number for bf16 {
 impl Number for f16 {
     const TOLERANCE: f64 = 1.5e-2;
     fn round(x: f64) -> Self {
-        Self::from_f64(x)
+        Self::from_f32(x as f32) // from_f64 forgets the low bits of x
     }
     fn widen(self) -> f64 {
         self.to_f64()

@@ -2,6 +2,7 @@
 //! reference, and the same on a GPU where there is one. One module for each operation.
 
 mod activation;
+mod adamw;
 mod attention;
 mod common;
 mod layer_norm;
