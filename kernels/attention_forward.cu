@@ -282,17 +282,17 @@ ATTENTION_FORWARD_WIDTHS(f32, float)
 ATTENTION_FORWARD_WIDTHS(bf16, bf16)
 ATTENTION_FORWARD_WIDTHS(f16, f16)
 
-// loss = Σ row_loss / divisor and factor = 1 / divisor, both 0 when nothing is annotated. The divisor counts, for each
+// sum = Σ row_loss; loss = sum / divisor and factor = 1 / divisor, both 0 when nothing is annotated. The divisor counts, for each
 // supervised head and query of an annotated sequence, the sequence's keys (`square`) or those that the mask shows.
 // One block of 1024 threads.
 extern "C" __global__ void __launch_bounds__(1024)
     attention_loss(const float* row_loss, const int32_t* cu_seqlens_q, const int32_t* cu_seqlens_k, const int32_t* groups,
-                   const uint8_t* annotated, float* loss, float* factor, int32_t sequences, int32_t supervised,
-                   int32_t mask, int32_t window, int32_t square) {
+                   const uint8_t* annotated, float* sum, float* loss, float* factor, int32_t sequences,
+                   int32_t supervised, int32_t mask, int32_t window, int32_t square) {
     __shared__ float sums[1024];
     __shared__ int64_t counts[1024];
     const int thread = static_cast<int>(threadIdx.x);
-    float sum = 0.0f;
+    float own = 0.0f;
     int64_t count = 0;
     for (int token = thread; token < cu_seqlens_q[sequences]; token += 1024) {
         int query;
@@ -301,9 +301,9 @@ extern "C" __global__ void __launch_bounds__(1024)
         if (annotated[sequence.index] == 0) continue;
         const Run run = Mask{mask, window, groups}.visible(sequence, query);
         count += square != 0 ? sequence.keys : run.end - run.begin;
-        for (int slot = 0; slot < supervised; ++slot) sum += row_loss[static_cast<int64_t>(token) * supervised + slot];
+        for (int slot = 0; slot < supervised; ++slot) own += row_loss[static_cast<int64_t>(token) * supervised + slot];
     }
-    sums[thread] = sum;
+    sums[thread] = own;
     counts[thread] = count;
     for (int half = 512; half > 0; half /= 2) {
         __syncthreads();
@@ -315,6 +315,7 @@ extern "C" __global__ void __launch_bounds__(1024)
     if (thread == 0) {
         const int64_t divisor = counts[0] * supervised;
         const float inverse = divisor == 0 ? 0.0f : 1.0f / static_cast<float>(divisor);
+        *sum = sums[0];
         *loss = sums[0] * inverse;
         *factor = inverse;
     }

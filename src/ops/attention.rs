@@ -131,7 +131,9 @@ pub struct MemoryLoss<'a> {
     pub supervision: Supervision<'a>,
     /// What the sum is divided by.
     pub denominator: Denominator,
-    /// \[1\]; 0 where nothing is annotated.
+    /// Sum of the losses of all rows \[1\].
+    pub sum: Output<'a, f32>,
+    /// The sum divided \[1\]; 0 where nothing is annotated.
     pub loss: Output<'a, f32>,
     /// 1/divisor, kept for the backward pass \[1\]; 0 where nothing is annotated.
     pub factor: Output<'a, f32>,
@@ -297,6 +299,7 @@ impl Shape {
         if let Some(loss) = memory_loss {
             self.check_supervision(&mut check, &loss.supervision)?;
             let rows = self.queries * loss.supervision.heads;
+            check.output("sum", &loss.sum, 1, 1)?;
             check.output("loss", &loss.loss, 1, 1)?;
             check.output("factor", &loss.factor, 1, 1)?;
             check.output("peak", &loss.peak, rows, 1)?;
@@ -360,6 +363,7 @@ impl Shape {
                     cu_seqlens_k,
                     groups,
                     Arg::Input(loss.supervision.annotated.span()),
+                    Arg::Output(loss.sum.span()),
                     Arg::Output(loss.loss.span()),
                     Arg::Output(loss.factor.span()),
                     Arg::I32(self.sequences as i32),

@@ -200,7 +200,7 @@ fn check<T: Number>(
     let mut out = machine.scratch::<T>(queries * wide_q);
     let mut lse = machine.scratch::<f32>(queries * heads);
     let rows = queries * supervised.len();
-    let [mut loss, mut factor] = [(); 2].map(|()| machine.scratch::<f32>(1));
+    let [mut sum, mut loss, mut factor] = [(); 3].map(|()| machine.scratch::<f32>(1));
     let mut peak = machine.scratch::<i32>(rows);
     let [mut shift, mut at_peak, mut row_loss] = [(); 3].map(|()| machine.scratch::<f32>(rows));
     let [q_rows, k_rows, v_rows] = inputs();
@@ -215,6 +215,7 @@ fn check<T: Number>(
         memory_loss: (!supervised.is_empty()).then(|| MemoryLoss {
             supervision: supervision(),
             denominator: Denominator::Causal,
+            sum: machine.output(&mut sum),
             loss: machine.output(&mut loss),
             factor: machine.output(&mut factor),
             peak: machine.output(&mut peak),
@@ -318,6 +319,8 @@ fn check<T: Number>(
     if !supervised.is_empty() {
         let expected = Array1::from_elem(1, expected_loss);
         assert_close("loss", &machine.download(&loss), &expected, f32::TOLERANCE);
+        let [sum, factor] = [&sum, &factor].map(|x| machine.download(x)[0]);
+        assert_close("sum·factor", &[sum * factor], &expected, f32::TOLERANCE);
     }
     // Where a row sees few keys, or one of them takes all, dP − Δ is 0 but for the rounding of `out`.
     let least = grad_out.iter().map(|x| x * x).sum::<f64>().sqrt();

@@ -364,7 +364,7 @@ fn run<T: Storage>(executor: &Executor, case: &Case) -> Result<Run<T>> {
     let rows = tokens_q * case.supervised.len();
     let peak = executor.scratch::<i32>(rows);
     let [shift, at_peak, row_loss] = [(); 3].map(|()| executor.scratch::<f32>(rows));
-    let [loss, factor] = [(); 2].map(|()| executor.scratch::<f32>(1));
+    let [sum, loss, factor] = [(); 3].map(|()| executor.scratch::<f32>(1));
     let grad_memory_loss = executor.upload(&[case.grad_memory_loss()]);
 
     let row_bytes = width * size_of::<T>();
@@ -426,6 +426,7 @@ fn run<T: Storage>(executor: &Executor, case: &Case) -> Result<Run<T>> {
         args.extend(pack);
         args.extend([
             Arg::Input(annotated.view()),
+            Arg::Output(sum.view()),
             Arg::Output(loss.view()),
             Arg::Output(factor.view()),
             Arg::I32(sequences as i32),
