@@ -419,6 +419,10 @@ pub trait Backend: Sync {
     type Buffer: Debug + Send + Sync;
     /// A batch in the backend's memory.
     type Batch: Default + Debug + Send + Sync;
+    /// What [`Self::attention`] keeps for its backward pass.
+    type AttentionState: Debug + Send + Sync;
+    /// The memory after each segment, and what else [`Self::memory`] keeps for its backward pass.
+    type MemoryState: Debug + Send + Sync;
 
     /// Short name for messages: `cpu`.
     fn name(&self) -> &'static str;
@@ -631,15 +635,22 @@ pub trait Backend: Sync {
         gradients: &mut Self::Buffer,
     ) -> Result<()>;
 
-    /// Packed causal attention; `out` [tokens, width], `lse` [tokens, heads]. A supervised layer
-    /// writes [`Metric::MemoryLoss`].
+    /// A state for up to `tokens` tokens.
+    fn attention_state(&self, attention: &Attention, tokens: usize)
+    -> Result<Self::AttentionState>;
+
+    /// The log-sum-exp of every query [tokens, heads].
+    fn log_sum_exp<'a>(&self, state: &'a Self::AttentionState) -> &'a Self::Buffer;
+
+    /// Packed causal attention; `out` [tokens, width]. A supervised layer writes
+    /// [`Metric::MemoryLoss`].
     fn attention(
         &self,
         batch: &Self::Batch,
         attention: &Attention,
         qkv: &Self::Buffer,
         out: &mut Self::Buffer,
-        lse: &mut Self::Buffer,
+        state: &mut Self::AttentionState,
         metrics: &mut Self::Buffer,
     ) -> Result<()>;
 
@@ -650,7 +661,7 @@ pub trait Backend: Sync {
         attention: &Attention,
         qkv: &Self::Buffer,
         out: &Self::Buffer,
-        lse: &Self::Buffer,
+        state: &Self::AttentionState,
         grad_out: &Self::Buffer,
         grad_qkv: &mut Self::Buffer,
     ) -> Result<()>;
@@ -666,11 +677,18 @@ pub trait Backend: Sync {
         rows: &[usize],
         prefix: usize,
         out: &mut Self::Buffer,
-        lse: &mut Self::Buffer,
+        state: &mut Self::AttentionState,
     ) -> Result<()>;
 
-    /// The chain over the segments of each sequence. `states` [segments, N·D] keeps the memory
-    /// after each segment; `read` [tokens, D].
+    /// A state for up to so many tokens and segments of all sequences.
+    fn memory_state(
+        &self,
+        memory: &Memory,
+        tokens: usize,
+        segments: usize,
+    ) -> Result<Self::MemoryState>;
+
+    /// The chain over the segments of each sequence; `read` [tokens, D].
     fn memory(
         &self,
         batch: &Self::Batch,
@@ -678,7 +696,7 @@ pub trait Backend: Sync {
         parameters: &Self::Buffer,
         start: MemoryStart<Self::Buffer>,
         inputs: MemoryInputs<Self::Buffer>,
-        states: &mut Self::Buffer,
+        state: &mut Self::MemoryState,
         read: &mut Self::Buffer,
     ) -> Result<()>;
 
@@ -690,7 +708,7 @@ pub trait Backend: Sync {
         memory: &Memory,
         parameters: &Self::Buffer,
         inputs: MemoryInputs<Self::Buffer>,
-        states: &Self::Buffer,
+        state: &Self::MemoryState,
         grad_read: &Self::Buffer,
         input_gradients: MemoryGradients<Self::Buffer>,
         grad_states: &mut Self::Buffer,
@@ -702,7 +720,7 @@ pub trait Backend: Sync {
         &self,
         batch: &Self::Batch,
         memory: &Memory,
-        states: &Self::Buffer,
+        state: &Self::MemoryState,
         slots: &[usize],
         to: &mut Self::Buffer,
     ) -> Result<()>;

@@ -53,7 +53,7 @@ pub(super) struct BlockActivations<B: Backend> {
     pub attention_statistics: B::Buffer,
     pub qkv: B::Buffer,
     pub attended: B::Buffer,
-    pub lse: B::Buffer,
+    pub attention: B::AttentionState,
     /// The residual stream after attention.
     pub middle: B::Buffer,
     pub memory: Option<MemoryActivations<B>>,
@@ -78,7 +78,7 @@ pub(super) struct MemoryActivations<B: Backend> {
     pub strength_adapted: B::Buffer,
     pub key_strength_in: B::Buffer,
     pub key_strength: B::Buffer,
-    pub states: B::Buffer,
+    pub state: B::MemoryState,
     pub read: B::Buffer,
     /// The residual stream after the memory layer.
     pub out: B::Buffer,
@@ -144,7 +144,7 @@ impl<B: Backend> BlockActivations<B> {
             attention_statistics: backend.buffer(2 * tokens, Kind::Exact)?,
             qkv: backend.buffer(3 * rows, Kind::Activation)?,
             attended: backend.buffer(rows, Kind::Activation)?,
-            lse: backend.buffer(tokens * config.heads, Kind::Exact)?,
+            attention: backend.attention_state(&block.attention, tokens)?,
             middle: backend.buffer(rows, Kind::Activation)?,
             memory: match &block.memory {
                 Some(memory) => Some(MemoryActivations::new(backend, memory, capacity)?),
@@ -162,7 +162,6 @@ impl<B: Backend> MemoryActivations<B> {
     fn new(backend: &B, network: &MemoryNetwork, capacity: Capacity) -> Result<Self> {
         let tokens = capacity.tokens;
         let rows = tokens * network.memory.width;
-        let state = network.memory.slots * network.memory.width;
         Ok(Self {
             normed: backend.buffer(rows, Kind::Activation)?,
             statistics: backend.buffer(2 * tokens, Kind::Exact)?,
@@ -175,7 +174,7 @@ impl<B: Backend> MemoryActivations<B> {
                 .buffer(tokens * network.strength_query.ranks(), Kind::Activation)?,
             key_strength_in: backend.buffer(tokens, Kind::Activation)?,
             key_strength: backend.buffer(tokens, Kind::Activation)?,
-            states: backend.buffer(capacity.segments * state, Kind::Activation)?,
+            state: backend.memory_state(&network.memory, tokens, capacity.segments)?,
             read: backend.buffer(rows, Kind::Activation)?,
             out: backend.buffer(rows, Kind::Activation)?,
         })

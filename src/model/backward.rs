@@ -371,7 +371,7 @@ impl<B: Backend> Model<B> {
             &block.attention,
             &acts.qkv,
             &acts.attended,
-            &acts.lse,
+            &acts.attention,
             &grads.branch,
             &mut grads.qkv,
         )?;
@@ -434,7 +434,7 @@ impl<B: Backend> Model<B> {
             &network.memory,
             &self.values,
             inputs,
-            &acts.states,
+            &acts.state,
             &grads.branch,
             input_gradients,
             &mut grads.states,

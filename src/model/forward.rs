@@ -290,7 +290,7 @@ impl<B: Backend> Model<B> {
                 &block.attention,
                 &acts.qkv,
                 &mut acts.attended,
-                &mut acts.lse,
+                &mut acts.attention,
                 metrics,
             )?,
             Some(state) => backend.attention_cached(
@@ -301,7 +301,7 @@ impl<B: Backend> Model<B> {
                 state.rows,
                 state.prefix,
                 &mut acts.attended,
-                &mut acts.lse,
+                &mut acts.attention,
             )?,
         }
         self.linear(
@@ -464,12 +464,12 @@ impl<B: Backend> Model<B> {
             &self.values,
             start,
             inputs,
-            &mut acts.states,
+            &mut acts.state,
             &mut acts.read,
         )?;
         if let Some(state) = acting.as_mut().filter(|state| state.commit) {
             let to = &mut state.memories[index];
-            backend.commit_memory(batch, &network.memory, &acts.states, state.rows, to)?;
+            backend.commit_memory(batch, &network.memory, &acts.state, state.rows, to)?;
         }
         self.linear(
             rows,

@@ -249,8 +249,8 @@ impl<B: Backend> Model<B> {
         let mut lse = vec![B::Element::default(); counts.tokens * heads];
         self.backend
             .download(&acts.blocks[layer].qkv, 0, &mut qkv)?;
-        self.backend
-            .download(&acts.blocks[layer].lse, 0, &mut lse)?;
+        let kept = self.backend.log_sum_exp(&acts.blocks[layer].attention);
+        self.backend.download(kept, 0, &mut lse)?;
         let tokens = batch.cu_seqlens.get(1).map_or(0, |&end| end as usize);
         let by_segment = self.config.attention == AttentionSpan::Segment;
         let scale = self.network.blocks[layer].attention.scale();

@@ -514,6 +514,10 @@ impl<T: Scalar> Backend for Cpu<T> {
     type Element = T;
     type Buffer = Vec<T>;
     type Batch = PackedBatch;
+    /// The log-sum-exp [tokens, heads].
+    type AttentionState = Vec<T>;
+    /// The memory after each segment [segments, N·D].
+    type MemoryState = Vec<T>;
 
     fn name(&self) -> &'static str {
         "cpu"
@@ -1159,6 +1163,14 @@ impl<T: Scalar> Backend for Cpu<T> {
         Ok(())
     }
 
+    fn attention_state(&self, attention: &Attention, tokens: usize) -> Result<Vec<T>> {
+        self.buffer(tokens * attention.heads, Kind::Exact)
+    }
+
+    fn log_sum_exp<'a>(&self, state: &'a Vec<T>) -> &'a Vec<T> {
+        state
+    }
+
     fn attention(
         &self,
         batch: &PackedBatch,
@@ -1248,6 +1260,10 @@ impl<T: Scalar> Backend for Cpu<T> {
         let lse = matrix_mut(NAME, lse, batch.tokens(), attention.heads)?;
         heads.forward(heads.task(), out, lse)?;
         Ok(())
+    }
+
+    fn memory_state(&self, memory: &Memory, _tokens: usize, segments: usize) -> Result<Vec<T>> {
+        self.buffer(segments * memory.slots * memory.width, Kind::Exact)
     }
 
     fn memory(
