@@ -46,6 +46,7 @@
 pub mod activation;
 pub mod adamw;
 pub mod attention;
+pub mod content_memory;
 mod error;
 #[allow(unsafe_code)] // the boundary to the CUDA driver
 pub mod gpu;

@@ -5,6 +5,7 @@ mod activation;
 mod adamw;
 mod attention;
 mod common;
+mod content_memory;
 mod layer_norm;
 mod machines;
 mod refusals;

@@ -1,0 +1,950 @@
+//! Content-addressed memory: one segment of each sequence of a pack. Kernels and equations: `kernels/content_memory.cu`,
+//! `kernels/content_memory_backward.cu`, and `kernels/content_memory_short.cu` for segments of up to 64 tokens in bf16
+//! or f16; definition: `dtmem_reference::content_memory`, SPEC section 4.
+//!
+//! An episode is a chain: the memory of a segment is [`Forward::memory_next`] of the one before. Its backward pass goes
+//! through the segments from the last to the first, and [`Backward::d_memory`] of one is
+//! [`Backward::grad_memory_next`] of the one before; of the last it is 0. Nothing of the forward pass is kept but the
+//! memories between the segments.
+
+use dtmem_reference::content_memory as reference;
+
+pub use reference::{Addressing, ContentMemory, Erase, Order, Strength};
+
+use super::launch::{Arg, Launch, Launcher, launch_all};
+use super::memory::{
+    Check, Home, Input, Output, Rows, Span, Storage, for_each_type, kernel_for, span_or_null,
+};
+use super::{Error, Result};
+
+const FORWARD: &str = "content_memory";
+const SHORT: &str = "content_memory_short";
+const BACKWARD: &str = "content_memory_backward";
+const THREADS: u32 = 256;
+/// Rows and columns of a product that a block computes.
+const TILE: usize = 64;
+const MAX_SEQUENCES: usize = 65535;
+const MAX_TOKENS: usize = 1 << 30;
+const MAX_LONGEST: usize = 1 << 16;
+const MAX_SLOTS: usize = 4096;
+const MAX_WIDTH: usize = 1024;
+
+/// A segment of each sequence of a pack, and what is done with it.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Shape {
+    /// B, up to 65535.
+    pub sequences: usize,
+    /// Of all sequences, up to 2³⁰.
+    pub tokens: usize,
+    /// No sequence has more tokens; up to 65536.
+    pub longest: usize,
+    /// N: 1 to 4096.
+    pub slots: usize,
+    /// D: 1 to 1024.
+    pub width: usize,
+    /// How slots are addressed and written.
+    pub variant: ContentMemory,
+}
+
+/// What both passes read.
+#[derive(Debug)]
+pub struct Inputs<'a, T> {
+    /// M [B, N, D]
+    pub memory: Input<'a, T>,
+    /// a [tokens, D]
+    pub address_key: Rows<Input<'a, T>>,
+    /// s [tokens, D]
+    pub strength_key: Rows<Input<'a, T>>,
+    /// v [tokens, D]
+    pub value: Rows<Input<'a, T>>,
+    /// κ \[tokens\], with cosine addressing and only then.
+    pub key_strength: Option<Input<'a, T>>,
+    /// b \[1\], with sigmoid strength and only then.
+    pub strength_bias: Option<Input<'a, f32>>,
+    /// Offsets of the sequences [B + 1], from 0 to `tokens`: see [`Shape::validate_offsets`].
+    pub cu_seqlens: Input<'a, i32>,
+}
+
+/// The tensors of M′ = keep·M + Σ_t w·β·v and y = w·M, or w·M′. Where [`Shape::vectors`] says so, all of type T begin at
+/// multiples of 16 bytes, and so do their rows.
+#[derive(Debug)]
+pub struct Forward<'a, T> {
+    /// What is read.
+    pub inputs: Inputs<'a, T>,
+    /// M′ [B, N, D]
+    pub memory_next: Output<'a, T>,
+    /// y [tokens, D]
+    pub read: Output<'a, T>,
+    /// At least [`Shape::forward_workspace`] elements, of any content.
+    pub workspace: Output<'a, f32>,
+}
+
+/// The tensors of the gradients of Σ grad_memory_next·M′ + Σ grad_read·y.
+#[derive(Debug)]
+pub struct Backward<'a, T> {
+    /// What the forward pass read.
+    pub inputs: Inputs<'a, T>,
+    /// [B, N, D]
+    pub grad_memory_next: Input<'a, T>,
+    /// [tokens, D]
+    pub grad_read: Input<'a, T>,
+    /// Overwritten [B, N, D].
+    pub d_memory: Output<'a, T>,
+    /// Overwritten [tokens, D]; with the next two it may be columns of one matrix.
+    pub d_address_key: Rows<Output<'a, T>>,
+    /// Overwritten [tokens, D].
+    pub d_strength_key: Rows<Output<'a, T>>,
+    /// Overwritten [tokens, D].
+    pub d_value: Rows<Output<'a, T>>,
+    /// Overwritten \[tokens\], with cosine addressing and only then.
+    pub d_key_strength: Option<Output<'a, T>>,
+    /// Added to \[1\], with sigmoid strength and only then.
+    pub d_strength_bias: Option<Output<'a, f32>>,
+    /// At least [`Shape::backward_workspace`] elements, of any content.
+    pub workspace: Output<'a, f32>,
+}
+
+/// How the kernels for short segments share the work.
+#[derive(Clone, Copy)]
+struct Short {
+    /// Slots of a block.
+    tile: usize,
+    tiles: usize,
+    /// Tokens of a sequence, in whole matrices.
+    rows: usize,
+}
+
+impl Short {
+    const MOST_TOKENS: usize = 64;
+    const ROWS: usize = 16;
+    const MOST_TILE: usize = 96;
+    /// What every GPU from compute capability 8.0 on has for a block, less the kernels' static shared memory.
+    const MOST_SHARED: usize = 94 << 10;
+
+    fn scores_bytes(&self) -> usize {
+        self.tile * 400 + self.rows * 864
+    }
+
+    fn update_bytes(&self, width: usize) -> usize {
+        let row = 2 * width.next_multiple_of(TILE) + 16 + 4 * self.rows + 32;
+        self.tile * row + self.rows * 384
+    }
+}
+
+/// Cuts a workspace into pieces, from the front.
+struct Pieces(Span);
+
+impl Pieces {
+    fn take(&mut self, floats: usize) -> Span {
+        let bytes = floats * size_of::<f32>();
+        let address = self.0.address;
+        self.0.address += bytes as u64;
+        Span { address, bytes }
+    }
+}
+
+impl Shape {
+    /// Errors: sequences, tokens, slots or width beyond their bounds, `top_k` of 0, a scale that is not finite, with
+    /// cosine addressing an epsilon that is not above 0.
+    pub fn validate(&self) -> Result<()> {
+        for (argument, found, least, most) in [
+            ("sequences", self.sequences, 0, MAX_SEQUENCES),
+            ("tokens", self.tokens, 0, MAX_TOKENS),
+            ("longest", self.longest, 0, MAX_LONGEST),
+            ("slots", self.slots, 1, MAX_SLOTS),
+            ("width", self.width, 1, MAX_WIDTH),
+        ] {
+            if !(least..=most).contains(&found) {
+                let expected = format_args!("{least} to {most}");
+                return Err(Error::value(argument, found, expected));
+            }
+        }
+        let variant = &self.variant;
+        if variant.top_k == Some(0) {
+            return Err(Error::value("top_k", 0, "at least 1"));
+        }
+        if !variant.scale.is_finite() {
+            return Err(Error::value("scale", variant.scale, "a finite number"));
+        }
+        let epsilon = variant.epsilon as f32;
+        if self.cosine() && !(epsilon > 0.0 && epsilon.is_finite()) {
+            return Err(Error::value(
+                "epsilon",
+                variant.epsilon,
+                "a positive number",
+            ));
+        }
+        Ok(())
+    }
+
+    /// Checks on the host what [`Inputs::cu_seqlens`] is to hold: offsets from 0 to `tokens` that do not decrease, and no
+    /// sequence with more tokens than `longest`.
+    pub fn validate_offsets(&self, cu_seqlens: &[i32]) -> Result<()> {
+        const NAME: &str = "cu_seqlens";
+        self.validate()?;
+        if cu_seqlens.len() != self.sequences + 1 {
+            return Err(Error::Length {
+                argument: NAME,
+                found: cu_seqlens.len(),
+                expected: self.sequences + 1,
+            });
+        }
+        let ends = [0, self.tokens as i32];
+        for (at, offset) in [(0, ends[0]), (self.sequences, ends[1])] {
+            if cu_seqlens[at] != offset {
+                let found = format_args!("{} at {at}", cu_seqlens[at]);
+                return Err(Error::value(NAME, found, offset));
+            }
+        }
+        for (at, pair) in (1..).zip(cu_seqlens.windows(2)) {
+            let length = i64::from(pair[1]) - i64::from(pair[0]);
+            if length < 0 || length > self.longest as i64 {
+                let found = format_args!("{} after {} at {at}", pair[1], pair[0]);
+                let expected = format_args!("sequences of 0 to {} tokens", self.longest);
+                return Err(Error::value(NAME, found, expected));
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether the forward pass reads vectors of 16 bytes.
+    pub fn vectors<T: Storage>(&self) -> bool {
+        self.short::<T>().is_some()
+    }
+
+    /// f32 elements of the workspace of the forward pass.
+    pub fn forward_workspace<T: Storage>(&self) -> Result<usize> {
+        self.validate()?;
+        Ok(match self.short::<T>() {
+            None => self.slots * (2 * self.tokens + self.sequences),
+            Some(short) => self.short_pieces(short).iter().sum(),
+        })
+    }
+
+    /// f32 elements of the workspace of the backward pass.
+    pub fn backward_workspace(&self) -> Result<usize> {
+        self.validate()?;
+        let of_tokens = 6 * self.slots + 3 + 2 * self.pitch();
+        Ok(of_tokens * self.tokens + 3 * self.sequences * self.slots)
+    }
+
+    /// M′ and y ← the inputs: three or four launches. Errors: those of [`plan_forward`](Self::plan_forward) and of the
+    /// launcher.
+    pub fn forward<T: Storage>(
+        &self,
+        launcher: &impl Launcher,
+        tensors: Forward<'_, T>,
+    ) -> Result<()> {
+        launch_all(launcher, &self.plan_forward(&tensors)?)
+    }
+
+    /// What [`forward`](Self::forward) launches. Errors: shape, sizes, alignment, overlaps.
+    pub fn plan_forward<'a, T: Storage>(
+        &self,
+        tensors: &'a Forward<'_, T>,
+    ) -> Result<[Option<Launch<'a>>; 4]> {
+        let workspace = self.forward_workspace::<T>()?;
+        let short = self.short::<T>();
+        let alignment = if short.is_some() { 16 } else { 1 };
+        let mut check = Check::new();
+        self.check_inputs(&mut check, &tensors.inputs, alignment)?;
+        check.output(
+            "memory_next",
+            &tensors.memory_next,
+            self.of_memory(),
+            alignment,
+        )?;
+        check.output("read", &tensors.read, self.of_rows(), alignment)?;
+        check.workspace("workspace", &tensors.workspace, workspace)?;
+        let on = On {
+            shape: self,
+            inputs: &tensors.inputs,
+            home: check.disjoint(&[])?,
+        };
+        Ok(match short {
+            None => self.plan_long(&on, tensors).map(Some),
+            Some(short) => self.plan_short(&on, tensors, short),
+        })
+    }
+
+    /// The four kernels that take every shape.
+    fn plan_long<'a, T: Storage>(
+        &self,
+        on: &On<'_, '_, T>,
+        tensors: &Forward<'_, T>,
+    ) -> [Launch<'a>; 4] {
+        let inputs = on.inputs;
+        let mut pieces = Pieces(tensors.workspace.span());
+        let [w, beta] = [(); 2].map(|()| pieces.take(self.tokens * self.slots));
+        let squares = pieces.take(self.sequences * self.slots);
+        let memory = inputs.memory.span();
+        let keys = [(&inputs.address_key, w), (&inputs.strength_key, beta)];
+        let seen = match self.variant.order {
+            Order::ReadThenWrite => memory,
+            Order::WriteThenRead => tensors.memory_next.span(),
+        };
+        let [slots, width] = self.sizes();
+        [
+            on.scores(
+                memory,
+                memory,
+                keys.map(|(x, y)| (on.tokens(x), x.stride(), y)),
+                squares,
+            ),
+            on.address(squares, w, w, beta, Span::NULL),
+            on.launch(
+                (
+                    FORWARD,
+                    kernel_for::<T>(for_each_type!("content_memory_write")),
+                ),
+                [tiles(self.slots), tiles(self.width), self.sequences],
+                [
+                    Arg::Input(memory),
+                    Arg::Input(w),
+                    Arg::Input(beta),
+                    Arg::Input(on.tokens(&inputs.value)),
+                    on.offsets(),
+                    Arg::Output(tensors.memory_next.span()),
+                    slots,
+                    width,
+                    inputs.value.stride(),
+                    self.paper(),
+                ],
+            ),
+            on.launch(
+                (
+                    FORWARD,
+                    kernel_for::<T>(for_each_type!("content_memory_read")),
+                ),
+                [tiles(self.width), tiles(self.longest), self.sequences],
+                [
+                    Arg::Input(w),
+                    Arg::Input(seen),
+                    on.offsets(),
+                    Arg::Output(tensors.read.span()),
+                    slots,
+                    width,
+                ],
+            ),
+        ]
+    }
+
+    fn plan_short<'a, T: Storage>(
+        &self,
+        on: &On<'_, '_, T>,
+        tensors: &Forward<'_, T>,
+        short: Short,
+    ) -> [Option<Launch<'a>>; 4] {
+        let inputs = on.inputs;
+        let mut pieces = Pieces(tensors.workspace.span());
+        let [products, stats, shares] = self.short_pieces(short).map(|len| pieces.take(len));
+        let grid = [short.tiles, self.sequences, 1];
+        let memory = Arg::Input(inputs.memory.span());
+        let [slots, width] = self.sizes();
+        let [tile, tiles, rows] = [short.tile, short.tiles, short.rows].map(|n| Arg::I32(n as i32));
+        let scores = on.launch_shared(
+            (
+                SHORT,
+                kernel_for::<T>(for_each_type!("content_memory_short_scores")),
+            ),
+            grid,
+            short.scores_bytes(),
+            [
+                memory,
+                Arg::Input(on.tokens(&inputs.address_key)),
+                Arg::Input(on.tokens(&inputs.strength_key)),
+                on.key_strength(),
+                on.strength_bias(),
+                on.offsets(),
+                Arg::Output(products),
+                Arg::Output(stats),
+                slots,
+                width,
+                inputs.address_key.stride(),
+                inputs.strength_key.stride(),
+                tile,
+                rows,
+                self.scale(),
+                self.epsilon(),
+            ],
+        );
+        let update = on.launch_shared(
+            (
+                SHORT,
+                kernel_for::<T>(for_each_type!("content_memory_short_update")),
+            ),
+            grid,
+            short.update_bytes(self.width),
+            [
+                memory,
+                Arg::Input(products),
+                Arg::Input(stats),
+                Arg::Input(on.tokens(&inputs.value)),
+                on.offsets(),
+                Arg::Output(tensors.memory_next.span()),
+                Arg::Output(shares),
+                slots,
+                width,
+                inputs.value.stride(),
+                tile,
+                rows,
+                Arg::I32(self.sigmoid().into()),
+                self.paper(),
+                self.write_then_read(),
+            ],
+        );
+        let read = on.launch(
+            (
+                SHORT,
+                kernel_for::<T>(for_each_type!("content_memory_short_read")),
+            ),
+            [self.of_rows().div_ceil(1024), 1, 1],
+            [
+                Arg::Input(shares),
+                Arg::Output(tensors.read.span()),
+                tiles,
+                Arg::I32(self.tokens as i32),
+                width,
+            ],
+        );
+        [Some(scores), Some(update), Some(read), None]
+    }
+
+    /// Gradients of all inputs: up to thirteen launches. Errors: those of [`plan_backward`](Self::plan_backward) and of
+    /// the launcher.
+    pub fn backward<T: Storage>(
+        &self,
+        launcher: &impl Launcher,
+        tensors: Backward<'_, T>,
+    ) -> Result<()> {
+        launch_all(launcher, &self.plan_backward(&tensors)?)
+    }
+
+    /// What [`backward`](Self::backward) launches. Errors: shape, sizes, overlaps.
+    pub fn plan_backward<'a, T: Storage>(
+        &self,
+        tensors: &'a Backward<'_, T>,
+    ) -> Result<[Option<Launch<'a>>; 13]> {
+        let workspace = self.backward_workspace()?;
+        let rows = [self.tokens, self.width];
+        let mut check = Check::new();
+        self.check_inputs(&mut check, &tensors.inputs, 1)?;
+        check.input(
+            "grad_memory_next",
+            &tensors.grad_memory_next,
+            self.of_memory(),
+            1,
+        )?;
+        check.input("grad_read", &tensors.grad_read, self.of_rows(), 1)?;
+        check.output("d_memory", &tensors.d_memory, self.of_memory(), 1)?;
+        check.output_rows("d_address_key", &tensors.d_address_key, rows, 1)?;
+        check.output_rows("d_strength_key", &tensors.d_strength_key, rows, 1)?;
+        check.output_rows("d_value", &tensors.d_value, rows, 1)?;
+        let d_key_strength = tensors.d_key_strength.as_ref();
+        check_presence("d_key_strength", d_key_strength.is_some(), self.cosine())?;
+        if let Some(d_key_strength) = d_key_strength {
+            check.output("d_key_strength", d_key_strength, self.tokens, 1)?;
+        }
+        let d_strength_bias = tensors.d_strength_bias.as_ref();
+        check_presence("d_strength_bias", d_strength_bias.is_some(), self.sigmoid())?;
+        if let Some(d_strength_bias) = d_strength_bias {
+            check.output("d_strength_bias", d_strength_bias, 1, 1)?;
+        }
+        check.workspace("workspace", &tensors.workspace, workspace)?;
+        let inputs = &tensors.inputs;
+        let on = On {
+            shape: self,
+            inputs,
+            home: check.disjoint(&[])?,
+        };
+
+        // Named after what they hold first; see the head of the kernels' file for what becomes of them.
+        let mut pieces = Pieces(tensors.workspace.span());
+        let [similarity, beta, dw, w, before, d_strength] =
+            [(); 6].map(|()| pieces.take(self.tokens * self.slots));
+        let [squares, slopes, keep] = [(); 3].map(|()| pieces.take(self.sequences * self.slots));
+        let [norms, token_slopes, d_bias_shares] = [(); 3].map(|()| pieces.take(self.tokens));
+        let [cross, gates] = [(); 2].map(|()| pieces.take(self.tokens * self.pitch()));
+
+        let [slots, width] = self.sizes();
+        let pitch = Arg::I32(self.longest as i32);
+        let offsets = on.offsets();
+        let memory = inputs.memory.span();
+        let g = tensors.grad_memory_next.span();
+        let r = tensors.grad_read.span();
+        let [key, strength_key, value] = [&inputs.address_key, &inputs.strength_key, &inputs.value]
+            .map(|x| (on.tokens(x), x.stride()));
+        let per_slot = [self.slots.div_ceil(THREADS as usize), self.sequences, 1];
+        let per_pair = [tiles(self.longest), tiles(self.longest), self.sequences];
+        let per_row = [tiles(self.width), tiles(self.longest), self.sequences];
+
+        let products = on.scores(
+            memory,
+            memory,
+            [
+                (key.0, key.1, similarity),
+                (strength_key.0, strength_key.1, beta),
+                (r, width, dw),
+            ],
+            squares,
+        );
+        let of_gradient = on.scores(g, memory, [(value.0, value.1, d_strength)], slopes);
+        let address = on.address(squares, similarity, w, beta, norms);
+        let prefix = on.launch(
+            (BACKWARD, "content_memory_prefix"),
+            per_slot,
+            [
+                Arg::Input(w),
+                Arg::Input(beta),
+                Arg::Input(dw),
+                offsets,
+                Arg::Output(before),
+                Arg::Output(keep),
+                Arg::Output(slopes),
+                slots,
+                self.paper(),
+                self.write_then_read(),
+            ],
+        );
+        let after_write = self.variant.order == Order::WriteThenRead;
+        let cross_products = after_write.then(|| {
+            on.launch(
+                (
+                    BACKWARD,
+                    kernel_for::<T>(for_each_type!("content_memory_cross")),
+                ),
+                per_pair,
+                [
+                    Arg::Input(value.0),
+                    Arg::Input(r),
+                    offsets,
+                    Arg::Output(cross),
+                    width,
+                    value.1,
+                    pitch,
+                ],
+            )
+        });
+        let gate_products = after_write.then(|| {
+            on.launch(
+                (BACKWARD, "content_memory_gates"),
+                per_pair,
+                [
+                    Arg::Input(w),
+                    Arg::Input(beta),
+                    offsets,
+                    Arg::Output(gates),
+                    slots,
+                    pitch,
+                ],
+            )
+        });
+        let spread = after_write.then(|| {
+            on.launch(
+                (BACKWARD, "content_memory_spread"),
+                [tiles(self.slots), tiles(self.longest), self.sequences],
+                [
+                    Arg::Input(cross),
+                    Arg::Input(w),
+                    Arg::Input(beta),
+                    Arg::Input(keep),
+                    offsets,
+                    Arg::Output(dw),
+                    Arg::Output(d_strength),
+                    slots,
+                    pitch,
+                ],
+            )
+        });
+        let value_gradient = on.launch(
+            (
+                BACKWARD,
+                kernel_for::<T>(for_each_type!("content_memory_value_gradient")),
+            ),
+            per_row,
+            [
+                Arg::Input(w),
+                Arg::Input(beta),
+                Arg::Input(g),
+                Arg::Input(if after_write { gates } else { Span::NULL }),
+                Arg::Input(r),
+                offsets,
+                Arg::Output(tensors.d_value.span(rows)),
+                slots,
+                width,
+                pitch,
+                tensors.d_value.stride(),
+            ],
+        );
+        let suffix = on.launch(
+            (BACKWARD, "content_memory_suffix"),
+            per_slot,
+            [
+                Arg::Input(w),
+                Arg::Input(beta),
+                Arg::Input(before),
+                Arg::Input(slopes),
+                offsets,
+                Arg::Output(dw),
+                Arg::Output(d_strength),
+                slots,
+                self.paper(),
+            ],
+        );
+        let through_softmax = on.launch(
+            (
+                BACKWARD,
+                kernel_for::<T>(for_each_type!("content_memory_slopes")),
+            ),
+            [self.longest, self.sequences, 1],
+            [
+                on.key_strength(),
+                on.strength_bias(),
+                offsets,
+                Arg::Input(squares),
+                Arg::Input(norms),
+                Arg::Input(w),
+                Arg::Input(beta),
+                Arg::Output(similarity),
+                Arg::Output(dw),
+                Arg::Output(d_strength),
+                Arg::Output(d_key_strength.map_or(Span::NULL, Output::span)),
+                Arg::Output(token_slopes),
+                Arg::Output(d_bias_shares),
+                slots,
+                self.scale(),
+                self.epsilon(),
+            ],
+        );
+        let memory_gradient = on.launch(
+            (
+                BACKWARD,
+                kernel_for::<T>(for_each_type!("content_memory_memory_gradient")),
+            ),
+            [tiles(self.slots), tiles(self.width), self.sequences],
+            [
+                Arg::Input(memory),
+                Arg::Input(g),
+                Arg::Input(keep),
+                Arg::Input(squares),
+                Arg::Input(if self.cosine() { dw } else { Span::NULL }),
+                Arg::Input(similarity),
+                Arg::Input(d_strength),
+                Arg::Input(w),
+                Arg::Input(key.0),
+                Arg::Input(strength_key.0),
+                Arg::Input(r),
+                offsets,
+                Arg::Output(tensors.d_memory.span()),
+                slots,
+                width,
+                key.1,
+                strength_key.1,
+                self.write_then_read(),
+                self.epsilon(),
+            ],
+        );
+        let key_gradient = on.launch(
+            (
+                BACKWARD,
+                kernel_for::<T>(for_each_type!("content_memory_key_gradient")),
+            ),
+            [
+                tiles(self.width),
+                tiles(2 * self.longest).max(1),
+                self.sequences,
+            ],
+            [
+                Arg::Input(similarity),
+                Arg::Input(d_strength),
+                Arg::Input(memory),
+                Arg::Input(key.0),
+                Arg::Input(token_slopes),
+                offsets,
+                Arg::Output(tensors.d_address_key.span(rows)),
+                Arg::Output(tensors.d_strength_key.span(rows)),
+                slots,
+                width,
+                key.1,
+                tensors.d_address_key.stride(),
+                tensors.d_strength_key.stride(),
+            ],
+        );
+        let bias_gradient = d_strength_bias.map(|d_strength_bias| {
+            on.launch(
+                (BACKWARD, "content_memory_bias_gradient"),
+                [1, 1, 1],
+                [
+                    Arg::Input(d_bias_shares),
+                    Arg::Output(d_strength_bias.span()),
+                    Arg::I32(self.tokens as i32),
+                ],
+            )
+        });
+        Ok([
+            Some(products),
+            Some(of_gradient),
+            Some(address),
+            Some(prefix),
+            cross_products,
+            gate_products,
+            spread,
+            Some(value_gradient),
+            Some(suffix),
+            Some(through_softmax),
+            Some(memory_gradient),
+            Some(key_gradient),
+            bias_gradient,
+        ])
+    }
+
+    fn check_inputs<T: Storage>(
+        &self,
+        check: &mut Check,
+        inputs: &Inputs<'_, T>,
+        alignment: usize,
+    ) -> Result<()> {
+        let rows = [self.tokens, self.width];
+        check.input("memory", &inputs.memory, self.of_memory(), alignment)?;
+        check.input_rows("address_key", &inputs.address_key, rows, alignment)?;
+        check.input_rows("strength_key", &inputs.strength_key, rows, alignment)?;
+        check.input_rows("value", &inputs.value, rows, alignment)?;
+        check_presence("key_strength", inputs.key_strength.is_some(), self.cosine())?;
+        if let Some(key_strength) = &inputs.key_strength {
+            check.input("key_strength", key_strength, self.tokens, 1)?;
+        }
+        check_presence(
+            "strength_bias",
+            inputs.strength_bias.is_some(),
+            self.sigmoid(),
+        )?;
+        if let Some(strength_bias) = &inputs.strength_bias {
+            check.input("strength_bias", strength_bias, 1, 1)?;
+        }
+        check.input("cu_seqlens", &inputs.cu_seqlens, self.sequences + 1, 1)
+    }
+
+    /// How the kernels for short segments do it, if they can.
+    fn short<T: Storage>(&self) -> Option<Short> {
+        let all_slots = self.variant.top_k.is_none_or(|k| k >= self.slots);
+        let short = (1..=Short::MOST_TOKENS).contains(&self.longest);
+        let columns = self.width.is_multiple_of(16) && size_of::<T>() == 2;
+        if !(all_slots && short && columns) {
+            return None;
+        }
+        let rows = self.longest.next_multiple_of(Short::ROWS);
+        let most = Short::MOST_TILE.min(self.slots.next_multiple_of(Short::ROWS));
+        (Short::ROWS..=most)
+            .rev()
+            .step_by(Short::ROWS)
+            .map(|tile| Short {
+                tile,
+                tiles: self.slots.div_ceil(tile),
+                rows,
+            })
+            .find(|short| {
+                short.scores_bytes().max(short.update_bytes(self.width)) <= Short::MOST_SHARED
+            })
+    }
+
+    /// f32 elements for products, stats and shares of y.
+    fn short_pieces(&self, short: Short) -> [usize; 3] {
+        let blocks = self.sequences * short.tiles;
+        [
+            blocks * short.tile * short.rows * 2,
+            blocks * Short::MOST_TOKENS * 2 * 2,
+            short.tiles * self.of_rows(),
+        ]
+    }
+
+    fn of_memory(&self) -> usize {
+        self.sequences * self.slots * self.width
+    }
+
+    fn of_rows(&self) -> usize {
+        self.tokens * self.width
+    }
+
+    /// Elements of a row of the matrices tokens × tokens, where there are any.
+    fn pitch(&self) -> usize {
+        match self.variant.order {
+            Order::ReadThenWrite => 0,
+            Order::WriteThenRead => self.longest,
+        }
+    }
+
+    fn cosine(&self) -> bool {
+        self.variant.addressing == Addressing::Cosine
+    }
+
+    fn sigmoid(&self) -> bool {
+        self.variant.strength == Strength::Sigmoid
+    }
+
+    fn sizes(&self) -> [Arg; 2] {
+        [self.slots, self.width].map(|n| Arg::I32(n as i32))
+    }
+
+    fn scale(&self) -> Arg {
+        Arg::F32(self.variant.scale as f32)
+    }
+
+    fn epsilon(&self) -> Arg {
+        Arg::F32(self.variant.epsilon as f32)
+    }
+
+    fn paper(&self) -> Arg {
+        Arg::I32((self.variant.erase == Erase::Paper).into())
+    }
+
+    fn write_then_read(&self) -> Arg {
+        Arg::I32((self.variant.order == Order::WriteThenRead).into())
+    }
+}
+
+/// What the launches of both passes have in common.
+struct On<'s, 'i, T> {
+    shape: &'s Shape,
+    inputs: &'s Inputs<'i, T>,
+    home: Home,
+}
+
+impl<T: Storage> On<'_, '_, T> {
+    fn launch<'a, const N: usize>(
+        &self,
+        kernel: (&'static str, &'static str),
+        grid: [usize; 3],
+        args: [Arg; N],
+    ) -> Launch<'a> {
+        self.launch_shared(kernel, grid, 0, args)
+    }
+
+    fn launch_shared<'a, const N: usize>(
+        &self,
+        kernel: (&'static str, &'static str),
+        grid: [usize; 3],
+        shared_bytes: usize,
+        args: [Arg; N],
+    ) -> Launch<'a> {
+        let grid = grid.map(|blocks| blocks as u32);
+        Launch::new(
+            kernel,
+            grid,
+            [THREADS, 1, 1],
+            shared_bytes as u32,
+            self.home,
+            args,
+        )
+    }
+
+    /// Products of `memory` with up to three matrices, each with its stride, and Σ memory·other of each slot.
+    fn scores<'a, const N: usize>(
+        &self,
+        memory: Span,
+        other: Span,
+        operands: [(Span, Arg, Span); N],
+        squares: Span,
+    ) -> Launch<'a> {
+        let shape = self.shape;
+        let operand = |n: usize| operands.get(n).copied();
+        let [slots, width] = shape.sizes();
+        let parts = [0, 1, 2].map(operand);
+        let [x0, x1, x2] = parts.map(|part| Arg::Input(part.map_or(Span::NULL, |(x, _, _)| x)));
+        let [y0, y1, y2] = parts.map(|part| Arg::Output(part.map_or(Span::NULL, |(_, _, y)| y)));
+        let [s0, s1, s2] = parts.map(|part| part.map_or(Arg::I32(0), |(_, stride, _)| stride));
+        self.launch(
+            (
+                FORWARD,
+                kernel_for::<T>(for_each_type!("content_memory_scores")),
+            ),
+            [
+                tiles(shape.slots),
+                tiles(N * shape.longest).max(1),
+                shape.sequences,
+            ],
+            [
+                Arg::Input(memory),
+                Arg::Input(other),
+                x0,
+                x1,
+                x2,
+                self.offsets(),
+                y0,
+                y1,
+                y2,
+                Arg::Output(squares),
+                slots,
+                width,
+                s0,
+                s1,
+                s2,
+            ],
+        )
+    }
+
+    fn address<'a>(
+        &self,
+        squares: Span,
+        similarity: Span,
+        w: Span,
+        beta: Span,
+        norms: Span,
+    ) -> Launch<'a> {
+        let shape = self.shape;
+        let [slots, width] = shape.sizes();
+        let top_k = shape.variant.top_k.and_then(|k| i32::try_from(k).ok());
+        self.launch(
+            (
+                FORWARD,
+                kernel_for::<T>(for_each_type!("content_memory_address")),
+            ),
+            [shape.longest, shape.sequences, 1],
+            [
+                Arg::Input(self.tokens(&self.inputs.address_key)),
+                self.key_strength(),
+                self.strength_bias(),
+                self.offsets(),
+                Arg::Input(squares),
+                Arg::Output(similarity),
+                Arg::Output(w),
+                Arg::Output(beta),
+                Arg::Output(norms),
+                slots,
+                width,
+                self.inputs.address_key.stride(),
+                Arg::I32(top_k.unwrap_or(i32::MAX)),
+                shape.scale(),
+                shape.epsilon(),
+            ],
+        )
+    }
+
+    fn tokens(&self, rows: &Rows<Input<'_, T>>) -> Span {
+        rows.span([self.shape.tokens, self.shape.width])
+    }
+
+    fn offsets(&self) -> Arg {
+        Arg::Input(self.inputs.cu_seqlens.span())
+    }
+
+    fn key_strength(&self) -> Arg {
+        Arg::Input(span_or_null(self.inputs.key_strength.as_ref()))
+    }
+
+    fn strength_bias(&self) -> Arg {
+        Arg::Input(span_or_null(self.inputs.strength_bias.as_ref()))
+    }
+}
+
+fn tiles(n: usize) -> usize {
+    n.div_ceil(TILE)
+}
+
+/// Refuses a tensor that the variant has no use for, and the lack of one that it needs.
+fn check_presence(argument: &'static str, given: bool, needed: bool) -> Result<()> {
+    match (given, needed) {
+        (true, false) => Err(Error::value(argument, "given", "none with this variant")),
+        (false, true) => Err(Error::value(argument, "missing", "one with this variant")),
+        _ => Ok(()),
+    }
+}

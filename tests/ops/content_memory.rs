@@ -1,0 +1,606 @@
+use dtmem::ops::content_memory::{
+    Addressing, Backward, ContentMemory, Erase, Forward, Inputs, Order, Shape, Strength,
+};
+use dtmem::ops::{Error, Result};
+use dtmem_reference::content_memory as reference;
+use half::{bf16, f16};
+use ndarray::{Array1, Array2, Array3, Axis, s};
+use proptest::prelude::*;
+use rand::{SeedableRng as _, rngs::ChaCha8Rng};
+
+use crate::common::{Number, assert_near, assert_refused, draw, target, tensor};
+use crate::machines::{Machine, host, on_gpu};
+
+/// The four choices from the bits of a number.
+fn variant(bits: usize, width: usize, top_k: Option<usize>) -> ContentMemory {
+    ContentMemory {
+        addressing: [Addressing::Cosine, Addressing::Dot][bits & 1],
+        strength: [Strength::Sigmoid, Strength::Softmax][bits >> 1 & 1],
+        erase: [Erase::Coupled, Erase::Paper][bits >> 2 & 1],
+        order: [Order::ReadThenWrite, Order::WriteThenRead][bits >> 3 & 1],
+        top_k,
+        scale: f64::from(1.0 / (width as f32).sqrt()),
+        epsilon: f64::from(0.1_f32),
+    }
+}
+
+/// Columns behind keys and values: a multiple of 16 bytes where rows are.
+fn gap(width: usize) -> usize {
+    if width.is_multiple_of(16) { 8 } else { 3 }
+}
+
+fn norm<'a>(x: impl IntoIterator<Item = &'a f64>) -> f64 {
+    x.into_iter().map(|x| x * x).sum::<f64>().sqrt()
+}
+
+fn check<T: Number>(
+    machine: &impl Machine,
+    variant: &ContentMemory,
+    lengths: &[usize],
+    [slots, width]: [usize; 2],
+    seed: u64,
+) {
+    let mut random = ChaCha8Rng::seed_from_u64(seed);
+    let sequences = lengths.len();
+    let tokens = lengths.iter().sum();
+    let mut offsets = vec![0_i32];
+    for &length in lengths {
+        offsets.push(offsets[offsets.len() - 1] + length as i32);
+    }
+    let shape = Shape {
+        sequences,
+        tokens,
+        longest: lengths.iter().copied().max().unwrap_or(0) + seed as usize % 3, // it may be more
+        slots,
+        width,
+        variant: *variant,
+    };
+    shape.validate_offsets(&offsets).unwrap();
+    let [cosine, sigmoid] = [
+        variant.addressing == Addressing::Cosine,
+        variant.strength == Strength::Sigmoid,
+    ];
+    let [memory, grad_memory_next]: [Array3<f64>; 2] =
+        [(); 2].map(|()| draw::<T, _>(&mut random, (sequences, slots, width)));
+    let [address_key, strength_key, value, grad_read]: [Array2<f64>; 4] =
+        [(); 4].map(|()| draw::<T, _>(&mut random, (tokens, width)));
+    let key_strength = draw::<T, _>(&mut random, tokens).map(|x| T::round(1.0 + x.abs()).widen());
+    let bias = f64::from(random.random::<f32>());
+    const BIAS_BEFORE: f32 = 0.75;
+
+    // a, s and v are columns of one matrix, as are their gradients.
+    let stride = 3 * width + gap(width);
+    let widths = [width; 3];
+    let mut fused = Array2::from_elem((tokens, stride), f64::NAN);
+    for (n, part) in [&address_key, &strength_key, &value]
+        .into_iter()
+        .enumerate()
+    {
+        fused
+            .slice_mut(s![.., n * width..(n + 1) * width])
+            .assign(part);
+    }
+    let [memory_memory, grad_memory_next_memory] =
+        [&memory, &grad_memory_next].map(|x| machine.numbers::<T, _>(x));
+    let [fused, grad_read_memory] = [&fused, &grad_read].map(|x| machine.numbers::<T, _>(x));
+    let key_strength_memory = machine.numbers::<T, _>(&key_strength);
+    let bias_memory = machine.upload(&[bias as f32]);
+    let cu_seqlens = machine.upload(&offsets);
+    let inputs = || {
+        let [address_key, strength_key, value] = machine.input(&fused).rows(stride).columns(widths);
+        Inputs {
+            memory: machine.input(&memory_memory),
+            address_key,
+            strength_key,
+            value,
+            key_strength: cosine.then(|| machine.input(&key_strength_memory)),
+            strength_bias: sigmoid.then(|| machine.input(&bias_memory)),
+            cu_seqlens: machine.input(&cu_seqlens),
+        }
+    };
+
+    let mut memory_next = machine.scratch::<T>(memory.len());
+    let mut read = machine.scratch::<T>(value.len());
+    let mut workspace = machine.scratch(shape.forward_workspace::<T>().unwrap());
+    let forward = Forward {
+        inputs: inputs(),
+        memory_next: machine.output(&mut memory_next),
+        read: machine.output(&mut read),
+        workspace: machine.output(&mut workspace),
+    };
+    shape
+        .forward(machine, forward)
+        .unwrap_or_else(|error| panic!("{error}"));
+
+    let mut d_memory = machine.scratch::<T>(memory.len());
+    let mut d_fused = machine.scratch::<T>(tokens * stride);
+    let mut d_key_strength = machine.scratch::<T>(tokens);
+    let mut d_bias = machine.upload(&[BIAS_BEFORE]);
+    let mut workspace = machine.scratch(shape.backward_workspace().unwrap());
+    let [d_address_key, d_strength_key, d_value] =
+        machine.output(&mut d_fused).rows(stride).columns(widths);
+    let backward = Backward {
+        inputs: inputs(),
+        grad_memory_next: machine.input(&grad_memory_next_memory),
+        grad_read: machine.input(&grad_read_memory),
+        d_memory: machine.output(&mut d_memory),
+        d_address_key,
+        d_strength_key,
+        d_value,
+        d_key_strength: cosine.then(|| machine.output(&mut d_key_strength)),
+        d_strength_bias: sigmoid.then(|| machine.output(&mut d_bias)),
+        workspace: machine.output(&mut workspace),
+    };
+    shape
+        .backward(machine, backward)
+        .unwrap_or_else(|error| panic!("{error}"));
+
+    // The reference, sequence by sequence.
+    let mut next = Array3::from_elem(memory.dim(), f64::NAN);
+    let mut y = Array2::from_elem(value.dim(), f64::NAN);
+    let mut expected_memory = next.clone();
+    let mut expected: [Array2<f64>; 3] = [(); 3].map(|()| y.clone());
+    let mut expected_key_strength = Array1::from_elem(tokens, f64::NAN);
+    let mut expected_bias = f64::from(BIAS_BEFORE);
+    for (b, ends) in offsets.windows(2).enumerate() {
+        let tokens = ends[0] as usize..ends[1] as usize;
+        let rows = s![tokens.clone(), ..];
+        let inputs = reference::Inputs {
+            memory: memory.index_axis(Axis(0), b),
+            address_key: address_key.slice(rows),
+            strength_key: strength_key.slice(rows),
+            value: value.slice(rows),
+            key_strength: cosine.then(|| key_strength.slice(s![tokens.clone()])),
+            strength_bias: bias,
+        };
+        let scratch = &mut Vec::new();
+        let next = next.index_axis_mut(Axis(0), b);
+        variant
+            .forward(inputs, next, y.slice_mut(rows), scratch)
+            .unwrap();
+        let mut of_bias = 0.0;
+        let [address_key, strength_key, value] = expected.each_mut().map(|x| x.slice_mut(rows));
+        let gradients = reference::Gradients {
+            memory: expected_memory.index_axis_mut(Axis(0), b),
+            address_key,
+            strength_key,
+            value,
+            key_strength: cosine.then(|| expected_key_strength.slice_mut(s![tokens.clone()])),
+            strength_bias: &mut of_bias,
+        };
+        let grad_next = grad_memory_next.index_axis(Axis(0), b);
+        variant
+            .backward(inputs, grad_next, grad_read.slice(rows), gradients, scratch)
+            .unwrap();
+        expected_bias += of_bias;
+    }
+
+    let near = |name, found: Vec<T>, expected: &Array2<f64>, scale| {
+        assert_near(name, &found, expected, T::TOLERANCE, scale);
+    };
+    let flat = |x: &Array3<f64>| x.to_shape((sequences * slots, width)).unwrap().to_owned();
+    near(
+        "memory_next",
+        machine.download(&memory_next),
+        &flat(&next),
+        0.0,
+    );
+    near("read", machine.download(&read), &y, 0.0);
+    near(
+        "d_memory",
+        machine.download(&d_memory),
+        &flat(&expected_memory),
+        0.0,
+    );
+    // What passes through a softmax may cancel: it has the size of the gradients that arrive.
+    let arriving = norm(grad_memory_next.iter().chain(&grad_read));
+    let all = machine.download(&d_fused);
+    for (n, (name, scale)) in [("a", arriving), ("s", arriving), ("v", 0.0)]
+        .into_iter()
+        .enumerate()
+    {
+        let rows = all.chunks_exact(stride);
+        let found = rows
+            .flat_map(|row| row[n * width..(n + 1) * width].to_vec())
+            .collect();
+        near(name, found, &expected[n], scale);
+    }
+    if cosine {
+        let found = machine.download(&d_key_strength);
+        assert_near(
+            "key_strength",
+            &found,
+            &expected_key_strength,
+            T::TOLERANCE,
+            arriving,
+        );
+    }
+    let expected = Array1::from_elem(1, expected_bias);
+    assert_near(
+        "strength_bias",
+        &machine.download(&d_bias),
+        &expected,
+        T::TOLERANCE,
+        arriving,
+    );
+}
+
+fn check_all_types(
+    machine: &impl Machine,
+    variant: &ContentMemory,
+    lengths: &[usize],
+    sizes: [usize; 2],
+    seed: u64,
+) {
+    check::<f32>(machine, variant, lengths, sizes, seed);
+    check::<bf16>(machine, variant, lengths, sizes, seed);
+    check::<f16>(machine, variant, lengths, sizes, seed);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(10))]
+
+    #[test]
+    fn content_memory_on_the_host_agrees_with_the_reference(
+        lengths in prop_oneof![
+            3 => prop::collection::vec(0..6_usize, 1..4),
+            1 => prop::collection::vec(55..70_usize, 1),
+        ],
+        slots in prop_oneof![1..20_usize, 60..140_usize],
+        width in prop_oneof![1..20_usize, Just(16), Just(32), Just(80)],
+        bits in 0..16_usize,
+        seed: u64,
+    ) {
+        check_all_types(&host(seed), &variant(bits, width, None), &lengths, [slots, width], seed);
+    }
+
+    // Scores of one type only: a narrower one may rightly keep another slot.
+    #[test]
+    fn the_best_slots_on_the_host_agree_with_the_reference(
+        lengths in prop::collection::vec(0..6_usize, 1..3),
+        slots in 1..20_usize,
+        k in 1..25_usize,
+        bits in 0..16_usize,
+        seed: u64,
+    ) {
+        check::<f32>(&host(seed), &variant(bits, 16, Some(k)), &lengths, [slots, 16], seed);
+    }
+}
+
+#[test]
+fn content_memory_on_a_gpu_agrees_with_the_reference() {
+    on_gpu(|device| {
+        for bits in 0..16 {
+            for (lengths, sizes) in [
+                (vec![39, 39, 1], [1290, 512]),
+                (vec![1], [64, 33]),
+                (vec![70, 100], [200, 64]),
+                (vec![64], [4096, 1024]),
+            ] {
+                let variant = variant(bits, sizes[1], None);
+                check_all_types(device, &variant, &lengths, sizes, bits as u64);
+            }
+        }
+    });
+}
+
+const SHAPE: Shape = Shape {
+    sequences: 3,
+    tokens: 20,
+    longest: 10,
+    slots: 100,
+    width: 32,
+    variant: ContentMemory {
+        addressing: Addressing::Cosine,
+        strength: Strength::Sigmoid,
+        erase: Erase::Coupled,
+        order: Order::ReadThenWrite,
+        top_k: None,
+        scale: 0.5,
+        epsilon: 1e-6,
+    },
+};
+const MEMORY: usize = 3 * 100 * 32;
+const ROWS: usize = 20 * 32;
+
+fn inputs<T>() -> Inputs<'static, T> {
+    Inputs {
+        memory: tensor(0x10000, MEMORY),
+        address_key: tensor(0x20000, ROWS).rows(32),
+        strength_key: tensor(0x30000, ROWS).rows(32),
+        value: tensor(0x40000, ROWS).rows(32),
+        key_strength: Some(tensor(0x50000, 20)),
+        strength_bias: Some(tensor(0x50100, 1)),
+        cu_seqlens: tensor(0x50200, 4),
+    }
+}
+
+fn forward<T: Number>() -> Forward<'static, T> {
+    Forward {
+        inputs: inputs(),
+        memory_next: target(0x60000, MEMORY),
+        read: target(0x70000, ROWS),
+        workspace: target(0x100000, SHAPE.forward_workspace::<T>().unwrap()),
+    }
+}
+
+fn backward() -> Backward<'static, bf16> {
+    Backward {
+        inputs: inputs(),
+        grad_memory_next: tensor(0x60000, MEMORY),
+        grad_read: tensor(0x70000, ROWS),
+        d_memory: target(0x80000, MEMORY),
+        d_address_key: target(0x90000, ROWS).rows(32),
+        d_strength_key: target(0xa0000, ROWS).rows(32),
+        d_value: target(0xb0000, ROWS).rows(32),
+        d_key_strength: Some(target(0xc0000, 20)),
+        d_strength_bias: Some(target(0xc0100, 1)),
+        workspace: target(0x100000, SHAPE.backward_workspace().unwrap()),
+    }
+}
+
+fn names<const N: usize>(plan: Result<[Option<dtmem::ops::Launch<'_>>; N]>) -> Vec<&'static str> {
+    let plan = plan.unwrap_or_else(|error| panic!("{error}"));
+    plan.iter()
+        .flatten()
+        .map(|launch| launch.kernel())
+        .collect()
+}
+
+#[test]
+fn short_segments_of_narrow_types_have_kernels_of_their_own() {
+    let long = Shape {
+        longest: 65,
+        ..SHAPE
+    };
+    let odd = Shape { width: 33, ..SHAPE };
+    let chosen = |top_k| Shape {
+        variant: ContentMemory {
+            top_k,
+            ..SHAPE.variant
+        },
+        ..SHAPE
+    };
+    assert!(SHAPE.vectors::<bf16>() && SHAPE.vectors::<f16>() && !SHAPE.vectors::<f32>());
+    assert!(!long.vectors::<bf16>() && !odd.vectors::<bf16>());
+    assert!(!chosen(Some(99)).vectors::<bf16>() && chosen(Some(100)).vectors::<bf16>());
+
+    let tensors = forward::<bf16>();
+    let plan = SHAPE.plan_forward(&tensors).unwrap();
+    let [scores, update, read, none] = plan;
+    assert!(none.is_none());
+    let [scores, update, read] = [scores, update, read].map(Option::unwrap);
+    assert_eq!(
+        (scores.family(), scores.kernel()),
+        ("content_memory_short", "content_memory_short_scores_bf16")
+    );
+    // 100 slots are two tiles of 96.
+    assert_eq!(
+        (scores.grid(), scores.shared_bytes()),
+        ([2, 3, 1], 96 * 400 + 16 * 864)
+    );
+    assert_eq!(
+        (update.grid(), update.shared_bytes()),
+        ([2, 3, 1], 96 * (128 + 16 + 64 + 32) + 16 * 384)
+    );
+    assert_eq!(read.grid(), [1, 1, 1]);
+
+    let tensors = forward::<f32>();
+    assert_eq!(
+        names(SHAPE.plan_forward(&tensors)),
+        ["scores", "address", "write", "read"].map(|name| format!("content_memory_{name}_f32"))
+    );
+}
+
+#[test]
+fn no_tile_of_short_segments_needs_more_shared_memory_than_every_gpu_has() {
+    for longest in [1, 16, 39, 64] {
+        for width in (16..=1024).step_by(16) {
+            let shape = Shape {
+                longest,
+                width,
+                sequences: 0,
+                tokens: 0,
+                slots: 1290,
+                ..SHAPE
+            };
+            assert!(shape.vectors::<bf16>(), "{longest} {width}");
+        }
+    }
+}
+
+#[test]
+fn the_plan_of_the_backward_pass_has_what_the_variant_needs() {
+    let tensors = backward();
+    let launches = names(SHAPE.plan_backward(&tensors));
+    assert_eq!(launches.len(), 10);
+    assert_eq!(launches[9], "content_memory_bias_gradient");
+    let shape = Shape {
+        variant: ContentMemory {
+            order: Order::WriteThenRead,
+            strength: Strength::Softmax,
+            ..SHAPE.variant
+        },
+        ..SHAPE
+    };
+    let mut tensors = Backward {
+        d_strength_bias: None,
+        workspace: target(0x100000, shape.backward_workspace().unwrap()),
+        ..backward()
+    };
+    tensors.inputs.strength_bias = None;
+    let launches = names(shape.plan_backward(&tensors));
+    assert_eq!(launches.len(), 12);
+    assert_eq!(
+        launches[4..7],
+        [
+            "content_memory_cross_bf16",
+            "content_memory_gates",
+            "content_memory_spread"
+        ]
+    );
+}
+
+#[test]
+fn shapes_beyond_the_memory_kernels_are_refused() {
+    let with = |variant| Shape { variant, ..SHAPE };
+    let variant = SHAPE.variant;
+    for (shape, parts) in [
+        (
+            Shape {
+                sequences: 65536,
+                ..SHAPE
+            },
+            ["sequences is 65536", "0 to 65535"],
+        ),
+        (
+            Shape {
+                tokens: usize::MAX,
+                ..SHAPE
+            },
+            ["tokens is", "0 to"],
+        ),
+        (
+            Shape {
+                longest: 65537,
+                ..SHAPE
+            },
+            ["longest is 65537", "0 to 65536"],
+        ),
+        (Shape { slots: 0, ..SHAPE }, ["slots is 0", "1 to 4096"]),
+        (
+            Shape {
+                slots: 4097,
+                ..SHAPE
+            },
+            ["slots is 4097", "1 to 4096"],
+        ),
+        (Shape { width: 0, ..SHAPE }, ["width is 0", "1 to 1024"]),
+        (
+            Shape {
+                width: 1025,
+                ..SHAPE
+            },
+            ["width is 1025", "1 to 1024"],
+        ),
+        (
+            with(ContentMemory {
+                top_k: Some(0),
+                ..variant
+            }),
+            ["top_k is 0", "at least 1"],
+        ),
+        (
+            with(ContentMemory {
+                scale: f64::NAN,
+                ..variant
+            }),
+            ["scale is NaN", "finite"],
+        ),
+        (
+            with(ContentMemory {
+                epsilon: 0.0,
+                ..variant
+            }),
+            ["epsilon is 0", "positive"],
+        ),
+    ] {
+        assert_refused(shape.validate(), &parts);
+        assert_refused(shape.forward_workspace::<f32>(), &parts);
+        assert_refused(shape.plan_forward(&forward::<bf16>()), &parts);
+        assert_refused(shape.plan_backward(&backward()), &parts);
+    }
+    with(ContentMemory {
+        epsilon: 0.0,
+        addressing: Addressing::Dot,
+        ..variant
+    })
+    .validate()
+    .unwrap();
+}
+
+#[test]
+fn tensors_that_do_not_fit_the_memory_are_refused() {
+    let change = |change: &dyn Fn(&mut Forward<'static, bf16>)| {
+        let mut tensors = forward::<bf16>();
+        change(&mut tensors);
+        SHAPE.plan_forward(&tensors).map(drop)
+    };
+    change(&|_| ()).unwrap();
+    assert_refused(
+        change(&|x| x.inputs.memory = tensor(0x10000, 1)),
+        &["memory has 1 elements, expected 9600"],
+    );
+    assert_refused(
+        change(&|x| x.inputs.value = tensor(0x40000, ROWS).rows(31)),
+        &["value is 31 columns wide"],
+    );
+    assert_refused(
+        change(&|x| x.inputs.key_strength = None),
+        &["key_strength is missing"],
+    );
+    assert_refused(
+        change(&|x| x.inputs.strength_bias = None),
+        &["strength_bias is missing"],
+    );
+    assert_refused(
+        change(&|x| x.inputs.cu_seqlens = tensor(0x50200, 3)),
+        &["cu_seqlens has 3 elements, expected 4"],
+    );
+    assert_refused(
+        change(&|x| x.workspace = target(0x100000, 7)),
+        &["workspace has 7 elements, expected at least"],
+    );
+    assert_refused(
+        change(&|x| x.memory_next = target(0x60002, MEMORY)),
+        &["memory_next begins at", "16 bytes"],
+    );
+    let overlap = change(&|x| x.memory_next = target(0x10000, MEMORY)).unwrap_err();
+    assert!(matches!(overlap, Error::Overlap { .. }), "{overlap}");
+
+    let dot = Shape {
+        variant: ContentMemory {
+            addressing: Addressing::Dot,
+            ..SHAPE.variant
+        },
+        ..SHAPE
+    };
+    assert_refused(
+        dot.plan_forward(&forward::<bf16>()),
+        &["key_strength is given, expected none"],
+    );
+    let mut tensors = Backward {
+        d_strength_bias: None,
+        ..backward()
+    };
+    assert_refused(
+        SHAPE.plan_backward(&tensors),
+        &["d_strength_bias is missing"],
+    );
+    tensors = Backward {
+        d_value: target(0x90000, ROWS).rows(32),
+        ..backward()
+    };
+    assert_refused(
+        SHAPE.plan_backward(&tensors),
+        &["d_address_key and d_value overlap"],
+    );
+}
+
+#[test]
+fn offsets_that_the_kernels_cannot_work_with_are_refused_on_the_host() {
+    SHAPE.validate_offsets(&[0, 10, 10, 20]).unwrap();
+    for (offsets, part) in [
+        (vec![0, 10, 20], "cu_seqlens has 3 elements, expected 4"),
+        (vec![1, 10, 10, 20], "cu_seqlens is 1 at 0, expected 0"),
+        (vec![0, 10, 10, 19], "cu_seqlens is 19 at 3, expected 20"),
+        (vec![0, 10, 9, 20], "cu_seqlens is 9 after 10 at 2"),
+        (
+            vec![0, 11, 11, 20],
+            "cu_seqlens is 11 after 0 at 1, expected sequences of 0 to 10 tokens",
+        ),
+        (vec![0, i32::MAX, i32::MIN, 20], "cu_seqlens is"),
+    ] {
+        assert_refused(SHAPE.validate_offsets(&offsets), &[part]);
+    }
+}
