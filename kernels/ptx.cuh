@@ -1,7 +1,7 @@
 // Every inline-PTX instruction of the kernels, one function each. For a C++ compiler (DTMEM_HOST) those that touch
 // memory or other lanes are only declared here; host/runtime/instructions.cpp is their twin.
 //
-// All are for sm_80 and up. A fragment's registers hold, per lane, what the PTX manual assigns to it; with g = lane/4 and
+// All are for sm_80 and up, but for those of clusters. A fragment's registers hold, per lane, what the PTX manual assigns to it; with g = lane/4 and
 // c = lane%4, by (row, column):
 //   A 16×16 (b16)  a0 (g, 2c) a1 (g+8, 2c) a2 (g, 2c+8) a3 (g+8, 2c+8), two neighbours of a row in a register
 //   B 16×8  (b16)  b0 (2c, g) b1 (2c+8, g), two neighbours of a column in a register
@@ -47,6 +47,10 @@ void store_16_once(void* global, uint4 value);
 
 void barrier_sync(int id, int threads);
 void barrier_arrive(int id, int threads);
+
+void cluster_arrive();
+void cluster_wait();
+void* map_shared(void* shared, unsigned rank);
 
 inline float exp2_approx(float x) { return std::exp2(x); }
 inline uint32_t pack_bf16(float low, float high) {
@@ -171,6 +175,19 @@ PTX_FUNCTION void barrier_sync(int id, int threads) {
 }
 PTX_FUNCTION void barrier_arrive(int id, int threads) {
     asm volatile("bar.arrive %0, %1;" :: "r"(id), "r"(threads) : "memory");
+}
+
+// --- Clusters of blocks, sm_90: compile calls only for that. The barrier of all threads of the cluster: what they did
+// before they arrive, to shared memory of any block as well, is seen by all behind the wait.
+
+PTX_FUNCTION void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+PTX_FUNCTION void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+// The same place in the shared memory of the block with this number in the cluster. That block must not end before its
+// memory has been used.
+PTX_FUNCTION void* map_shared(void* shared, unsigned rank) {
+    void* mapped;
+    asm("mapa.u64 %0, %1, %2;" : "=l"(mapped) : "l"(shared), "r"(rank));
+    return mapped;
 }
 
 // --- Arithmetic.

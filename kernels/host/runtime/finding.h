@@ -20,6 +20,7 @@ enum class Check : std::uint32_t {
     kSharedSize,
     kLocal,       // stack overflow, or another thread's local memory
     kRunaway,
+    kEnded,       // the shared memory of a block of the cluster that has ended
 };
 
 enum class Space : std::uint32_t { kNone, kGlobal, kShared };

@@ -284,4 +284,8 @@ void barrier_arrive(int id, int threads) {
     machine->arrive(static_cast<unsigned>(id), static_cast<unsigned>(threads), "barrier_arrive", SITE);
 }
 
+void cluster_arrive() { machine->arrive_cluster(SITE); }
+void cluster_wait() { machine->await_cluster(SITE); }
+void* map_shared(void* shared, unsigned rank) { return machine->map_shared(shared, rank, SITE); }
+
 }  // namespace ptx

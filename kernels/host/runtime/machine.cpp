@@ -38,6 +38,11 @@ void shuffle(std::vector<T>& items, std::uint64_t& state) {
 
 }  // namespace
 
+// Adds to a clock what another one has seen.
+static void join(Clock& clock, const Clock& other) {
+    for (std::size_t w = 0; w < other.size(); ++w) clock[w] = std::max(clock[w], other[w]);
+}
+
 void FreeDeleter::operator()(void* memory) const { std::free(memory); }
 
 void Shadow::resize(std::size_t bytes) {
@@ -47,17 +52,18 @@ void Shadow::resize(std::size_t bytes) {
 }
 
 Machine::Machine() {
-    shared_.reset(static_cast<std::uint8_t*>(std::aligned_alloc(1024, kSharedBytes)));
-    void* stacks = mmap(nullptr, kMaxThreads * kStackBytes, PROT_READ | PROT_WRITE,
+    shared_.reset(static_cast<std::uint8_t*>(std::aligned_alloc(1024, kMaxCluster * kSharedBytes)));
+    void* stacks = mmap(nullptr, kMaxCluster * kMaxThreads * kStackBytes, PROT_READ | PROT_WRITE,
                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (shared_ == nullptr || stacks == MAP_FAILED) std::abort();
     stacks_ = static_cast<char*>(stacks);
-    shared_shadow_.resize(kSharedBytes);
+    shared_shadow_.resize(kMaxCluster * kSharedBytes);
 }
 
-Machine::~Machine() { munmap(stacks_, kMaxThreads * kStackBytes); }
+Machine::~Machine() { munmap(stacks_, kMaxCluster * kMaxThreads * kStackBytes); }
 
 uint3 Machine::index_of(unsigned thread) const {
+    thread %= threads_per_block_;
     return {thread % block_extent.x, thread / block_extent.x % block_extent.y,
             thread / (block_extent.x * block_extent.y)};
 }
@@ -78,13 +84,13 @@ bool Machine::launch(const Kernel& kernel, const LaunchShape& shape, const Argum
     dynamic_shared_ = shape.shared_bytes;
     if (epoch_ > UINT32_MAX / 2) {  // all history is older than this launch anyway
         epoch_ = 0;
-        shared_shadow_.resize(kSharedBytes);
+        shared_shadow_.resize(kMaxCluster * kSharedBytes);
         for (auto& allocation : allocations_) {
             allocation->shadow.history.reset(zeroed<History>((allocation->bytes + kGranule - 1) / kGranule));
         }
     }
     launch_epoch_ = next_epoch();
-    block_epochs_.clear();
+    cluster_epochs_.clear();
     map(arguments, count);
     values_.clear();
     for (std::size_t i = 0; i < count; ++i) {
@@ -92,51 +98,75 @@ bool Machine::launch(const Kernel& kernel, const LaunchShape& shape, const Argum
         values_.push_back(const_cast<void*>(argument.kind == Parameter::kValue ? argument.value : &argument.address));
     }
 
-    const std::uint64_t blocks = std::uint64_t{grid_extent.x} * grid_extent.y * grid_extent.z;
+    const unsigned wide = grid_extent.x / shape.cluster;
+    const std::uint64_t clusters = std::uint64_t{wide} * grid_extent.y * grid_extent.z;
     std::vector<std::uint64_t> order;
     if (shape.order == 2) {
-        for (std::uint64_t i = 0; i < blocks; ++i) order.push_back(i);
+        for (std::uint64_t i = 0; i < clusters; ++i) order.push_back(i);
         shuffle(order, random_);
     }
     machine = this;
-    for (std::uint64_t i = 0; i < blocks && !failed_; ++i) {
-        const std::uint64_t b = shape.order == 2 ? order[i] : shape.order == 1 ? blocks - 1 - i : i;
-        block = {static_cast<unsigned>(b % grid_extent.x), static_cast<unsigned>(b / grid_extent.x % grid_extent.y),
-                 static_cast<unsigned>(b / grid_extent.x / grid_extent.y)};
-        run_block(block_extent.x * block_extent.y * block_extent.z);
+    for (std::uint64_t i = 0; i < clusters && !failed_; ++i) {
+        const std::uint64_t c = shape.order == 2 ? order[i] : shape.order == 1 ? clusters - 1 - i : i;
+        const uint3 first = {static_cast<unsigned>(c % wide) * shape.cluster,
+                             static_cast<unsigned>(c / wide % grid_extent.y),
+                             static_cast<unsigned>(c / wide / grid_extent.y)};
+        run_cluster(first, shape.cluster, block_extent.x * block_extent.y * block_extent.z);
     }
     machine = nullptr;
     return !failed_;
 }
 
-void Machine::run_block(unsigned thread_count) {
-    thread_count_ = thread_count;
-    std::fill_n(shared_shadow_.state.get(), shared_top_ / kGranule + 1, std::uint8_t{0});
+template <typename Visit>
+void Machine::each_thread(Visit visit) const {
+    const bool reversed = shape_->order == 1;
+    const auto blocks = static_cast<unsigned>(blocks_.size());
+    for (unsigned r = 0; r < blocks; ++r) {
+        const unsigned first = (reversed ? blocks - 1 - r : r) * threads_per_block_;
+        for (unsigned t = 0; t < thread_count_; ++t) visit(first + (reversed ? thread_count_ - 1 - t : t));
+    }
+}
+
+void Machine::run_cluster(uint3 first, unsigned blocks, unsigned thread_count) {
+    for (unsigned rank = 0; rank < blocks_.size(); ++rank) {  // of the cluster before
+        std::fill_n(shared_shadow_.state.get() + rank * kSharedBytes / kGranule, shared_top_ / kGranule + 1,
+                    std::uint8_t{0});
+    }
     shared_top_ = static_shared_ = 0;
     variables_.clear();
-    dynamic_ = nullptr;
-    block_epoch_ = floor = next_epoch();
-    block_epochs_.emplace_back(block_epoch_, block);
     const unsigned warps = (thread_count + kWarp - 1) / kWarp;
-    for (unsigned w = 0; w < warps; ++w) {
-        const unsigned lanes = std::min(kWarp, thread_count - w * kWarp);
-        warps_[w].lanes = lanes == kWarp ? ~0u : (1u << lanes) - 1;
-        warps_[w].epoch = block_epoch_;
-        warps_[w].seen.fill(0);
-        warps_[w].gatherings.clear();
+    thread_count_ = thread_count;
+    threads_per_block_ = warps * kWarp;
+    cluster_epoch_ = next_epoch();
+    cluster_epochs_.emplace_back(cluster_epoch_, first);
+    blocks_.assign(blocks, {});
+    warps_.resize(blocks * warps);
+    cluster_barrier_ = {};
+    cluster_barrier_.joined.assign(warps_.size(), 0);
+    for (unsigned rank = 0; rank < blocks; ++rank) {
+        blocks_[rank].index = {first.x + rank, first.y, first.z};
+        blocks_[rank].running = thread_count;
+        blocks_[rank].floor = cluster_epoch_;
+        for (unsigned w = 0; w < warps; ++w) {
+            Warp& warp = warps_[rank * warps + w];
+            const unsigned lanes = std::min(kWarp, thread_count - w * kWarp);
+            warp.lanes = lanes == kWarp ? ~0u : (1u << lanes) - 1;
+            warp.epoch = cluster_epoch_;
+            warp.seen.assign(warps_.size(), 0);
+            warp.arrived = warp.awaited = 0;
+            warp.gatherings.clear();
+        }
     }
-    barriers_.fill({});
-    if (fibers_.size() < thread_count) fibers_.resize(thread_count);
+    if (fibers_.size() < blocks * threads_per_block_) fibers_.resize(blocks * threads_per_block_);
     ready_.clear();
     next_ready_.clear();
-    for (unsigned i = 0; i < thread_count; ++i) {
-        const unsigned t = shape_->order == 1 ? thread_count - 1 - i : i;
+    each_thread([this](unsigned t) {
         start(fibers_[t], t);
         next_ready_.push_back(t);
-    }
-    unsigned running = thread_count;
+    });
+    unsigned running = blocks * thread_count;
     while (running > 0) {
-        if (next_ready_.empty()) return report_divergence(thread_count);
+        if (next_ready_.empty()) return report_divergence();
         ready_.swap(next_ready_);
         next_ready_.clear();
         if (shape_->order == 2) shuffle(ready_, random_);
@@ -144,11 +174,12 @@ void Machine::run_block(unsigned thread_count) {
             Fiber& fiber = fibers_[t];
             current = &fiber;
             thread = fiber.index;
+            block = blocks_[rank_of(t)].index;
             switch_to(scheduler_, fiber.context);
             if (!failed_ && *reinterpret_cast<std::uint64_t*>(fiber.stack) != kCanary) {
                 failed_ = true;
                 finding_->check = Check::kLocal;
-                finding_->where = where(t, block_epoch_, nullptr);
+                finding_->where = where(t, cluster_epoch_, nullptr);
                 std::snprintf(finding_->detail, sizeof finding_->detail, "more than %zu bytes of stack", kStackBytes);
             }
             if (failed_) return;
@@ -179,6 +210,9 @@ void Machine::finish_thread() {
         fail_at(Check::kUnawaited, shared_.get() + copy.offset, copy.bytes, true, copy.site);
     }
     current->done = true;
+    --blocks_[rank_of(current->thread)].running;
+    ++cluster_barrier_.ended;
+    complete_cluster_if_all_arrived();
     switch_to(current->context, scheduler_);
     std::abort();  // a thread that has ended is never resumed
 }
@@ -209,7 +243,7 @@ void Machine::synchronise(unsigned id, unsigned threads, unsigned line, const ch
     if (id >= kBarriers || threads == 0 || threads % kWarp != 0) {
         if (threads != thread_count_) fail(Check::kCollective, site, "%s %u with %u threads", instruction, id, threads);
     }
-    Barrier& barrier = barriers_[id];
+    Barrier& barrier = blocks_[rank_of(current->thread)].barriers[id];
     if (barrier.arrived == 0) {
         barrier.expected = threads;
         barrier.line = line;
@@ -222,7 +256,7 @@ void Machine::synchronise(unsigned id, unsigned threads, unsigned line, const ch
         fail(Check::kDivergence, site, "other threads of the block wait in another %s, at %s:%u", instruction,
              there.file != nullptr ? there.file : "line", barrier.line);
     }
-    barrier.warps |= 1u << current->thread / kWarp;
+    barrier.warps |= 1u << current->thread % threads_per_block_ / kWarp;
     current->barrier = id;
     if (++barrier.arrived < barrier.expected) return wait(Wait::kBarrier, instruction, site);
     complete(id);
@@ -231,12 +265,13 @@ void Machine::synchronise(unsigned id, unsigned threads, unsigned line, const ch
 void Machine::arrive(unsigned id, unsigned threads, const char* instruction, const void* site) {
     if (omits(site)) return;
     together(~0u, instruction, nullptr, site, [&](auto&, unsigned lanes) {
-        Barrier& barrier = barriers_[id % kBarriers];
+        Barrier& barrier = blocks_[rank_of(current->thread)].barriers[id % kBarriers];
         if (id >= kBarriers || threads % kWarp != 0 || (barrier.arrived != 0 && barrier.expected != threads)) {
             fail(Check::kCollective, site, "%s %u with %u threads", instruction, id, threads);
         }
         Warp& warp = warps_[current->thread / kWarp];
-        for (unsigned w = 0; w < kMaxWarps; ++w) barrier.joined[w] = std::max(barrier.joined[w], warp.seen[w]);
+        barrier.joined.resize(warps_.size());
+        join(barrier.joined, warp.seen);
         barrier.joined[current->thread / kWarp] = warp.epoch;
         warp.epoch = next_epoch();
         barrier.expected = threads;
@@ -246,29 +281,72 @@ void Machine::arrive(unsigned id, unsigned threads, const char* instruction, con
 }
 
 void Machine::complete(unsigned id) {
-    Barrier& barrier = barriers_[id];
-    if (barrier.expected == thread_count_) {
-        floor = next_epoch();
-        for (unsigned w = 0; w * kWarp < thread_count_; ++w) warps_[w].epoch = floor;
-    } else {
-        Clock joined = barrier.joined;
-        for (unsigned p = 0; p < kMaxWarps; ++p) {
-            if ((barrier.warps >> p & 1) == 0) continue;
-            for (unsigned w = 0; w < kMaxWarps; ++w) joined[w] = std::max(joined[w], warps_[p].seen[w]);
-            joined[p] = std::max(joined[p], warps_[p].epoch);
-        }
-        const std::uint32_t epoch = next_epoch();
-        for (unsigned p = 0; p < kMaxWarps; ++p) {
-            if ((barrier.warps >> p & 1) == 0) continue;
-            warps_[p].seen = joined;
-            warps_[p].epoch = epoch;
-        }
+    const unsigned rank = rank_of(current->thread), first_warp = rank * threads_per_block_ / kWarp;
+    Block& here = blocks_[rank];
+    Barrier& barrier = here.barriers[id];
+    const bool whole = barrier.expected == thread_count_;
+    const std::uint32_t epoch = next_epoch();
+    if (whole) here.floor = epoch;
+    if (!whole || blocks_.size() > 1) {
+        Clock joined = std::move(barrier.joined);
+        joined.resize(warps_.size());
+        auto each_warp = [&](auto visit) {
+            for (unsigned w = 0; w < threads_per_block_ / kWarp; ++w) {
+                if ((barrier.warps >> w & 1) != 0) visit(first_warp + w);
+            }
+        };
+        each_warp([&](unsigned w) {
+            join(joined, warps_[w].seen);
+            joined[w] = std::max(joined[w], warps_[w].epoch);
+        });
+        each_warp([&](unsigned w) { warps_[w].seen = joined; });
+    }
+    for (unsigned w = 0; w < threads_per_block_ / kWarp; ++w) {
+        if (whole || (barrier.warps >> w & 1) != 0) warps_[first_warp + w].epoch = epoch;
     }
     barrier = {};
-    for (unsigned i = 0; i < thread_count_; ++i) {
-        Fiber& fiber = fibers_[shape_->order == 1 ? thread_count_ - 1 - i : i];
-        if (fiber.wait == Wait::kBarrier && fiber.barrier == id && !fiber.done) wake(fiber);
-    }
+    each_thread([&](unsigned t) {
+        Fiber& fiber = fibers_[t];
+        if (rank_of(t) == rank && fiber.wait == Wait::kBarrier && fiber.barrier == id && !fiber.done) wake(fiber);
+    });
+}
+
+void Machine::arrive_cluster(const void* site) {
+    if (omits(site)) return;
+    together(~0u, "cluster_arrive", nullptr, site, [&](auto&, unsigned lanes) {
+        Warp& warp = warps_[current->thread / kWarp];
+        if (warp.arrived != 0) fail(Check::kCollective, site, "cluster_arrive twice without cluster_wait in between");
+        warp.arrived = cluster_barrier_.completed + 1;
+        join(cluster_barrier_.joined, warp.seen);
+        cluster_barrier_.joined[current->thread / kWarp] = warp.epoch;
+        warp.epoch = next_epoch();
+        cluster_barrier_.arrived += static_cast<unsigned>(__builtin_popcount(lanes));
+        complete_cluster_if_all_arrived();
+    });
+}
+
+// Threads that have ended count as arrived.
+void Machine::complete_cluster_if_all_arrived() {
+    ClusterBarrier& barrier = cluster_barrier_;
+    if (barrier.arrived == 0 || barrier.arrived + barrier.ended < blocks_.size() * thread_count_) return;
+    ++barrier.completed;
+    barrier.arrived = 0;
+    barrier.released = barrier.joined;
+    each_thread([this](unsigned t) {
+        if (fibers_[t].wait == Wait::kCluster && !fibers_[t].done) wake(fibers_[t]);
+    });
+}
+
+void Machine::await_cluster(const void* site) {
+    if (omits(site)) return;
+    Warp& warp = warps_[current->thread / kWarp];
+    together(~0u, "cluster_wait", nullptr, site, [&](auto&, unsigned) {
+        if (warp.arrived == 0) fail(Check::kCollective, site, "cluster_wait without cluster_arrive before");
+        warp.awaited = warp.arrived;
+        warp.arrived = 0;
+    });
+    if (cluster_barrier_.completed < warp.awaited) wait(Wait::kCluster, "cluster_wait", site);
+    join(warp.seen, cluster_barrier_.released);
 }
 
 void Machine::synchronise_warp(unsigned mask, const void* site) {
@@ -295,14 +373,14 @@ void Machine::require_full_warp(const char* instruction, const void* site) {
 
 Where Machine::where(unsigned t, std::uint32_t epoch, const void* site) const {
     uint3 b = block;
-    for (const auto& [start, index] : block_epochs_) {
-        if (start <= epoch) b = index;
+    for (const auto& [start, first] : cluster_epochs_) {
+        if (start <= epoch) b = {first.x + rank_of(t), first.y, first.z};
     }
     const uint3 index = index_of(t);
     return {{b.x, b.y, b.z}, {index.x, index.y, index.z}, locate(site)};
 }
 
-void Machine::report_divergence(unsigned thread_count) {
+void Machine::report_divergence() {
     failed_ = true;
     finding_->check = Check::kDivergence;
     struct Group {
@@ -312,7 +390,8 @@ void Machine::report_divergence(unsigned thread_count) {
     };
     std::vector<Group> groups;
     const Fiber* waiting = nullptr;
-    for (unsigned t = 0; t < thread_count; ++t) {
+    for (unsigned t = 0; t < blocks_.size() * threads_per_block_; ++t) {
+        if (t % threads_per_block_ >= thread_count_) continue;
         const Fiber& fiber = fibers_[t];
         if (!fiber.done && waiting == nullptr) waiting = &fiber;
         const char* instruction = fiber.done ? nullptr : fiber.instruction;
@@ -334,8 +413,9 @@ void Machine::report_divergence(unsigned thread_count) {
     };
     for (const Group& group : groups) {
         const uint3 first = index_of(group.first);
-        add("%s%u of %u threads, from (%u, %u, %u), ", used == 0 ? "" : "; ", group.count, thread_count, first.x,
-            first.y, first.z);
+        add("%s%u of %zu threads, from ", used == 0 ? "" : "; ", group.count, blocks_.size() * thread_count_);
+        if (blocks_.size() > 1) add("block %u of the cluster ", rank_of(group.first));
+        add("(%u, %u, %u), ", first.x, first.y, first.z);
         if (group.instruction == nullptr) add("%s", "have ended");
         else if (group.location.file == nullptr) add("wait in %s", group.instruction);
         else add("wait in %s at %s:%u", group.instruction, group.location.file, group.location.line);

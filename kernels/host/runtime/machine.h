@@ -1,5 +1,6 @@
-// The state of one executor: global memory, and the block that is running. Blocks run one after another; the threads of a
-// block are fibers, switched only where they wait for each other.
+// The state of one executor: global memory, and the cluster of blocks that is running (one block, unless the launch asks
+// for more). Clusters run one after another; the threads of a cluster are fibers, switched only where they wait for each
+// other.
 #pragma once
 
 #include <array>
@@ -17,6 +18,7 @@ namespace dtmem_host {
 constexpr unsigned kWarp = 32;
 constexpr unsigned kMaxThreads = 1024;
 constexpr unsigned kMaxWarps = kMaxThreads / kWarp;
+constexpr unsigned kMaxCluster = 16;
 constexpr unsigned kBarriers = 16;
 constexpr std::size_t kStackBytes = 64 << 10;
 constexpr std::size_t kSharedBytes = 256 << 10;          // of address space: the variables and the gaps between them
@@ -83,13 +85,13 @@ struct AsyncCopy {
     const void* site;
 };
 
-enum class Wait : std::uint8_t { kNothing, kBarrier, kWarp };
+enum class Wait : std::uint8_t { kNothing, kBarrier, kWarp, kCluster };
 
 struct Fiber {
     Context context;
     char* stack = nullptr;
-    unsigned thread = 0;
-    uint3 index{};
+    unsigned thread = 0;           // in the cluster; every block begins with a new warp
+    uint3 index{};                 // in the block
     bool done = false;
     Wait wait = Wait::kNothing;
     unsigned barrier = 0;
@@ -106,12 +108,14 @@ struct Gathering {
     std::array<void*, kWarp> operands{};
 };
 
-using Clock = std::array<std::uint32_t, kMaxWarps>;
+// One entry per warp of the cluster.
+using Clock = std::vector<std::uint32_t>;
 
 struct Warp {
     unsigned lanes = 0;        // that exist
     std::uint32_t epoch = 0;   // stamp of what its threads do now
-    Clock seen{};              // up to which epoch of each other warp all is known to have happened before
+    Clock seen;                // up to which epoch of each other warp all is known to have happened before
+    std::uint32_t arrived = 0, awaited = 0;  // phase of the cluster's barrier: arrived at and not awaited yet, awaited
     std::vector<Gathering> gatherings;
 };
 
@@ -119,8 +123,24 @@ struct Barrier {
     unsigned expected = 0, arrived = 0;
     unsigned line = 0;         // of the first to arrive; 0 where barriers of several lines may meet
     const void* site = nullptr;
-    std::uint32_t warps = 0;   // that take part
-    Clock joined{};            // what the warps that only arrive have seen
+    std::uint32_t warps = 0;   // of the block, that take part
+    Clock joined;              // what the warps that only arrive have seen; empty: none
+};
+
+// The barrier of all threads of the cluster, phase after phase.
+struct ClusterBarrier {
+    std::uint32_t completed = 0;  // phases
+    unsigned arrived = 0, ended = 0;
+    Clock joined;                 // what those have seen that arrived in this phase
+    Clock released;               // the same of the last complete phase
+};
+
+struct Block {
+    uint3 index{};
+    unsigned running = 0;      // threads
+    // The warps' clock just after the last barrier of the whole block: what is older has happened before.
+    std::uint32_t floor = 0;
+    std::array<Barrier, kBarriers> barriers;
 };
 
 // One argument: a value's bytes, or a view of global memory.
@@ -135,6 +155,7 @@ struct LaunchShape {
     std::uint32_t grid[3];
     std::uint32_t block[3];
     std::uint32_t shared_bytes;
+    std::uint32_t cluster;     // blocks, neighbours along x
     std::uint32_t order;       // 0 forward, 1 reversed, 2 shuffled
     std::uint64_t seed;
     std::uint64_t budget;      // memory accesses before the launch counts as a runaway
@@ -162,6 +183,10 @@ public:
     void synchronise(unsigned barrier, unsigned threads, unsigned line, const char* instruction, const void* site);
     void arrive(unsigned barrier, unsigned threads, const char* instruction, const void* site);
     void synchronise_warp(unsigned mask, const void* site);
+    void arrive_cluster(const void* site);
+    void await_cluster(const void* site);
+    // The same place in the shared memory of another block of the cluster.
+    void* map_shared(const void* address, unsigned rank, const void* site);
     // Waits for the lanes of `mask`, then calls `perform` once with the operands of all of them.
     template <typename Perform>
     void together(unsigned mask, const char* instruction, void* operand, const void* site, Perform perform);
@@ -190,15 +215,17 @@ public:
 
     Fiber* current = nullptr;
     uint3 thread, block, block_extent, grid_extent;
-    // The warp's clock just after the last barrier of the whole block: what is older has happened before.
-    std::uint32_t floor = 0;
 
 private:
-    void run_block(unsigned thread_count);
+    void run_cluster(uint3 first, unsigned blocks, unsigned thread_count);
     void start(Fiber& fiber, unsigned thread);
     void wait(Wait wait, const char* instruction, const void* site);
     void wake(Fiber& fiber);
-    void report_divergence(unsigned thread_count);
+    void report_divergence();
+    template <typename Visit> void each_thread(Visit visit) const;
+    unsigned rank_of(unsigned thread) const { return thread / threads_per_block_; }
+    std::uint8_t* shared_of(unsigned rank) const { return shared_.get() + rank * kSharedBytes; }
+    void complete_cluster_if_all_arrived();
     void finish_thread();
     void complete(unsigned barrier);
     Gathering& gathering(Warp& warp, unsigned mask);
@@ -224,17 +251,18 @@ private:
     Shadow shared_shadow_;
     std::vector<SharedVariable> variables_;
     std::size_t shared_top_ = 0, static_shared_ = 0, dynamic_shared_ = 0;
-    void* dynamic_ = nullptr;
 
     char* stacks_ = nullptr;
     std::vector<Fiber> fibers_;
-    std::array<Warp, kMaxWarps> warps_;
-    std::array<Barrier, kBarriers> barriers_;
+    std::vector<Warp> warps_;
+    std::vector<Block> blocks_;
+    ClusterBarrier cluster_barrier_;
     std::vector<unsigned> ready_, next_ready_;
-    unsigned thread_count_ = 0;
+    unsigned thread_count_ = 0;       // of a block
+    unsigned threads_per_block_ = 0;  // the same in whole warps
 
-    std::uint32_t epoch_ = 0, launch_epoch_ = 0, block_epoch_ = 0;
-    std::vector<std::pair<std::uint32_t, uint3>> block_epochs_;  // of this launch, for reports
+    std::uint32_t epoch_ = 0, launch_epoch_ = 0, cluster_epoch_ = 0;
+    std::vector<std::pair<std::uint32_t, uint3>> cluster_epochs_;  // of this launch, with the first block, for reports
     Context scheduler_;
     const Kernel* kernel_ = nullptr;
     const LaunchShape* shape_ = nullptr;

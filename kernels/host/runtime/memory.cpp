@@ -102,32 +102,34 @@ const Range* Machine::range_of(std::uintptr_t address) const {
 void* Machine::shared_variable(const void* site, const char* name, std::size_t bytes, std::size_t alignment,
                                const void* caller) {
     for (const SharedVariable& variable : variables_) {
-        if (variable.site == site) return shared_.get() + variable.offset;
+        if (variable.site == site) return shared_of(rank_of(current->thread)) + variable.offset;
     }
     // Aligned as declared and not better, so that code which relies on more is found.
     std::size_t offset = round_up(shared_top_ + kSharedGap, 2 * alignment) + (alignment < 1024 ? alignment : 0);
-    const bool is_dynamic = bytes == dynamic_shared_ && site == &dynamic_;
-    if (!is_dynamic) static_shared_ += bytes;
+    if (site != &dynamic_shared_) static_shared_ += bytes;
     if (static_shared_ > kStaticSharedLimit || static_shared_ + dynamic_shared_ > kSharedLimit ||
         offset + bytes > kSharedBytes) {
         fail(Check::kSharedSize, caller, "`%s` makes %zu bytes of static and %zu of dynamic shared memory", name,
              static_shared_, dynamic_shared_);
     }
     variables_.push_back({site, name, offset, bytes});
-    std::memset(shared_.get() + offset, kPoison, bytes);
-    std::uint8_t* state = shared_shadow_.state.get();
-    for (std::size_t at = offset; at < offset + bytes; ++at) state[at / kGranule] |= 1u << at % kGranule;
+    // In all blocks of the cluster: others may use it before this one's owner gets here.
+    for (unsigned rank = 0; rank < blocks_.size(); ++rank) {
+        std::memset(shared_of(rank) + offset, kPoison, bytes);
+        std::uint8_t* state = shared_shadow_.state.get() + rank * kSharedBytes / kGranule;
+        for (std::size_t at = offset; at < offset + bytes; ++at) state[at / kGranule] |= 1u << at % kGranule;
+    }
     shared_top_ = offset + bytes;
-    return shared_.get() + offset;
+    return shared_of(rank_of(current->thread)) + offset;
 }
 
 void* Machine::dynamic_shared(std::size_t alignment, const void* caller) {
-    if (dynamic_ == nullptr) dynamic_ = shared_variable(&dynamic_, "(dynamic)", dynamic_shared_, alignment, caller);
-    return dynamic_;
+    return shared_variable(&dynamic_shared_, "(dynamic)", dynamic_shared_, alignment, caller);
 }
 
 bool Machine::before_now(const Access& access) const {
-    if (access.epoch < floor) return true;
+    const unsigned rank = rank_of(current->thread);
+    if (rank_of(access.thread) == rank && access.epoch < blocks_[rank].floor) return true;
     const unsigned warp = current->thread / kWarp, other = access.thread / kWarp;
     if (warp == other) return access.thread == current->thread || access.epoch < warps_[warp].epoch;
     return access.epoch <= warps_[warp].seen[other];
@@ -139,7 +141,7 @@ void Machine::touch(Shadow& shadow, std::size_t offset, std::size_t bytes, const
     const Access now{warps_[current->thread / kWarp].epoch, code_offset(site),
                      static_cast<std::uint16_t>(current->thread)};
     auto concurrent = [&](const Access& access) {
-        if (access.epoch < block_epoch_) return !shared && access.epoch >= launch_epoch_;  // another block's
+        if (access.epoch < cluster_epoch_) return !shared && access.epoch >= launch_epoch_;  // another cluster's
         return !before_now(access);
     };
     const std::size_t end = offset + bytes;
@@ -181,8 +183,9 @@ void Machine::access(const void* address, std::size_t bytes, const void* site) {
     if (at - reinterpret_cast<std::uintptr_t>(current->stack) < kStackBytes) return;
     if (--budget_ == 0) fail(Check::kRunaway, site);
     const std::uintptr_t offset = at - reinterpret_cast<std::uintptr_t>(shared_.get());
-    if (offset < kSharedBytes) {
-        if (bytes > kSharedBytes - offset) fail_at(Check::kOutOfBounds, address, bytes, kWrite, site);
+    if (offset < blocks_.size() * kSharedBytes) {
+        if (bytes > kSharedBytes - offset % kSharedBytes) fail_at(Check::kOutOfBounds, address, bytes, kWrite, site);
+        if (blocks_[offset / kSharedBytes].running == 0) fail_at(Check::kEnded, address, bytes, kWrite, site);
         touch<kWrite>(shared_shadow_, offset, bytes, shared_.get(), site);
     } else {
         access_global<kWrite>(at, bytes, site);
@@ -194,7 +197,7 @@ template void Machine::access<true>(const void*, std::size_t, const void*);
 template <bool kWrite>
 void Machine::access_global(std::uintptr_t at, std::size_t bytes, const void* site) {
     const auto address = reinterpret_cast<const void*>(at);
-    if (at - reinterpret_cast<std::uintptr_t>(stacks_) < kMaxThreads * kStackBytes) {
+    if (at - reinterpret_cast<std::uintptr_t>(stacks_) < fibers_.size() * kStackBytes) {
         fail_at(Check::kLocal, address, bytes, kWrite, site, "local memory of another thread");
     }
     const std::uintptr_t end = at + bytes;
@@ -221,8 +224,9 @@ void Machine::describe_address(const void* address, std::size_t bytes, bool writ
     finding_->address = at;
     finding_->bytes = bytes;
     finding_->is_write = write;
-    const std::uintptr_t in_shared = at - reinterpret_cast<std::uintptr_t>(shared_.get());
-    if (in_shared < kSharedBytes) {
+    std::uintptr_t in_shared = at - reinterpret_cast<std::uintptr_t>(shared_.get());
+    if (in_shared < blocks_.size() * kSharedBytes) {
+        in_shared %= kSharedBytes;
         finding_->space = Space::kShared;
         const SharedVariable* nearest = nullptr;
         for (const SharedVariable& variable : variables_) {
@@ -259,8 +263,9 @@ void Machine::require_alignment(const void* address, std::size_t alignment, bool
 std::size_t Machine::shared_offset(const void* address, std::size_t bytes, bool write, const void* site) {
     const std::uintptr_t offset =
         reinterpret_cast<std::uintptr_t>(address) - reinterpret_cast<std::uintptr_t>(shared_.get());
-    if (offset >= kSharedBytes || bytes > kSharedBytes - offset) {
-        fail_at(Check::kOutOfBounds, address, bytes, write, site, "not shared memory");
+    const unsigned rank = rank_of(current->thread);
+    if (offset - rank * kSharedBytes >= kSharedBytes || bytes > kSharedBytes - offset % kSharedBytes) {
+        fail_at(Check::kOutOfBounds, address, bytes, write, site, "not shared memory of this block");
     }
     return offset;
 }
@@ -276,6 +281,15 @@ void Machine::read_rows(const void* address, std::size_t bytes, const void* site
             race(write, true, address, bytes, false, site);
         }
     }
+}
+
+void* Machine::map_shared(const void* address, unsigned rank, const void* site) {
+    const auto offset = reinterpret_cast<std::uintptr_t>(address) - reinterpret_cast<std::uintptr_t>(shared_.get());
+    if (offset >= blocks_.size() * kSharedBytes) fail(Check::kCollective, site, "map_shared: not shared memory");
+    if (rank >= blocks_.size()) {
+        fail(Check::kCollective, site, "map_shared: block %u of a cluster of %zu", rank, blocks_.size());
+    }
+    return shared_of(rank) + offset % kSharedBytes;
 }
 
 // The bytes are poisoned now and come at the wait. Until then nobody may touch them, as the copy may happen at any time.

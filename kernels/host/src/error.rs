@@ -51,12 +51,12 @@ pub enum Error {
         /// Bytes of an element.
         element: usize,
     },
-    /// A grid or block that no GPU would launch.
+    /// A grid, block or cluster that no GPU would launch.
     #[error("{kernel}: {what} is {found:?}, expected {expected}")]
     Shape {
         /// Name of the kernel.
         kernel: String,
-        /// `grid` or `block`.
+        /// `grid`, `block` or `cluster`.
         what: &'static str,
         /// Extents that were asked for.
         found: [u32; 3],

@@ -61,7 +61,7 @@ impl Order {
     pub const ALL: [Self; 3] = [Self::Forward, Self::Reversed, Self::Shuffled(1)];
 }
 
-/// Grid, block and dynamic shared memory of a launch.
+/// Grid, block, dynamic shared memory and clusters of a launch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Launch {
     /// Blocks (x, y, z).
@@ -70,15 +70,18 @@ pub struct Launch {
     pub block: [u32; 3],
     /// Bytes of dynamic shared memory per block.
     pub shared_bytes: u32,
+    /// Blocks of a cluster, neighbours along x: 1 to 16.
+    pub cluster: u32,
 }
 
 impl Launch {
-    /// A launch without dynamic shared memory.
+    /// A launch without dynamic shared memory or clusters.
     pub fn new(grid: [u32; 3], block: [u32; 3]) -> Self {
         Self {
             grid,
             block,
             shared_bytes: 0,
+            cluster: 1,
         }
     }
 }
@@ -368,6 +371,7 @@ impl Executor {
             grid: launch.grid,
             block: launch.block,
             shared_bytes: launch.shared_bytes,
+            cluster: launch.cluster,
             order,
             seed,
             budget: self.budget,
@@ -474,6 +478,13 @@ fn check_shape(name: &str, launch: Launch, max_threads: u64) -> Result<()> {
             "grid",
             launch.grid,
             "1 to 2147483647, 65535, 65535 blocks".to_owned(),
+        );
+    }
+    if !(1..=16).contains(&launch.cluster) || !launch.grid[0].is_multiple_of(launch.cluster) {
+        return shape(
+            "cluster",
+            [launch.cluster, 1, 1],
+            format!("1 to 16 blocks that divide {}", launch.grid[0]),
         );
     }
     let max_threads = max_threads.min(1024);

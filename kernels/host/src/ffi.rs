@@ -42,6 +42,7 @@ pub struct LaunchShape {
     pub grid: [u32; 3],
     pub block: [u32; 3],
     pub shared_bytes: u32,
+    pub cluster: u32,
     pub order: u32,
     pub seed: u64,
     pub budget: u64,

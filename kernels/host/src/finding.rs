@@ -35,12 +35,14 @@ pub enum Check {
     Local,
     /// The kernel accessed memory more often than the launch allows: it probably never ends.
     Runaway,
+    /// The shared memory of a block of the cluster that has ended.
+    Ended,
 }
 
 impl Check {
     fn from_code(code: u32) -> Self {
         use Check::*;
-        const ALL: [Check; 14] = [
+        const ALL: [Check; 15] = [
             Runaway,
             OutOfBounds,
             ReadOnly,
@@ -55,6 +57,7 @@ impl Check {
             SharedSize,
             Local,
             Runaway,
+            Ended,
         ];
         ALL.get(code as usize).copied().unwrap_or(Runaway)
     }
@@ -74,6 +77,7 @@ impl Check {
             Check::SharedSize => "too much shared memory",
             Check::Local => "local memory",
             Check::Runaway => "no end in sight",
+            Check::Ended => "shared memory of a block that has ended",
         }
     }
 }

@@ -372,9 +372,8 @@ fn run<T: Storage>(executor: &Executor, case: &Case) -> Result<Run<T>> {
     let blocks = |tokens: usize| (tokens / tile_rows + sequences) as u32;
     let launch = |name: &str, grid: [u32; 2], threads: u32, shared_rows: usize, args: &[Arg]| {
         let launch = Launch {
-            grid: [grid[0], grid[1], 1],
-            block: [threads, 1, 1],
             shared_bytes: (shared_rows * (row_bytes + 16)) as u32,
+            ..Launch::new([grid[0], grid[1], 1], [threads, 1, 1])
         };
         executor.launch(name, launch, args)
     };

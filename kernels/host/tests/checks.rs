@@ -495,6 +495,108 @@ fn warp_functions_give_what_cuda_defines() {
     }
 }
 
+fn in_clusters(blocks: u32) -> Launch {
+    Launch {
+        cluster: blocks,
+        ..Launch::new([12, 1, 1], [64, 1, 1])
+    }
+}
+
+fn cluster(defect: i32) -> Finding {
+    finding("test_cluster", in_clusters(3), |e| {
+        vec![input(e, 768), output(e, 768), value(3), value(defect)]
+    })
+}
+
+/// What is found in each order.
+fn cluster_findings(defect: i32) -> [Check; 3] {
+    Order::ALL.map(|order| {
+        let mut executor = Executor::new();
+        executor.set_order(order);
+        let [x, y] = [executor.upload(&numbers(768)), executor.scratch(768)];
+        let args = [
+            Arg::Input(x.view()),
+            Arg::Output(y.view()),
+            Arg::I32(3),
+            Arg::I32(defect),
+        ];
+        let error = executor
+            .launch("test_cluster", in_clusters(3), &args)
+            .unwrap_err();
+        println!("{error}");
+        error.finding().expect("a finding").check
+    })
+}
+
+#[test]
+fn blocks_of_a_cluster_use_each_other_s_shared_memory() {
+    for blocks in [1, 2, 3, 4, 12] {
+        let y = in_every_order(|executor| {
+            let [x, y] = [executor.upload(&numbers(768)), executor.scratch::<f32>(768)];
+            let args = [
+                Arg::Input(x.view()),
+                Arg::Output(y.view()),
+                Arg::I32(blocks),
+                Arg::I32(0),
+            ];
+            executor
+                .launch("test_cluster", in_clusters(blocks.unsigned_abs()), &args)
+                .unwrap_or_else(|error| panic!("{error}"));
+            y.download()
+        });
+        assert_eq!(y, numbers(768), "{blocks} blocks");
+    }
+}
+
+#[test]
+fn a_missing_cluster_barrier_is_found() {
+    // Whether the reader or the writer comes first depends on the order.
+    // None, one that only the threads of a block wait at, and a read ahead of the wait.
+    for defect in [1, 9, 3] {
+        for check in cluster_findings(defect) {
+            assert!(
+                matches!(check, Check::Race | Check::Uninitialised),
+                "{check:?}"
+            );
+        }
+    }
+    // A write behind a read by another block.
+    for check in cluster_findings(10) {
+        assert_eq!(check, Check::Race);
+    }
+}
+
+#[test]
+fn a_block_that_ends_while_its_memory_is_read_is_found() {
+    let finding = cluster(2);
+    assert_eq!(finding.check, Check::Ended);
+    assert!(
+        matches!(memory(&finding), Some(Memory::Shared { variable, extent: 256, .. }) if variable == "numbers")
+    );
+}
+
+#[test]
+fn wrong_use_of_clusters_is_found() {
+    assert_eq!(cluster(4).check, Check::Collective);
+    assert_eq!(cluster(6).check, Check::Collective);
+    assert_eq!(cluster(7).check, Check::OutOfBounds);
+    let finding = cluster(8);
+    assert_eq!(
+        (finding.check, finding.place.block[0] % 3),
+        (Check::Uninitialised, 2)
+    );
+    // The block that skips the first barrier meets the others in it at its second, and they wait in vain at theirs;
+    // what it reads until then has not been synchronised.
+    let found = cluster_findings(5);
+    assert!(
+        found.iter().all(|check| matches!(
+            check,
+            Check::Race | Check::Uninitialised | Check::Divergence
+        )),
+        "{found:?}"
+    );
+}
+
 #[test]
 fn dynamic_shared_memory_has_the_bytes_of_the_launch() {
     let executor = Executor::new();
@@ -555,6 +657,13 @@ fn wrong_launches_are_typed_errors() {
     assert!(matches!(
         error("test_offset", launch(96), &good),
         Error::Shape { what: "block", .. }
+    ));
+    assert!(matches!(
+        error("test_offset", in_clusters(5), &good),
+        Error::Shape {
+            what: "cluster",
+            ..
+        }
     ));
     let empty = Launch::new([0, 1, 1], [64, 1, 1]);
     assert!(matches!(

@@ -155,12 +155,14 @@ pub fn assert_every_barrier_is_needed(
     source: &str,
     run: impl Fn(&Executor) -> Result<()>,
 ) {
-    const WAITS: [&str; 5] = [
+    const WAITS: [&str; 7] = [
         "__syncthreads(",
         "__syncwarp(",
         "barrier_sync(",
         "barrier_arrive(",
         "cp_async_wait",
+        "cluster_arrive(",
+        "cluster_wait(",
     ];
     let mut executor = Executor::new();
     run(&executor).unwrap_or_else(|error| panic!("as it is: {error}"));

@@ -145,6 +145,36 @@ extern "C" __global__ void __launch_bounds__(64) test_warp_functions(int32_t* y)
     mine[7] = lane < 8 ? __shfl_xor_sync(0x000000ffu, lane, 1) : __shfl_xor_sync(0xffffff00u, lane, 1);
 }
 
+enum ClusterDefect : int32_t {
+    kClusterGood, kNoClusterBarrier, kEndsEarly, kReadsBeforeTheWait, kNoArrival, kOneBlockSkips, kNoSuchBlock, kTooFar,
+    kUnwritten, kOnlyOwnBlock, kWritesWhatIsRead,
+};
+
+// y = x, where each block takes the numbers of the next block of its cluster from that block's shared memory.
+extern "C" __global__ void __launch_bounds__(64) test_cluster(const float* x, float* y, int32_t blocks, int32_t defect) {
+    __shared__ float numbers[64];
+    const int i = threadIdx.x, rank = static_cast<int>(blockIdx.x) % blocks;
+    const int next = defect == kNoSuchBlock ? blocks : (rank + 1) % blocks;
+    if (defect != kUnwritten || rank != 0 || i != 5) numbers[i] = x[blockIdx.x * 64 + i];
+    const float* others = static_cast<const float*>(ptx::map_shared(numbers, next));
+    if (defect == kTooFar) others += 64;
+    float taken = 0.0f;
+    if (defect == kOnlyOwnBlock) {
+        __syncthreads();
+    } else if (defect != kNoClusterBarrier && !(defect == kOneBlockSkips && rank == 0)) {
+        if (defect != kNoArrival) ptx::cluster_arrive();
+        if (defect == kReadsBeforeTheWait) taken = others[63 - i];
+        ptx::cluster_wait();
+    }
+    if (defect != kReadsBeforeTheWait) taken = others[63 - i];
+    if (defect == kWritesWhatIsRead) numbers[i] = 0.0f;
+    if (defect != kEndsEarly) {
+        ptx::cluster_arrive();
+        ptx::cluster_wait();
+    }
+    y[(blockIdx.x - rank + next) * 64 + 63 - i] = taken;
+}
+
 // Dynamic shared memory: sums of n numbers per block of 32 threads.
 extern "C" __global__ void __launch_bounds__(32) test_dynamic(const float* x, float* y, int32_t n) {
     extern __shared__ __align__(16) unsigned char bytes[];
