@@ -4,29 +4,42 @@
 // M, M′ [B, N, D] and y [tokens, D] contiguous; a, s, v rows of D with a stride of their own; κ [tokens]; b [1] in f32;
 // `offsets` [B + 1]. D and the strides are multiples of 16, all of these tensors aligned to 16 bytes. D ≤ 1024.
 //
-// A block owns `tile` slots (a multiple of 16, at most 96) of one sequence with all their columns, and works on them in
-// shared memory in steps:
+// A block owns `tile` slots (at most 96) of one sequence with all their columns, and works on them in shared memory, where
+// `padded` = ⌈tile/16⌉·16 of them stand (the others 0), in steps:
 //   scores   M·a, M·s: A = the tile, B = both keys of the tokens in panels of 64 columns. They stay in registers: a warp
 //            has 16 slots × half of the tokens, and of each (slot, token) both products lie in the same lane.
 //   stats    of each token max and Σ exp(x − max) over the tile's slots
 //   weights  from the stats of all tiles: w and w·β, rounded to the storage type, and keep in f32
 //   columns  a warp owns 16 columns at a time: y = w·M and M′ = keep·M + w·β·v, in the order that is asked for
-// The steps are cut into launches where the tiles of a sequence have to hear of each other:
+// Tiles of a sequence have to hear of each other twice: of the stats, and of their shares of y.
 //
-//   grid (tiles, B), 256 threads; tiles = ⌈N/tile⌉                                   shared memory, rows = ⌈longest/16⌉·16
-//   short_scores   scores, stats → workspace; the tile is a ring of three steps      tile·400 + rows·864
-//   short_update   weights, columns; y of this tile's slots → workspace              tile·(2·D + 16 + 4·rows + 32) + rows·384
-//   short_read     (⌈tokens·D/1024⌉): y = Σ over tiles, first to last
+// With compute capability 9.0, where N ≤ 16·96 and the tile fits, they are a cluster and that is one launch: stats and
+// shares of y are read from each other's shared memory.
+//   short_cluster  (C, B) in clusters of C, tile = ⌈N/C⌉. C 16 (a cluster of more than 8 has to be allowed) is best: it
+//                  keeps most multiprocessors busy when B is small, and leaves room for the rest of shared memory.
+// Elsewhere they are three, tiles = ⌈N/tile⌉:
+//   short_scores   (tiles, B)  scores, stats → workspace; the tile is a ring of three steps
+//   short_update   (tiles, B)  weights, columns; y of this tile's slots → workspace
+//   short_read     (⌈tokens·D/1024⌉)  y = Σ over tiles, first to last
+// All with 256 threads. Dynamic shared memory in bytes, with rows = ⌈longest/16⌉·16 and D₆₄ = ⌈D/64⌉·64:
+//   short_scores   padded·400 + rows·864
+//   short_update   padded·(2·D₆₄ + 48 + 4·rows) + rows·384
+//   short_cluster  padded·(2·D₆₄ + 48 + 4·rows) + rows·1408; less than 227 KiB less 8 KiB of static shared memory
+// Workspace of the three, f32, each aligned to 16 bytes: products [B, tiles, padded, rows, 2], stats [B, tiles, 2, 64, 2],
+// shares of y [tiles, tokens, D].
 //
-// Workspace, f32: products [B, tiles, tile, rows, 2], stats [B, tiles, 2, 64, 2], shares of y [tiles, tokens, D].
-//
-// Bytes per sequence, e = 2: M read twice and written once, 3·N·D·e; w and β cost 16·N·T and y 8·tiles·T·D, which mostly
-// stay in the L2 cache. N 1290, D 512, T 39, tile 96: 4.0 MB, and 0.8 + 2.2 MB. 206 MFLOP on the matrix units at
-// 2·T/e = 39 per byte of M: memory is the limit. content_memory.cu moves 5.3 MB and 3.2 MB, in four launches.
+// What has to move: with e = 2, N·D·e bytes read and written per sequence; N 1290, D 512, T 39: 1.3 MB each way and
+// 206 MFLOP, 78 per byte: a sixth of what the matrix units can do by mma.sync in that time, so memory is the limit.
+//   cluster  M once from and once to device memory, keys and values once per block from the L2 cache (120 kB each), 80 kB
+//            of y per block between multiprocessors. One launch. B 8 takes 128 multiprocessors, one round; a block
+//            fetches 81 kB with up to 48 kB under way, while it multiplies what has come.
+//   three    M twice from and once to device memory, and through the L2 cache w and β 16·N·T and y 8·tiles·T·D bytes:
+//            4.0 MB and 0.8 + 2.2 MB a sequence. content_memory.cu moves 5.3 and 3.2 MB, in four launches.
 //
 // History
-//   1  this version: a tile of slots with all columns in shared memory (cp.async), bf16/f16 operands (ldmatrix,
-//      m16n8k16), M read twice instead of three times, no launch for the softmax
+//   1  a tile of slots with all columns in shared memory (cp.async), bf16/f16 operands (ldmatrix, m16n8k16), M read twice
+//      instead of three times, no launch for the softmax
+//   2  clusters: M read once
 
 #include "content_memory.cuh"
 
@@ -69,16 +82,17 @@ struct Rows {
 struct Place {
     int64_t first_token, first_slot;  // among those of all sequences
     int tokens, rows;                 // rows: tokens, rounded up to whole matrices
-    int slots, tile;                  // slots: those of the tile that exist; the others are 0
+    int slots, tile;                  // the same of slots: those beyond are 0 in the tile
 
-    __device__ Place(const int32_t* offsets, int slots_of_memory, int tile_slots) : tile(tile_slots) {
+    __device__ Place(const int32_t* offsets, int slots_of_memory, int slots_of_tile)
+        : tile((slots_of_tile + kRows - 1) / kRows * kRows) {
         const Sequence sequence(offsets, blockIdx.y);
-        const int before = blockIdx.x * tile_slots;
+        const int before = blockIdx.x * slots_of_tile;
         first_token = sequence.first;
         first_slot = static_cast<int64_t>(blockIdx.y) * slots_of_memory + before;
         tokens = sequence.tokens;
         rows = (tokens + kRows - 1) / kRows * kRows;
-        slots = max(0, min(tile_slots, slots_of_memory - before));
+        slots = max(0, min(slots_of_tile, slots_of_memory - before));
     }
 };
 
@@ -480,19 +494,21 @@ __device__ inline void write_columns(const Place& place, const Tile<T>& tile, co
     }
 }
 
-// Both, and in which order. `done(chunk)` is called by all threads when all warps have given their y of 128 columns.
-template <typename T, typename Give, typename Done>
+// Both, in the order that is asked for, 128 columns at a time. Every thread calls `given(chunk)` when its warp has given
+// its y of a chunk, and `done(chunk)` behind the chunk.
+template <typename T, typename Give, typename Given, typename Done>
 __device__ inline void columns(const Place& place, const Tile<T>& tile, const Weights<T>& weights,
                                const Values<T>& values, T* memory_next, int width, bool write_then_read,
-                               const Give& give, const Done& done) {
+                               const Give& give, const Given& given, const Done& done) {
     const int lane = threadIdx.x % kWarpSize, mine = threadIdx.x / kWarpSize * kWarpColumns;
     values.load(place, mine, width);
     for (int chunk = 0; chunk < width; chunk += kChunk) {
         const int column = chunk + mine;
-        if (column < width) {
+        const bool some = column < width;
+        uint32_t v[kMostTokens / 16][4];
+        if (some) {
             ptx::cp_async_wait_all();
             __syncwarp();
-            uint32_t v[kMostTokens / 16][4];
 #pragma unroll
             for (int k = 0; k < kMostTokens / 16; ++k) {
                 if (k * 16 >= place.rows) continue;
@@ -500,12 +516,13 @@ __device__ inline void columns(const Place& place, const Tile<T>& tile, const We
             }
             __syncwarp();
             values.load(place, column + kChunk, width);
-            if (!write_then_read) {
-                read_columns(place, tile, weights, column, give);
-                __syncwarp();
-            }
+        }
+        if (some && write_then_read) write_columns(place, tile, weights, v, memory_next, column, width);
+        if (some) read_columns(place, tile, weights, column, give);
+        given(chunk);
+        if (some && !write_then_read) {
+            __syncwarp();
             write_columns(place, tile, weights, v, memory_next, column, width);
-            if (write_then_read) read_columns(place, tile, weights, column, give);
         }
         done(chunk);
     }
@@ -562,9 +579,9 @@ __device__ inline void short_update(const T* memory, const float* products, cons
     const Tile<T> tile{reinterpret_cast<T*>(shared), steps};
     const int weight_pitch = most_rows + kGap;
     T* address = tile.end(place);
-    T* gate = address + tile_slots * weight_pitch;
+    T* gate = address + place.tile * weight_pitch;
     const Weights<T> weights{address, gate, weight_pitch, keep};
-    const Values<T> value(values, gate + tile_slots * weight_pitch, most_rows);
+    const Values<T> value(values, gate + place.tile * weight_pitch, most_rows);
 
     for (int step = 0; step < steps; ++step) tile.load(memory, place, step, width);
     ptx::cp_async_commit();
@@ -584,7 +601,7 @@ __device__ inline void short_update(const T* memory, const float* products, cons
         [&](int token, int column, float y0, float y1) {
             *reinterpret_cast<float2*>(shares + (first + token) * width + column) = make_float2(y0, y1);
         },
-        [](int) {});
+        [](int) {}, [](int) {});
 }
 
 // y = Σ over tiles, four columns per thread.
@@ -602,6 +619,81 @@ __device__ inline void short_read(const float* shares, T* y, int tiles, int toke
         for (int i = 0; i < 4; ++i) sum[i] += share[i];
     }
     store(sum, y + at);
+}
+
+// --- One launch: the tiles of a sequence are a cluster
+
+template <typename T>
+__device__ inline void short_cluster(const T* memory, Rows<T> keys, Rows<T> strength_keys, Rows<T> values,
+                                     const T* kappa, const float* bias, const int32_t* offsets, T* memory_next, T* y,
+                                     unsigned char* shared, int slots, int width, int tile_slots, int most_rows,
+                                     float scale, float epsilon, bool paper, bool write_then_read) {
+#if defined(DTMEM_HOST) || __CUDA_ARCH__ >= 900
+    __shared__ Norms norms;
+    __shared__ Exchange exchange;
+    __shared__ StatsOfTokens mine;
+    __shared__ StatsOfTokens all;
+    __shared__ float keep[kHalves][kMostTile];
+    const Place place(offsets, slots, tile_slots);
+    const Tile<T> tile{reinterpret_cast<T*>(shared), (width + kStep - 1) / kStep};
+    const int weight_pitch = most_rows + kGap;
+    T* address = tile.end(place);
+    T* gate = address + place.tile * weight_pitch;
+    const Weights<T> weights{address, gate, weight_pitch, keep};
+    T* of_values = gate + place.tile * weight_pitch;
+    const Values<T> value(values, of_values, most_rows);
+    // First the panels of keys, then two chunks of this block's share of y.
+    T* panels = of_values + kWarps * most_rows * kValuePitch;
+    auto* shares = reinterpret_cast<float*>(panels);
+    auto share_of = [=](int chunk, int token) {
+        return shares + (chunk / kChunk % 2 * most_rows + token) * kChunk;
+    };
+
+    Products x = {};
+    scores(memory, keys, strength_keys, place, tile, panels, x, norms, width, epsilon);
+    score(x, place, norms, kappa, bias, scale, epsilon);
+    const Stats of_tile = stats(x, place, exchange);
+    if (threadIdx.x < kParts * kMostTokens) mine[threadIdx.x / kMostTokens][threadIdx.x % kMostTokens] = of_tile;
+    ptx::cluster_arrive();
+    ptx::cluster_wait();
+    combine(gridDim.x, place, all, [&](int n, int p, int token) {
+        const auto* of = static_cast<const Stats*>(ptx::map_shared(&mine[p][token], n));
+        return Stats{of->most, of->sum};
+    });
+    weigh(place, all, weights, bias != nullptr, paper, [&](int j, int i, float (&of)[kParts][4]) {
+#pragma unroll
+        for (int p = 0; p < kParts; ++p) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) of[p][e] = x[j][i][p][e];
+        }
+    });
+    columns(
+        place, tile, weights, value, memory_next, width, write_then_read,
+        [&](int token, int column, float y0, float y1) {
+            *reinterpret_cast<float2*>(share_of(column, token) + column % kChunk) = make_float2(y0, y1);
+        },
+        [](int) { ptx::cluster_arrive(); },
+        [&](int chunk) {
+            ptx::cluster_wait();
+            // Each block adds up an equal part of the chunk, four columns per thread.
+            const int vectors = min(kChunk, width - chunk) / 4, blocks = gridDim.x;
+            const int part = (place.tokens * vectors + blocks - 1) / blocks, first = blockIdx.x * part;
+            for (int n = first + threadIdx.x; n < min(first + part, place.tokens * vectors); n += kThreads) {
+                const int token = n / vectors, column = n % vectors * 4;
+                float sum[4] = {};
+#pragma unroll 4
+                for (int b = 0; b < blocks; ++b) {
+                    float share[4];
+                    load(static_cast<const float*>(ptx::map_shared(share_of(chunk, token) + column, b)), share);
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) sum[i] += share[i];
+                }
+                store(sum, y + (place.first_token + token) * width + chunk + column);
+            }
+        });
+    ptx::cluster_arrive();  // others may still read this block's shares
+    ptx::cluster_wait();
+#endif
 }
 
 }  // namespace
@@ -627,6 +719,16 @@ __device__ inline void short_read(const float* shares, T* y, int tiles, int toke
     extern "C" __global__ void __launch_bounds__(kThreads) content_memory_short_read_##NAME(                           \
         const float* shares, T* y, int32_t tiles, int32_t tokens, int32_t width) {                                     \
         short_read(shares, y, tiles, tokens, width);                                                                   \
+    }                                                                                                                  \
+    extern "C" __global__ void __launch_bounds__(kThreads, 1) content_memory_short_cluster_##NAME(                     \
+        const T* memory, const T* keys, const T* strength_keys, const T* value, const T* kappa, const float* bias,     \
+        const int32_t* offsets, T* memory_next, T* y, int32_t slots, int32_t width, int32_t stride,                    \
+        int32_t strength_stride, int32_t value_stride, int32_t tile, int32_t rows, float scale, float epsilon,         \
+        int32_t paper, int32_t write_then_read) {                                                                      \
+        extern __shared__ __align__(16) unsigned char shared[];                                                        \
+        short_cluster<T>(memory, {keys, stride}, {strength_keys, strength_stride}, {value, value_stride}, kappa, bias, \
+                         offsets, memory_next, y, shared, slots, width, tile, rows, scale, epsilon, paper != 0,        \
+                         write_then_read != 0);                                                                        \
     }
 
 CONTENT_MEMORY_SHORT(bf16, bf16)

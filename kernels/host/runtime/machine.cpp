@@ -210,7 +210,9 @@ void Machine::finish_thread() {
         fail_at(Check::kUnawaited, shared_.get() + copy.offset, copy.bytes, true, copy.site);
     }
     current->done = true;
-    --blocks_[rank_of(current->thread)].running;
+    const unsigned rank = rank_of(current->thread);
+    if (blocks_[rank].running == 1 && blocks_.size() > 1) require_shared_memory_unused(rank);
+    --blocks_[rank].running;
     ++cluster_barrier_.ended;
     complete_cluster_if_all_arrived();
     switch_to(current->context, scheduler_);

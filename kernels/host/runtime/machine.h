@@ -187,6 +187,8 @@ public:
     void await_cluster(const void* site);
     // The same place in the shared memory of another block of the cluster.
     void* map_shared(const void* address, unsigned rank, const void* site);
+    // Fails where another block has used this one's shared memory, and nobody here waited for that.
+    void require_shared_memory_unused(unsigned rank);
     // Waits for the lanes of `mask`, then calls `perform` once with the operands of all of them.
     template <typename Perform>
     void together(unsigned mask, const char* instruction, void* operand, const void* site, Perform perform);

@@ -283,6 +283,25 @@ void Machine::read_rows(const void* address, std::size_t bytes, const void* site
     }
 }
 
+void Machine::require_shared_memory_unused(unsigned rank) {
+    const unsigned first_warp = rank * threads_per_block_ / kWarp;
+    const std::size_t first = rank * kSharedBytes / kGranule;
+    for (std::size_t granule = first; granule < first + shared_top_ / kGranule; ++granule) {
+        const History& history = shared_shadow_.history[granule];
+        for (const Access& access : {history.write, history.read, history.other_read}) {
+            if (access.epoch < cluster_epoch_ || rank_of(access.thread) == rank) continue;
+            bool awaited = false;
+            for (unsigned w = 0; w < threads_per_block_ / kWarp; ++w) {
+                awaited |= access.epoch <= warps_[first_warp + w].seen[access.thread / kWarp];
+            }
+            if (awaited) continue;
+            current = &fibers_[access.thread];
+            fail_at(Check::kEnded, shared_.get() + granule * kGranule, kGranule, false, code_address(access.site),
+                    "nothing keeps block %u of the cluster from ending before this", rank);
+        }
+    }
+}
+
 void* Machine::map_shared(const void* address, unsigned rank, const void* site) {
     const auto offset = reinterpret_cast<std::uintptr_t>(address) - reinterpret_cast<std::uintptr_t>(shared_.get());
     if (offset >= blocks_.size() * kSharedBytes) fail(Check::kCollective, site, "map_shared: not shared memory");

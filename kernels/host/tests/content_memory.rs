@@ -442,8 +442,9 @@ impl<'a, T: Storage> Run<'a, T> {
         let (width, rows) = (self.width, self.longest.next_multiple_of(16));
         let tiles = self.slots.div_ceil(tile);
         let blocks = self.sequences * tiles;
+        let padded = tile.next_multiple_of(16);
         let lens = [
-            blocks * tile * rows * 2,
+            blocks * padded * rows * 2,
             blocks * PITCH * 2 * 2,
             tiles * self.tokens * width,
         ];
@@ -497,7 +498,7 @@ impl<'a, T: Storage> Run<'a, T> {
         ]));
         args.extend([self.scale(), self.epsilon()]);
         let grid = [tiles, self.sequences, 1];
-        launch("scores", grid, tile * 400 + rows * 864, &args)?;
+        launch("scores", grid, padded * 400 + rows * 864, &args)?;
 
         let mut args = vec![
             memory,
@@ -513,13 +514,50 @@ impl<'a, T: Storage> Run<'a, T> {
         args.extend(numbers(&[self.slots, width, value.stride, tile, rows]));
         args.extend(numbers(&choices));
         let shared_bytes =
-            tile * (2 * width.next_multiple_of(64) + 16 + 4 * rows + 32) + rows * 384;
+            padded * (2 * width.next_multiple_of(64) + 16 + 4 * rows + 32) + rows * 384;
         launch("update", grid, shared_bytes, &args)?;
 
         let mut args = vec![Arg::Input(shares), Arg::Output(read.view())];
         args.extend(numbers(&[tiles, self.tokens, width]));
         let blocks = (self.tokens * width).div_ceil(1024);
         launch("read", [blocks, 1, 1], 0, &args)?;
+        Ok((memory_next, read))
+    }
+
+    /// M′ and y in one launch, by clusters of `blocks`.
+    fn forward_cluster(&self, blocks: usize) -> Result<(Buffer<T>, Buffer<T>)> {
+        let (width, rows) = (self.width, self.longest.next_multiple_of(16));
+        let tile = self.slots.div_ceil(blocks);
+        let padded = tile.next_multiple_of(16);
+        let memory_next = self.executor.scratch(self.memory.len());
+        let read = self.executor.scratch(self.tokens * width);
+        let (key, strength_key, value) = (self.address_key(), self.strength_key(), self.values());
+        let mut args = vec![
+            Arg::Input(self.memory.view()),
+            Arg::Input(key.view()),
+            Arg::Input(strength_key.view()),
+            Arg::Input(value.view()),
+            read_only(self.key_strength.as_ref().map(Buffer::view)),
+            read_only(self.bias.as_ref().map(Buffer::view)),
+            Arg::Input(self.offsets.view()),
+            Arg::Output(memory_next.view()),
+            Arg::Output(read.view()),
+        ];
+        let strides = [key.stride, strength_key.stride, value.stride];
+        let numbers = [&[self.slots, width], &strides[..], &[tile, rows]].concat();
+        args.extend(numbers.iter().map(|&number| Arg::I32(number as i32)));
+        args.extend([self.scale(), self.epsilon(), self.paper()]);
+        args.push(Arg::I32(self.write_then_read().into()));
+        let shared_bytes =
+            padded * (2 * width.next_multiple_of(64) + 16 + 4 * rows + 32) + rows * (384 + 1024);
+        let grid = [blocks as u32, self.sequences as u32, 1];
+        let launch = Launch {
+            shared_bytes: shared_bytes as u32,
+            cluster: blocks as u32,
+            ..Launch::new(grid, [THREADS as u32, 1, 1])
+        };
+        let name = format!("content_memory_short_cluster_{}", T::NAME);
+        self.executor.launch(&name, launch, &args)?;
         Ok((memory_next, read))
     }
 
@@ -778,6 +816,13 @@ fn compare_forward<T: Storage>(
     assert_close("read", &read.0, &reference.read, T::TOLERANCE);
 }
 
+/// The kernels for segments of up to 64 tokens, with tiles of so many slots, and in clusters of so many blocks.
+fn check_short<T: Storage>(variant: &ContentMemory, shape: &Shape, sizes: [usize; 2], seed: u64) {
+    let pack = draw::<T>(variant, shape, seed);
+    compare_forward::<T>(variant, &pack, |run| run.forward_short(sizes[0]));
+    compare_forward::<T>(variant, &pack, |run| run.forward_cluster(sizes[1]));
+}
+
 /// Errors of what passes through a softmax, where it may cancel, are relative to at least `scale`.
 fn check_backward<T: Storage>(variant: &ContentMemory, pack: &Pack, scale: f64) {
     const BIAS_BEFORE: f32 = 0.75;
@@ -913,15 +958,17 @@ proptest! {
 
     #[test]
     fn short_segments_agree_with_the_reference(
-        mut shape in shape(), columns in 1..20_usize, tile in 1..7_usize, bits in 0..16_usize, seed: u64,
+        mut shape in shape(), columns in 1..10_usize, tile in 1..97_usize, blocks in 2..17_usize,
+        bits in 0..16_usize, seed: u64,
     ) {
         shape.width = 16 * columns;
         shape.lengths.iter_mut().for_each(|length| *length = (*length).min(64));
         let variant = variant(bits, shape.width, None);
-        let pack = draw::<bf16>(&variant, &shape, seed);
-        compare_forward::<bf16>(&variant, &pack, |run| run.forward_short(16 * tile));
-        let pack = draw::<f16>(&variant, &shape, seed);
-        compare_forward::<f16>(&variant, &pack, |run| run.forward_short(16 * tile));
+        if seed % 2 == 0 {
+            check_short::<bf16>(&variant, &shape, [tile, blocks], seed);
+        } else {
+            check_short::<f16>(&variant, &shape, [tile, blocks], seed);
+        }
     }
 
     #[test]
@@ -999,10 +1046,10 @@ fn the_largest_shapes_agree_with_the_reference() {
 
 #[test]
 fn the_largest_short_segments_agree_with_the_reference() {
-    for (lengths, slots, width, tile, bits) in [
-        (vec![64, 1], 97, 512, 96, 0),
-        (vec![50], 70, 1024, 64, 11),
-        (vec![1], 1290, 16, 96, 0),
+    for (lengths, slots, width, tile, blocks, bits) in [
+        (vec![64, 1], 97, 512, 96, 2, 0),
+        (vec![50], 70, 1024, 64, 3, 11),
+        (vec![1], 1290, 16, 96, 16, 0),
     ] {
         let variant = variant(bits, width, None);
         let shape = Shape {
@@ -1010,8 +1057,7 @@ fn the_largest_short_segments_agree_with_the_reference() {
             slots,
             width,
         };
-        let pack = draw::<bf16>(&variant, &shape, 7);
-        compare_forward::<bf16>(&variant, &pack, |run| run.forward_short(tile));
+        check_short::<bf16>(&variant, &shape, [tile, blocks], 7);
     }
 }
 
@@ -1051,7 +1097,8 @@ fn every_barrier_of_the_short_kernels_is_needed() {
     let source = include_str!("../../content_memory_short.cu");
     assert_every_barrier_is_needed("kernels/content_memory_short.cu", source, |executor| {
         let run = Run::<bf16>::new(executor, &variant, &pack);
-        run.forward_short(48).map(drop)
+        run.forward_short(48)?;
+        run.forward_cluster(2).map(drop)
     });
 }
 
@@ -1160,6 +1207,7 @@ fn check_fixture<T: Storage>(fixture: &Fixture, variant: &ContentMemory) {
     let width = pack.value.ncols();
     if T::NAME != f32::NAME && variant.top_k.is_none() && width.is_multiple_of(16) {
         compare_forward::<T>(variant, &pack, |run| run.forward_short(32));
+        compare_forward::<T>(variant, &pack, |run| run.forward_cluster(2));
     }
     check_backward::<T>(variant, &pack, 0.0);
 }
