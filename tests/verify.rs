@@ -749,14 +749,54 @@ fn choices_are_written_as_they_are_read() {
     );
 }
 
+/// The rows of all fixtures in all types, and whether all of them passed; nothing where there is no such backend here.
+fn verify_all(backend: BackendName) -> Option<(bool, String)> {
+    let mut files = all_fixtures();
+    files.retain(|file| {
+        !file.ends_with("lora_small.safetensors") && !file.ends_with("lora_wide.safetensors")
+    });
+    let mut table = Vec::new();
+    match verify::run(&files, Choice::One(backend), Choice::All, &mut table) {
+        Ok(passed) => Some((passed, String::from_utf8(table).unwrap())),
+        Err(error @ VerifyError::Unavailable { .. }) => {
+            println!("skipped: {error}");
+            None
+        }
+        Err(error) => panic!("{error}"),
+    }
+}
+
 #[test]
-fn a_backend_that_the_build_lacks_is_an_error_that_says_what_is_missing() {
-    for (backend, feature) in [(BackendName::Host, "`host`"), (BackendName::Cuda, "`cuda`")] {
+fn the_kernels_agree_with_all_fixtures_in_all_types() {
+    for backend in [BackendName::Host, BackendName::Cuda] {
+        let Some((passed, table)) = verify_all(backend) else {
+            continue;
+        };
+        assert!(passed, "{table}");
+        for dtype in ["f32", "bf16", "f16"] {
+            let rows = table.lines().filter(|row| {
+                row.contains(&format!(" {backend} ")) && row.contains(&format!(" {dtype} "))
+            });
+            assert!(rows.count() > 100, "{backend} {dtype}: {table}");
+        }
+    }
+}
+
+#[test]
+fn a_backend_that_the_build_or_the_machine_lacks_is_an_error_that_says_what_is_missing() {
+    for (backend, here, missing) in [
+        (BackendName::Host, cfg!(feature = "host"), "`host`"),
+        (BackendName::Cuda, false, "no "),
+    ] {
         let files = [fixture("layer_norm")];
         let dtype = Choice::One(Dtype::F32);
-        let result = verify::run(&files, Choice::One(backend), dtype, &mut Vec::new());
-        let message = result.unwrap_err().to_string();
-        assert!(message.contains(feature), "{message}");
+        match verify::run(&files, Choice::One(backend), dtype, &mut Vec::new()) {
+            Ok(_) if here || backend == BackendName::Cuda => {}
+            other => {
+                let message = other.unwrap_err().to_string();
+                assert!(message.contains(missing), "{message}");
+            }
+        }
     }
 }
 

@@ -7,8 +7,14 @@ use std::str::FromStr;
 use ndarray::ArrayD;
 
 use super::file::Case;
+#[cfg(feature = "cuda")]
+use super::kernels::Kernels;
 use super::reference::Reference;
 use super::{BackendChoice, Choice, Dtype, VerifyError};
+#[cfg(feature = "host")]
+use crate::backend::gpu::HostDevice;
+#[cfg(feature = "cuda")]
+use crate::backend::gpu::{CudaDevice, Multiply};
 
 /// Names a backend.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -24,12 +30,24 @@ pub enum BackendName {
 impl BackendName {
     const ALL: [Self; 3] = [Self::Reference, Self::Host, Self::Cuda];
 
-    /// The backend, or what the build lacks for it.
-    fn open(self) -> Result<Box<dyn Backend>, &'static str> {
+    /// The backend, or what the build or the machine lacks for it.
+    fn open(self) -> Result<Box<dyn Backend>, String> {
         match self {
             Self::Reference => Ok(Box::new(Reference)),
-            Self::Host => Err("it has no kernels that run on the CPU (feature `host`)"),
-            Self::Cuda => Err("it has no kernels that run on a GPU (feature `cuda`)"),
+            #[cfg(feature = "host")]
+            Self::Host => Ok(Box::new(Kernels {
+                name: self,
+                device: HostDevice::default(),
+            })),
+            #[cfg(not(feature = "host"))]
+            Self::Host => Err("it was built without the feature `host`".to_owned()),
+            #[cfg(feature = "cuda")]
+            Self::Cuda => match CudaDevice::new(0, Multiply::Exact) {
+                Ok(device) => Ok(Box::new(Kernels { name: self, device })),
+                Err(error) => Err(error.to_string()),
+            },
+            #[cfg(not(feature = "cuda"))]
+            Self::Cuda => Err("it was built without the feature `cuda`".to_owned()),
         }
     }
 }
@@ -60,14 +78,47 @@ impl FromStr for BackendName {
 /// Tensors by their name in a file.
 pub(super) type Tensors = BTreeMap<String, ArrayD<f64>>;
 
+/// Why a backend gave no results.
+#[derive(Debug)]
+pub(super) enum RunError {
+    /// It refused what is in the file.
+    Refused(dtmem_reference::Error),
+    /// It failed, or cannot do that.
+    Failed(Box<dyn std::error::Error + Send + Sync>),
+}
+
+#[cfg(feature = "cuda")]
+impl RunError {
+    /// Something that the backend does not have.
+    pub fn missing(what: &str) -> Self {
+        Self::Failed(format!("it has no {what}").into())
+    }
+}
+
+impl From<dtmem_reference::Error> for RunError {
+    fn from(error: dtmem_reference::Error) -> Self {
+        Self::Refused(error)
+    }
+}
+
+#[cfg(feature = "cuda")]
+impl From<crate::ops::Error> for RunError {
+    fn from(error: crate::ops::Error) -> Self {
+        Self::Failed(error.into())
+    }
+}
+
 /// Runs the operation of a case.
 pub(super) trait Backend {
     /// Its name on the command line and in the table.
     fn name(&self) -> BackendName;
 
+    /// Whether there are rows for it in this type.
+    fn stores(&self, dtype: Dtype) -> bool;
+
     /// The outputs and, if the case has output gradients, the gradients of all inputs.
     /// The numbers of the case are already of type `dtype`; so are those that come back.
-    fn run(&self, case: &Case, dtype: Dtype) -> Result<Tensors, dtmem_reference::Error>;
+    fn run(&self, case: &Case, dtype: Dtype) -> Result<Tensors, RunError>;
 }
 
 /// The backends of the build that the choice names.

@@ -12,6 +12,8 @@
 mod backends;
 mod dtype;
 mod file;
+#[cfg(feature = "cuda")]
+mod kernels;
 mod operations;
 mod params;
 mod reference;
@@ -27,9 +29,8 @@ use safetensors::SafeTensorError;
 pub use backends::BackendName;
 pub use dtype::Dtype;
 
-use backends::{Backend, Tensors};
+use backends::{Backend, RunError, Tensors};
 use file::{Case, Fixture, Problem, Recorded};
-use reference::Reference;
 use report::{Comparison, Error, Table};
 
 /// Why nothing could be checked. (A number that is wrong is not an error but a row that says FAIL.)
@@ -63,13 +64,23 @@ pub enum VerifyError {
         /// What would have been accepted.
         expected: String,
     },
-    /// A backend that this build does not have.
-    #[error("backend `{backend}` is not in this build: {missing}")]
+    /// A backend that this build or this machine does not have.
+    #[error("no backend `{backend}`: {missing}")]
     Unavailable {
         /// The backend that was asked for.
         backend: BackendName,
-        /// What the build lacks.
-        missing: &'static str,
+        /// What the build or the machine lacks.
+        missing: String,
+    },
+    /// A backend that did not give results.
+    #[error("{}: backend `{backend}`: {source}", file.display())]
+    Backend {
+        /// The file.
+        file: PathBuf,
+        /// The backend.
+        backend: BackendName,
+        /// What it said.
+        source: Box<dyn std::error::Error + Send + Sync>,
     },
     /// A word on the command line.
     #[error("`{found}` is no {what}, expected {expected}")]
@@ -157,6 +168,14 @@ fn check(
 ) -> Result<Vec<Comparison>, VerifyError> {
     let Fixture { case, recorded } = Fixture::open(path)?;
     let refused = |error| Problem::from(error).in_file(path);
+    let unfinished = |backend, error| match error {
+        RunError::Refused(error) => refused(error),
+        RunError::Failed(source) => VerifyError::Backend {
+            file: path.to_owned(),
+            backend,
+            source,
+        },
+    };
     let mut comparisons = Vec::new();
 
     let expected = Expected::new(&case).map_err(refused)?;
@@ -165,8 +184,7 @@ fn check(
         comparisons.push(expected.compare("file", tensor.dtype, &tensor.name, values));
     }
     for &dtype in dtypes {
-        let itself = |name| dtype == Dtype::F64 && name == BackendName::Reference;
-        let backends: Vec<_> = backends.iter().filter(|b| !itself(b.name())).collect();
+        let backends: Vec<_> = backends.iter().filter(|b| b.stores(dtype)).collect();
         if backends.is_empty() {
             continue;
         }
@@ -184,7 +202,9 @@ fn check(
         let expected = Expected::new(&case).map_err(refused)?;
         for backend in backends {
             let name = backend.name().to_string();
-            let found = backend.run(&case, dtype).map_err(refused)?;
+            let found = backend
+                .run(&case, dtype)
+                .map_err(|error| unfinished(backend.name(), error))?;
             for Recorded { name: tensor, .. } in &recorded {
                 comparisons.push(expected.compare(&name, dtype, tensor, found.get(tensor)));
             }
@@ -203,7 +223,7 @@ struct Expected {
 impl Expected {
     fn new(case: &Case) -> Result<Self, dtmem_reference::Error> {
         Ok(Self {
-            tensors: Reference.run(case, Dtype::F64)?,
+            tensors: case.run::<f64>()?,
             saturated: case.saturated()?,
             top_k_gap: case.top_k_gap()?,
         })

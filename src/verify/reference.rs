@@ -8,7 +8,7 @@ use dtmem_reference::{Error, Scalar, cross_entropy, layer_norm};
 use ndarray::{Array, Array1, Array2, Array3, Axis, Dimension, Ix3};
 
 use super::Dtype;
-use super::backends::{Backend, BackendName, Tensors};
+use super::backends::{Backend, BackendName, RunError, Tensors};
 use super::file::Case;
 use super::operations::{AttentionParams, MaskName, Operation};
 
@@ -20,9 +20,14 @@ impl Backend for Reference {
         BackendName::Reference
     }
 
-    fn run(&self, case: &Case, dtype: Dtype) -> Result<Tensors, Error> {
+    /// In f64 it is what the file was compared with.
+    fn stores(&self, dtype: Dtype) -> bool {
+        dtype != Dtype::F64
+    }
+
+    fn run(&self, case: &Case, dtype: Dtype) -> Result<Tensors, RunError> {
         let mut tensors = match dtype {
-            Dtype::F64 => return case.run::<f64>(),
+            Dtype::F64 => case.run::<f64>()?,
             Dtype::F32 | Dtype::Bf16 | Dtype::F16 => case.run::<f32>()?,
         };
         for tensor in tensors.values_mut() {
@@ -34,17 +39,24 @@ impl Backend for Reference {
 
 /// Collects results under their names in a file.
 #[derive(Default)]
-struct Results(Tensors);
+pub(super) struct Results(Tensors);
 
 impl Results {
-    fn output<T: Scalar, D: Dimension>(&mut self, name: &str, x: Array<T, D>) {
+    /// All of them.
+    pub fn tensors(self) -> Tensors {
+        self.0
+    }
+
+    /// One output.
+    pub fn output<T: Scalar, D: Dimension>(&mut self, name: &str, x: Array<T, D>) {
         self.0.insert(
             format!("output.{name}"),
             x.mapv(<T as Scalar>::to_f64).into_dyn(),
         );
     }
 
-    fn gradient<T: Scalar, D: Dimension>(&mut self, name: &str, x: Array<T, D>) {
+    /// The gradient of one input.
+    pub fn gradient<T: Scalar, D: Dimension>(&mut self, name: &str, x: Array<T, D>) {
         self.0.insert(
             format!("grad_input.{name}"),
             x.mapv(<T as Scalar>::to_f64).into_dyn(),
@@ -64,15 +76,15 @@ impl Case {
             Operation::Activation(function) => self.activation::<T>(*function, &mut results),
             Operation::CrossEntropy => self.cross_entropy::<T>(&mut results),
         }?;
-        Ok(results.0)
+        Ok(results.tensors())
     }
 
     /// Calls `run` with the attention that the case describes.
-    fn with_attention<R>(
+    pub fn with_attention<R, E: From<Error>>(
         &self,
         params: &AttentionParams,
-        run: impl FnOnce(&Attention) -> Result<R, Error>,
-    ) -> Result<R, Error> {
+        run: impl FnOnce(&Attention) -> Result<R, E>,
+    ) -> Result<R, E> {
         let cu_seqlens_q = self.integers("cu_seqlens").unwrap_or_default();
         let tokens = self.real::<f64, Ix3>("q")?.len_of(Axis(0));
         let no_pairs = vec![0; tokens + 1];
