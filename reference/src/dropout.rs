@@ -32,7 +32,7 @@ impl Mask {
     }
 
     /// 1 / (1 − p), what the elements that stay are multiplied by.
-    fn scale(self) -> f64 {
+    pub fn scale(self) -> f64 {
         RANGE / (RANGE - f64::from(self.threshold))
     }
 }

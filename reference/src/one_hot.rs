@@ -71,8 +71,8 @@ fn add<T: Scalar>(x: ArrayView1<T>, mut sum: ArrayViewMut1<T>) {
     }
 }
 
-/// Checks that every code names a weight row of its own field.
-fn check_codes(codes: ArrayView2<u8>, offsets: &[usize], inputs: usize) -> Result<()> {
+/// Checks that every code names a weight row of its own field; shapes as in [`forward`].
+pub fn check_codes(codes: ArrayView2<u8>, offsets: &[usize], inputs: usize) -> Result<()> {
     check_shape("offsets", &[offsets.len()], &[codes.ncols()])?;
     let ends = offsets.iter().skip(1).copied().chain([inputs]);
     for (field, (&offset, end)) in offsets.iter().zip(ends).enumerate() {

@@ -123,7 +123,7 @@ impl Shape {
 }
 
 /// As the kernels number them.
-fn number(activation: Activation) -> i32 {
+pub(super) fn number(activation: Activation) -> i32 {
     match activation {
         Activation::Relu => 0,
         Activation::Gelu => 1,

@@ -47,6 +47,8 @@ pub mod activation;
 pub mod adamw;
 pub mod attention;
 pub mod content_memory;
+pub mod cross_entropy;
+pub mod elementwise;
 mod error;
 #[allow(unsafe_code)] // the boundary to the CUDA driver
 pub mod gpu;
@@ -56,6 +58,8 @@ pub mod images;
 pub mod launch;
 pub mod layer_norm;
 pub mod memory;
+pub mod one_hot;
+pub mod tokens;
 
 pub use error::{Error, Result};
 pub use gpu::{Gpu, OnStream};

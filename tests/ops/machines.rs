@@ -26,7 +26,7 @@ macro_rules! cells {
         }
     )*};
 }
-cells!(f32: f32::NAN, bf16: bf16::NAN, f16: f16::NAN, i32: i32::MIN, u8: u8::MAX);
+cells!(f32: f32::NAN, bf16: bf16::NAN, f16: f16::NAN, i32: i32::MIN, u32: u32::MAX, u8: u8::MAX);
 
 /// What a launch runs on: memory and a launcher.
 pub trait Machine: Launcher {

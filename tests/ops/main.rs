@@ -6,9 +6,13 @@ mod adamw;
 mod attention;
 mod common;
 mod content_memory;
+mod cross_entropy;
+mod elementwise;
 mod layer_norm;
 mod machines;
+mod one_hot;
 mod refusals;
+mod tokens;
 
 // What the feature `host` compiles as ops::host; the tests need no feature.
 use dtmem::ops::{Error, Result, launch, memory};
