@@ -5,13 +5,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use cudarc::driver::{CudaSlice, CudaStream, DeviceRepr};
+use dtmem::ops::host::Host;
 use dtmem::ops::{self, Error, Gpu, Input, Launcher, OnStream, Output, Result};
 use dtmem_host::{Buffer, Element, Executor, Order};
 use half::{bf16, f16};
 use ndarray::{Array, Dimension};
 
 use crate::common::Number;
-use crate::host::Host;
 
 /// What buffers hold.
 pub trait Cell: Element + DeviceRepr {

@@ -13,8 +13,3 @@ mod machines;
 mod one_hot;
 mod refusals;
 mod tokens;
-
-// What the feature `host` compiles as ops::host; the tests need no feature.
-use dtmem::ops::{Error, Result, launch, memory};
-#[path = "../../src/ops/host.rs"]
-mod host;
