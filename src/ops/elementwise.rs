@@ -5,8 +5,8 @@
 //! Every part can be left out. So a sum of two tensors is a [`Forward`] with nothing but a residual, dropout in place one with
 //! nothing but dropout whose y is x, and column sums a [`Backward`] with nothing but a bias's gradient.
 
-use dtmem_reference::activation::Activation;
-use dtmem_reference::dropout::Mask;
+pub use dtmem_reference::activation::Activation;
+pub use dtmem_reference::dropout::Mask;
 
 use super::activation::number;
 use super::launch::{Arg, Launch, Launcher, blocks, launch_all};

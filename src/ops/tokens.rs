@@ -5,7 +5,9 @@
 //! replayed with the next one; a shorter batch is padded with tokens of no kind and rows without a token.
 
 use super::launch::{Arg, Launch, Launcher};
-use super::memory::{Check, Input, Output, Rows, Storage, for_each_type, kernel_for, span_or_null};
+use super::memory::{
+    Check, Input, Output, Rows, Span, Storage, for_each_type, kernel_for, span_or_null,
+};
 use super::{Error, Result};
 
 const FAMILY: &str = "tokens";
@@ -48,31 +50,34 @@ pub struct Assemble<'a, T> {
     pub observations: Input<'a, T>,
     /// [actions, width]
     pub actions: Input<'a, T>,
-    /// [returns, width]
-    pub returns: Input<'a, T>,
+    /// [returns, width]; not needed where there are none.
+    pub returns: Option<Input<'a, T>>,
     /// [steps, width]
     pub positions: Input<'a, T>,
     /// Overwritten [tokens, width].
     pub out: Output<'a, T>,
 }
 
-/// The tensors of the embeddings' gradients: those of their tokens. A row whose token is negative becomes 0.
+/// The tensors of the embeddings' gradients: those of their tokens.
 #[derive(Debug)]
 pub struct TakeApart<'a, T> {
     /// [tokens, width]
     pub dout: Input<'a, T>,
-    /// Packed token of each observation \[observations\].
-    pub observation_tokens: Input<'a, i32>,
-    /// Packed token of each action \[actions\].
-    pub action_tokens: Input<'a, i32>,
-    /// Packed token of each return \[returns\].
-    pub return_tokens: Input<'a, i32>,
-    /// Overwritten [observations, width].
-    pub dobservations: Output<'a, T>,
-    /// Overwritten [actions, width].
-    pub dactions: Output<'a, T>,
-    /// Overwritten [returns, width].
-    pub dreturns: Output<'a, T>,
+    /// The observations' part.
+    pub observations: Part<'a, T>,
+    /// The actions' part.
+    pub actions: Part<'a, T>,
+    /// The returns' part; not needed where there are none.
+    pub returns: Option<Part<'a, T>>,
+}
+
+/// The rows of one kind.
+#[derive(Debug)]
+pub struct Part<'a, T> {
+    /// Packed token of each row \[rows of that kind\]; negative for a row without one, which becomes 0.
+    pub tokens: Input<'a, i32>,
+    /// Overwritten [rows of that kind, width].
+    pub gradient: Output<'a, T>,
 }
 
 /// The tensors of dpositions\[s\] += Σ dout over the tokens of time step s.
@@ -125,6 +130,13 @@ impl Shape {
         check_width(self.width)
     }
 
+    fn check_no_returns(&self) -> Result<()> {
+        match self.returns {
+            0 => Ok(()),
+            rows => Err(Error::value("returns", rows, "0 where they are left out")),
+        }
+    }
+
     /// out ← embeddings and positions: one launch. Errors: those of [`plan_assemble`](Self::plan_assemble) and of the
     /// launcher.
     pub fn assemble<T: Storage>(
@@ -146,12 +158,19 @@ impl Shape {
         check.input("rows", &tensors.rows, self.tokens, 1)?;
         check.input("times", &tensors.times, self.tokens, 1)?;
         for (name, input, rows) in [
-            ("observations", &tensors.observations, self.observations),
-            ("actions", &tensors.actions, self.actions),
-            ("returns", &tensors.returns, self.returns),
-            ("positions", &tensors.positions, self.steps),
+            (
+                "observations",
+                Some(&tensors.observations),
+                self.observations,
+            ),
+            ("actions", Some(&tensors.actions), self.actions),
+            ("returns", tensors.returns.as_ref(), self.returns),
+            ("positions", Some(&tensors.positions), self.steps),
         ] {
-            check.input(name, input, rows * self.width, 1)?;
+            match input {
+                Some(input) => check.input(name, input, rows * self.width, 1)?,
+                None => self.check_no_returns()?,
+            }
         }
         check.output("out", &tensors.out, self.tokens * self.width, 1)?;
         let home = check.disjoint(&[])?;
@@ -167,7 +186,7 @@ impl Shape {
                 Arg::Input(tensors.times.span()),
                 Arg::Input(tensors.observations.span()),
                 Arg::Input(tensors.actions.span()),
-                Arg::Input(tensors.returns.span()),
+                Arg::Input(span_or_null(tensors.returns.as_ref())),
                 Arg::Input(tensors.positions.span()),
                 Arg::Output(tensors.out.span()),
                 Arg::I32(self.tokens as i32),
@@ -194,26 +213,33 @@ impl Shape {
         self.validate()?;
         let mut check = Check::new();
         check.input("dout", &tensors.dout, self.tokens * self.width, 1)?;
-        for (name, input, rows) in [
+        for (names, part, rows) in [
             (
-                "observation_tokens",
-                &tensors.observation_tokens,
+                ["observation_tokens", "dobservations"],
+                Some(&tensors.observations),
                 self.observations,
             ),
-            ("action_tokens", &tensors.action_tokens, self.actions),
-            ("return_tokens", &tensors.return_tokens, self.returns),
+            (
+                ["action_tokens", "dactions"],
+                Some(&tensors.actions),
+                self.actions,
+            ),
+            (
+                ["return_tokens", "dreturns"],
+                tensors.returns.as_ref(),
+                self.returns,
+            ),
         ] {
-            check.input(name, input, rows, 1)?;
-        }
-        for (name, output, rows) in [
-            ("dobservations", &tensors.dobservations, self.observations),
-            ("dactions", &tensors.dactions, self.actions),
-            ("dreturns", &tensors.dreturns, self.returns),
-        ] {
-            check.output(name, output, rows * self.width, 1)?;
+            let Some(part) = part else {
+                self.check_no_returns()?;
+                continue;
+            };
+            check.input(names[0], &part.tokens, rows, 1)?;
+            check.output(names[1], &part.gradient, rows * self.width, 1)?;
         }
         let home = check.disjoint(&[])?;
         let rows = self.observations + self.actions + self.returns;
+        let returns = tensors.returns.as_ref();
         Ok(Launch::new(
             (FAMILY, kernel_for::<T>(for_each_type!("tokens_take_apart"))),
             grid(rows, self.width),
@@ -222,12 +248,12 @@ impl Shape {
             home,
             [
                 Arg::Input(tensors.dout.span()),
-                Arg::Input(tensors.observation_tokens.span()),
-                Arg::Input(tensors.action_tokens.span()),
-                Arg::Input(tensors.return_tokens.span()),
-                Arg::Output(tensors.dobservations.span()),
-                Arg::Output(tensors.dactions.span()),
-                Arg::Output(tensors.dreturns.span()),
+                Arg::Input(tensors.observations.tokens.span()),
+                Arg::Input(tensors.actions.tokens.span()),
+                Arg::Input(span_or_null(returns.map(|part| &part.tokens))),
+                Arg::Output(tensors.observations.gradient.span()),
+                Arg::Output(tensors.actions.gradient.span()),
+                Arg::Output(returns.map_or(Span::NULL, |part| part.gradient.span())),
                 Arg::I32(self.observations as i32),
                 Arg::I32(self.actions as i32),
                 Arg::I32(self.returns as i32),

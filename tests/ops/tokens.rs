@@ -68,7 +68,7 @@ fn check_batch<T: Number>(machine: &impl Machine, (rows, width): (usize, usize),
         times: machine.input(&times_memory),
         observations: machine.input(&embeddings[0]),
         actions: machine.input(&embeddings[1]),
-        returns: machine.input(&embeddings[2]),
+        returns: Some(machine.input(&embeddings[2])),
         positions: machine.input(&embeddings[3]),
         out: machine.output(&mut out),
     };
@@ -80,12 +80,18 @@ fn check_batch<T: Number>(machine: &impl Machine, (rows, width): (usize, usize),
         [rows, rows + 1, rows].map(|rows| machine.scratch::<T>(rows * width));
     let take_apart = tokens::TakeApart {
         dout: machine.input(&dout_memory),
-        observation_tokens: machine.input(&index[0]),
-        action_tokens: machine.input(&index[1]),
-        return_tokens: machine.input(&index[2]),
-        dobservations: machine.output(&mut dobservations),
-        dactions: machine.output(&mut dactions),
-        dreturns: machine.output(&mut dreturns),
+        observations: tokens::Part {
+            tokens: machine.input(&index[0]),
+            gradient: machine.output(&mut dobservations),
+        },
+        actions: tokens::Part {
+            tokens: machine.input(&index[1]),
+            gradient: machine.output(&mut dactions),
+        },
+        returns: Some(tokens::Part {
+            tokens: machine.input(&index[2]),
+            gradient: machine.output(&mut dreturns),
+        }),
     };
     shape.take_apart(machine, take_apart).unwrap();
 
@@ -221,7 +227,7 @@ fn assemble() -> tokens::Assemble<'static, f32> {
         times: tensor(0x30000, 20),
         observations: tensor(0x40000, 9 * 600),
         actions: tensor(0x50000, 8 * 600),
-        returns: tensor(0, 0),
+        returns: None,
         positions: tensor(0x60000, 4 * 600),
         out: target(0x70000, 20 * 600),
     }
@@ -237,12 +243,15 @@ fn plans_cover_all_rows_and_columns() {
     );
     let tensors = tokens::TakeApart::<f32> {
         dout: tensor(0x10000, 20 * 600),
-        observation_tokens: tensor(0x30000, 9),
-        action_tokens: tensor(0x40000, 8),
-        return_tokens: tensor(0, 0),
-        dobservations: target(0x50000, 9 * 600),
-        dactions: target(0x60000, 8 * 600),
-        dreturns: target(0, 0),
+        observations: tokens::Part {
+            tokens: tensor(0x30000, 9),
+            gradient: target(0x50000, 9 * 600),
+        },
+        actions: tokens::Part {
+            tokens: tensor(0x40000, 8),
+            gradient: target(0x60000, 8 * 600),
+        },
+        returns: None,
     };
     let launch = SHAPE.plan_take_apart(&tensors).unwrap();
     assert_eq!(
@@ -272,6 +281,13 @@ fn shapes_and_tensors_that_do_not_fit_are_refused() {
                 ..SHAPE
             },
             "width is 16777216",
+        ),
+        (
+            tokens::Shape {
+                returns: 1,
+                ..SHAPE
+            },
+            "returns is 1",
         ),
         (
             tokens::Shape {
