@@ -47,6 +47,7 @@ pub mod activation;
 pub mod adamw;
 pub mod attention;
 pub mod content_memory;
+pub mod convolutions;
 pub mod cross_entropy;
 pub mod elementwise;
 mod error;

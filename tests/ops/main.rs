@@ -6,6 +6,7 @@ mod adamw;
 mod attention;
 mod common;
 mod content_memory;
+mod convolutions;
 mod cross_entropy;
 mod elementwise;
 mod layer_norm;
