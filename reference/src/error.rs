@@ -54,3 +54,26 @@ pub(crate) fn check_shape(
         expected: expected.to_vec(),
     })
 }
+
+/// Offsets start at 0, do not decrease, and end at `end`.
+pub(crate) fn check_offsets(argument: &'static str, offsets: &[i32], end: usize) -> Result<()> {
+    let (Some(&first), Some(&last)) = (offsets.first(), offsets.last()) else {
+        return Err(Error::value(argument, "empty", "at least the offset 0"));
+    };
+    if first != 0 {
+        return Err(Error::value(argument, format!("{first} at 0"), "0"));
+    }
+    if let Some(at) = offsets.windows(2).position(|pair| pair[1] < pair[0]) {
+        let found = format!("{} after {} at {}", offsets[at + 1], offsets[at], at + 1);
+        return Err(Error::value(
+            argument,
+            found,
+            "offsets that do not decrease",
+        ));
+    }
+    if usize::try_from(last) != Ok(end) {
+        let found = format!("{last} at {}", offsets.len() - 1);
+        return Err(Error::value(argument, found, format!("{end} as the last")));
+    }
+    Ok(())
+}

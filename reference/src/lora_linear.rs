@@ -2,12 +2,15 @@
 //! where x̃ is x after the adapter's dropout (x itself outside of training).
 //!
 //! [`forward_adapter`] and [`backward_adapter`] are the adapter's share alone and take x̃;
+//! [`forward_adapters`] and [`backward_adapters`] let every packed sequence have another adapter;
 //! [`forward`] and [`backward`] are several whole projections of one x, without dropout.
 
-use ndarray::linalg::general_mat_mul;
-use ndarray::{ArrayView1, ArrayView2, ArrayViewMut1, ArrayViewMut2};
+use std::ops::Range;
 
-use crate::error::check_shape;
+use ndarray::linalg::general_mat_mul;
+use ndarray::{ArrayView1, ArrayView2, ArrayViewMut1, ArrayViewMut2, s};
+
+use crate::error::{check_offsets, check_shape};
 use crate::{Error, Result, Scalar, linear};
 
 /// A low-rank update s·B·A of a weight [out, in].
@@ -105,6 +108,111 @@ pub fn backward_adapter<T: Scalar>(
     general_mat_mul(adapter.scaling, &dy.t(), &xa, T::one(), &mut db);
     if let Some(mut dx) = dx {
         general_mat_mul(T::one(), &dxa, &adapter.a, T::one(), &mut dx);
+    }
+    Ok(())
+}
+
+/// Adapters of one weight, and which of them each sequence of a pack has: several tasks in one
+/// batch.
+#[derive(Debug, Clone, Copy)]
+pub struct Adapters<'a, 'b, T> {
+    /// Of equal inputs and outputs.
+    pub list: &'a [Adapter<'b, T>],
+    /// Where each sequence begins: one offset more than there are sequences.
+    pub cu_seqlens: &'a [i32],
+    /// Of each sequence, its place in `list`; negative: none.
+    pub index: &'a [i32],
+}
+
+impl<'a, T: Scalar> Adapters<'a, '_, T> {
+    fn check(&self, rows: usize) -> Result<()> {
+        check_offsets("cu_seqlens", self.cu_seqlens, rows)?;
+        check_shape("index", &[self.index.len()], &[self.cu_seqlens.len() - 1])?;
+        for (sequence, &index) in self.index.iter().enumerate() {
+            if usize::try_from(index).is_ok_and(|index| index >= self.list.len()) {
+                let found = format!("{index} at {sequence}");
+                let expected = format!("less than {} adapters", self.list.len());
+                return Err(Error::value("index", found, expected));
+            }
+        }
+        Ok(())
+    }
+
+    /// Rows of each sequence, and its adapter.
+    fn sequences(&self) -> impl Iterator<Item = (Range<usize>, Option<usize>)> + use<'a, T> {
+        let ranges = self.cu_seqlens.windows(2);
+        ranges.zip(self.index).map(|(range, &index)| {
+            (
+                range[0] as usize..range[1] as usize,
+                usize::try_from(index).ok(),
+            )
+        })
+    }
+}
+
+/// [`forward_adapter`] on the rows of each sequence, with the adapter of that sequence. Without one
+/// y stays as it is, and xa becomes 0.
+pub fn forward_adapters<T: Scalar>(
+    x: ArrayView2<T>,
+    adapters: Adapters<T>,
+    mut xa: ArrayViewMut2<T>,
+    mut y: ArrayViewMut2<T>,
+) -> Result<()> {
+    adapters.check(x.nrows())?;
+    check_shape("xa", &[xa.nrows()], &[x.nrows()])?;
+    check_shape("y", &[y.nrows()], &[x.nrows()])?;
+    for (rows, index) in adapters.sequences() {
+        let rows = s![rows, ..];
+        let mut xa = xa.slice_mut(&rows);
+        match index {
+            Some(index) => {
+                forward_adapter(x.slice(&rows), adapters.list[index], xa, y.slice_mut(&rows))?
+            }
+            None => xa.fill(T::zero()),
+        }
+    }
+    Ok(())
+}
+
+/// [`backward_adapter`] on the rows of each sequence; `gradients` are dA and dB of each adapter.
+/// Without one dx stays as it is, and dxa becomes 0.
+pub fn backward_adapters<T: Scalar>(
+    x: ArrayView2<T>,
+    xa: ArrayView2<T>,
+    adapters: Adapters<T>,
+    dy: ArrayView2<T>,
+    mut dxa: ArrayViewMut2<T>,
+    mut dx: Option<ArrayViewMut2<T>>,
+    gradients: &mut [(ArrayViewMut2<T>, ArrayViewMut2<T>)],
+) -> Result<()> {
+    adapters.check(x.nrows())?;
+    check_shape("gradients", &[gradients.len()], &[adapters.list.len()])?;
+    for (name, rows) in [
+        ("xa", xa.nrows()),
+        ("dy", dy.nrows()),
+        ("dxa", dxa.nrows()),
+        ("dx", dx.as_ref().map_or(x.nrows(), |dx| dx.nrows())),
+    ] {
+        check_shape(name, &[rows], &[x.nrows()])?;
+    }
+    for (rows, index) in adapters.sequences() {
+        let rows = s![rows, ..];
+        let mut dxa = dxa.slice_mut(&rows);
+        let Some(index) = index else {
+            dxa.fill(T::zero());
+            continue;
+        };
+        let (da, db) = &mut gradients[index];
+        backward_adapter(
+            x.slice(&rows),
+            xa.slice(&rows),
+            adapters.list[index],
+            dy.slice(&rows),
+            dxa,
+            dx.as_mut().map(|dx| dx.slice_mut(&rows)),
+            da.view_mut(),
+            db.view_mut(),
+        )?;
     }
     Ok(())
 }

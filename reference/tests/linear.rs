@@ -3,7 +3,7 @@
 mod common;
 
 use common::{Fixture, Random, assert_close, assert_slope, cast, finite_difference, poisoned};
-use dtmem_reference::lora_linear::{Adapter, Projection, ProjectionGradients};
+use dtmem_reference::lora_linear::{Adapter, Adapters, Projection, ProjectionGradients};
 use dtmem_reference::{Error, Scalar, linear, lora_linear};
 use ndarray::{Array1, Array2, ArrayView2, ArrayViewMut2, Axis, Slice};
 use proptest::prelude::*;
@@ -413,6 +413,177 @@ proptest! {
         });
         assert_slope("db", &db, &(old_b + expected));
     }
+}
+
+/// Adapters of one weight, and a pack whose sequences have one of them each, or none.
+struct Packed {
+    adapters: Vec<Adapted<f64>>,
+    cu_seqlens: Vec<i32>,
+    index: Vec<i32>,
+}
+
+impl Packed {
+    fn random(random: &mut Random, lengths: &[usize], sizes: [usize; 3], adapters: usize) -> Self {
+        let [inputs, outputs, rank] = sizes;
+        let adapters: Vec<_> = (0..adapters)
+            .map(|_| Adapted::random(random, inputs, outputs, rank))
+            .collect();
+        let mut cu_seqlens = vec![0];
+        for &length in lengths {
+            cu_seqlens.push(cu_seqlens.last().unwrap() + length as i32);
+        }
+        let index = lengths
+            .iter()
+            .map(|_| random.below(adapters.len() + 1) as i32 - 1)
+            .collect();
+        Self {
+            adapters,
+            cu_seqlens,
+            index,
+        }
+    }
+
+    /// y += the adapters' share of x, and xa.
+    fn forward(&self, x: &Array2<f64>, y: &mut Array2<f64>, rank: usize) -> Array2<f64> {
+        let list: Vec<_> = self.adapters.iter().map(Adapted::adapter).collect();
+        let mut xa = poisoned([x.nrows(), rank]);
+        let adapters = Adapters {
+            list: &list,
+            cu_seqlens: &self.cu_seqlens,
+            index: &self.index,
+        };
+        lora_linear::forward_adapters(x.view(), adapters, xa.view_mut(), y.view_mut())
+            .expect("forward");
+        xa
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+
+    #[test]
+    fn each_sequence_has_its_own_adapter(
+        seed: u64, lengths in prop::collection::vec(0_usize..5, 0..5), inputs in 1_usize..6,
+        outputs in 1_usize..6, rank in 1_usize..4, adapters in 1_usize..4,
+    ) {
+        let mut random = Random::new(seed);
+        let mut packed = Packed::random(&mut random, &lengths, [inputs, outputs, rank], adapters);
+        let rows = lengths.iter().sum();
+        let x: Array2<f64> = random.array([rows, inputs]);
+        let dy: Array2<f64> = random.array([rows, outputs]);
+        let before: Array2<f64> = random.array([rows, outputs]);
+        let mut y = before.clone();
+        let xa = packed.forward(&x, &mut y, rank);
+
+        // By the definition, row by row.
+        let mut row = 0;
+        for (&length, &index) in lengths.iter().zip(&packed.index) {
+            for _ in 0..length {
+                let mut expected = before.row(row).to_owned();
+                if let Ok(index) = usize::try_from(index) {
+                    let Adapted { a, b, scaling, .. } = &packed.adapters[index];
+                    expected += &(b.dot(&a.dot(&x.row(row))) * *scaling);
+                } else {
+                    prop_assert!(xa.row(row).iter().all(|&xa| xa == 0.0));
+                }
+                assert_close("y", &y.row(row).to_owned(), &expected, 1e-12);
+                row += 1;
+            }
+        }
+
+        let old: Vec<[Array2<f64>; 2]> = (0..adapters)
+            .map(|_| [random.array([rank, inputs]), random.array([outputs, rank])])
+            .collect();
+        let mut found = old.clone();
+        let old_dx: Array2<f64> = random.array([rows, inputs]);
+        let mut dx = old_dx.clone();
+        let mut dxa = poisoned([rows, rank]);
+        {
+            let list: Vec<_> = packed.adapters.iter().map(Adapted::adapter).collect();
+            let pack = Adapters { list: &list, cu_seqlens: &packed.cu_seqlens, index: &packed.index };
+            let mut gradients: Vec<_> =
+                found.iter_mut().map(|[da, db]| (da.view_mut(), db.view_mut())).collect();
+            lora_linear::backward_adapters(
+                x.view(), xa.view(), pack, dy.view(), dxa.view_mut(), Some(dx.view_mut()),
+                &mut gradients,
+            )?;
+        }
+        prop_assert!(dxa.iter().all(|dxa| dxa.is_finite()));
+        let loss = |packed: &Packed, x: &Array2<f64>| {
+            let mut y = Array2::zeros([rows, outputs]);
+            packed.forward(x, &mut y, rank);
+            (&y * &dy).sum()
+        };
+        let slope = finite_difference(&x, |x| loss(&packed, x));
+        assert_slope("dx", &dx, &(old_dx + slope));
+        for index in 0..adapters {
+            let kept = packed.adapters[index].a.clone();
+            let slope = finite_difference(&kept, |a| {
+                packed.adapters[index].a.assign(a);
+                loss(&packed, &x)
+            });
+            packed.adapters[index].a.assign(&kept);
+            assert_slope("da", &found[index][0], &(&old[index][0] + &slope));
+            let kept = packed.adapters[index].b.clone();
+            let slope = finite_difference(&kept, |b| {
+                packed.adapters[index].b.assign(b);
+                loss(&packed, &x)
+            });
+            packed.adapters[index].b.assign(&kept);
+            assert_slope("db", &found[index][1], &(&old[index][1] + &slope));
+        }
+    }
+}
+
+#[test]
+fn packs_that_do_not_match_the_rows_or_the_adapters_are_refused_by_name() {
+    let mut random = Random::new(5);
+    let packed = Packed::random(&mut random, &[2, 1], [3, 4, 1], 2);
+    let list: Vec<_> = packed.adapters.iter().map(Adapted::adapter).collect();
+    let forward = |cu_seqlens: &[i32], index: &[i32], [x, xa, y]: [usize; 3]| {
+        let adapters = Adapters {
+            list: &list,
+            cu_seqlens,
+            index,
+        };
+        refused(lora_linear::forward_adapters(
+            Array2::zeros([x, 3]).view(),
+            adapters,
+            Array2::zeros([xa, 1]).view_mut(),
+            Array2::zeros([y, 4]).view_mut(),
+        ))
+    };
+    assert_eq!(forward(&[0, 2, 3], &[0, 2], [3; 3]), "index");
+    assert_eq!(forward(&[0, 2, 3], &[0], [3; 3]), "index");
+    assert_eq!(forward(&[0, 2, 4], &[0, 1], [3; 3]), "cu_seqlens");
+    assert_eq!(forward(&[0, 2, 3], &[0, 1], [3, 2, 3]), "xa");
+    assert_eq!(forward(&[0, 2, 3], &[0, 1], [3, 3, 4]), "y");
+    let backward = |gradients: usize, [xa, dy, dxa, dx]: [usize; 4]| {
+        let adapters = Adapters {
+            list: &list,
+            cu_seqlens: &[0, 2, 3],
+            index: &[-1, 1],
+        };
+        let mut places = vec![(Array2::zeros([1, 3]), Array2::zeros([4, 1])); gradients];
+        let mut gradients: Vec<_> = places
+            .iter_mut()
+            .map(|(da, db)| (da.view_mut(), db.view_mut()))
+            .collect();
+        refused(lora_linear::backward_adapters(
+            Array2::zeros([3, 3]).view(),
+            Array2::zeros([xa, 1]).view(),
+            adapters,
+            Array2::zeros([dy, 4]).view(),
+            Array2::zeros([dxa, 1]).view_mut(),
+            Some(Array2::zeros([dx, 3]).view_mut()),
+            &mut gradients,
+        ))
+    };
+    assert_eq!(backward(1, [3; 4]), "gradients");
+    assert_eq!(backward(2, [2, 3, 3, 3]), "xa");
+    assert_eq!(backward(2, [3, 2, 3, 3]), "dy");
+    assert_eq!(backward(2, [3, 3, 2, 3]), "dxa");
+    assert_eq!(backward(2, [3, 3, 3, 4]), "dx");
 }
 
 #[test]
