@@ -5,8 +5,10 @@
 // layout, so that one kernel serves all types.
 #pragma once
 
+#include "mma.cuh"
 #include "ptx.cuh"
 #include "reduce.cuh"
+#include "sequences.cuh"
 #include "types.cuh"
 
 namespace attention {
@@ -61,38 +63,6 @@ struct Sequence {
         : index(b), first_query(pack.queries[b]), queries(pack.queries[b + 1] - first_query), first_key(pack.keys[b]),
           keys(pack.keys[b + 1] - first_key) {}
 };
-
-// The sequence whose tile of `rows` the block does, and which tile that is. Sequence b begins at block
-// offsets[b] / rows + b: it never needs more than the blocks up to the next, and a grid of tokens / rows + sequences
-// suits every pack, so that it does not depend on lengths that only the GPU knows.
-__device__ inline int find_sequence(const int32_t* offsets, int sequences, int rows, int block, int& first_row) {
-    int low = 0, high = sequences - 1;
-    while (low < high) {
-        const int middle = (low + high + 1) / 2;
-        if (offsets[middle] / rows + middle <= block) {
-            low = middle;
-        } else {
-            high = middle - 1;
-        }
-    }
-    first_row = (block - offsets[low] / rows - low) * rows;
-    return low;
-}
-
-// The sequence that holds a token, and which of its tokens that is.
-__device__ inline int find_token(const int32_t* offsets, int sequences, int token, int& row) {
-    int low = 0, high = sequences - 1;
-    while (low < high) {
-        const int middle = (low + high + 1) / 2;
-        if (offsets[middle] <= token) {
-            low = middle;
-        } else {
-            high = middle - 1;
-        }
-    }
-    row = token - offsets[low];
-    return low;
-}
 
 // --- Masks: each shows a query one run of keys, and the runs move forward with the query. So a kernel needs nothing
 // but the run of each row; tiles outside of all runs are never visited, those inside of all are not masked.
@@ -186,15 +156,6 @@ __device__ inline void load_tile(T* tile, const T* rows, int64_t stride, int cou
                                rows + (exists ? row * stride : 0) + column, exists ? kVectorBytes : 0);
     }
 }
-
-__device__ inline void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const bf16*) {
-    ptx::mma_m16n8k16_bf16(d, a, {b0, b1});
-}
-__device__ inline void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const f16*) {
-    ptx::mma_m16n8k16_f16(d, a, {b0, b1});
-}
-__device__ inline uint32_t pack(float low, float high, const bf16*) { return ptx::pack_bf16(low, high); }
-__device__ inline uint32_t pack(float low, float high, const f16*) { return ptx::pack_f16(low, high); }
 
 // d [16, 8·kTiles] += a [16, kDepth] · b [8·kTiles, kDepth]ᵀ, both in shared memory with rows of `kPitch`.
 template <int kDepth, int kPitch, int kTiles, typename T>
