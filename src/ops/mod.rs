@@ -58,6 +58,7 @@ pub mod host;
 pub mod images;
 pub mod launch;
 pub mod layer_norm;
+pub mod lora_linear;
 pub mod memory;
 pub mod one_hot;
 pub mod tokens;

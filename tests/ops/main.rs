@@ -10,6 +10,7 @@ mod convolutions;
 mod cross_entropy;
 mod elementwise;
 mod layer_norm;
+mod lora_linear;
 mod machines;
 mod one_hot;
 mod refusals;
