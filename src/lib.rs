@@ -2,6 +2,8 @@
 
 pub mod backend;
 pub mod batch;
+#[cfg(feature = "cust")]
+pub mod interop;
 pub mod model;
 #[cfg(feature = "cuda")]
 pub mod ops;

@@ -18,30 +18,28 @@ use super::{Error, Result};
 
 /// Fails where there is no NVIDIA driver. Everything in cudarc panics there, so this comes first.
 pub fn require_driver() -> Result<()> {
+    driver().map(drop)
+}
+
+/// The driver's library, which is loaded once and stays.
+pub(crate) fn driver() -> Result<&'static libloading::Library> {
     const NAME: &str = if cfg!(windows) {
         "nvcuda.dll"
     } else {
         "libcuda.so.1"
     };
-    static REASON: OnceLock<Option<String>> = OnceLock::new();
-    // SAFETY: the driver's library may be loaded at any time, and is not unloaded: see below.
-    let reason = REASON.get_or_init(|| match unsafe { libloading::Library::new(NAME) } {
-        Ok(library) => {
-            std::mem::forget(library);
-            None
-        }
-        Err(error) => {
+    static LIBRARY: OnceLock<std::result::Result<libloading::Library, String>> = OnceLock::new();
+    // SAFETY: the driver's library may be loaded at any time.
+    let library = LIBRARY.get_or_init(|| {
+        unsafe { libloading::Library::new(NAME) }.map_err(|error| {
             let cause = std::error::Error::source(&error);
-            Some(cause.map_or_else(|| error.to_string(), ToString::to_string))
-        }
+            cause.map_or_else(|| error.to_string(), ToString::to_string)
+        })
     });
-    match reason {
-        None => Ok(()),
-        Some(reason) => Err(Error::NoDriver {
-            name: NAME,
-            reason: reason.clone(),
-        }),
-    }
+    library.as_ref().map_err(|reason| Error::NoDriver {
+        name: NAME,
+        reason: reason.clone(),
+    })
 }
 
 /// How many GPUs there are. Errors: no driver.

@@ -66,8 +66,12 @@ impl Home {
     /// On the CPU, with the executor that runs kernels there.
     pub const HOST: Self = Self(None);
 
-    pub(super) fn context(context: &cudarc::driver::CudaContext) -> Self {
-        Self(Some(context.cu_ctx().addr()))
+    pub(crate) fn context(context: &cudarc::driver::CudaContext) -> Self {
+        Self::raw(context.cu_ctx())
+    }
+
+    pub(crate) fn raw(context: cudarc::driver::sys::CUcontext) -> Self {
+        Self(Some(context.addr()))
     }
 }
 
@@ -121,7 +125,7 @@ macro_rules! memory {
                 Self::new(Home::HOST, address, len, None)
             }
 
-            pub(super) fn new(home: Home, address: u64, len: usize, guard: Guard<'a>) -> Self {
+            pub(crate) fn new(home: Home, address: u64, len: usize, guard: Guard<'a>) -> Self {
                 Self { home, address, len, _guard: guard, element: PhantomData }
             }
 
