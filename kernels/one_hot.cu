@@ -11,20 +11,24 @@
 // brings 64 fields of theirs at a time to shared memory. Neighbouring blocks have the same columns, so that what runs
 // together reads one strip of the weight, which stays in the first-level cache.
 //
-// Backward: a block owns 128 columns, 64 inputs and a chunk of the rows, with the sums in shared memory; a warp owns every
-// eighth of the block's fields, to which no other warp adds, a lane 4 of the columns. So each sum has one owner and one
-// order. The bias is one more field behind the others, whose only code is always 0. Each chunk writes partial sums,
-// which one_hot_add_partials adds up.
+// Backward: the product of the expanded codes, transposed, with g, on tensor cores. A block owns 128 columns, 128 inputs and
+// a chunk of the rows; it brings g of 32 rows at a time to shared memory, a warp owns 16 of the inputs and makes their zeros
+// and ones out of the codes. These are exact in bf16, and g is split into bf16 numbers that add up to it: two of them
+// (16 bits, all that a bf16 or f16 dy has), or three for f32. The bias is one more input behind the others, which every row
+// has. Each chunk writes partial sums, which one_hot_add_partials adds up: one order, the same bits. A g that is not finite
+// makes its column's gradients NaN, not only those of its own inputs.
 //
 // Forward: rows·fields·width elements out of the cache, which bounds it (147 fields of 512 bf16: 150 KB a row), beside
-// one element written per column; an addition each. Backward: rows·fields·width additions to shared memory, 8 bytes each,
-// which bound it (128 bytes a clock and multiprocessor); dy and y are read once per 64 inputs, partial sums take
-// 8·chunks·(inputs + 1)·width bytes.
+// one element written per column; an addition each. Backward: 2·parts·rows·(inputs + 1)·width operations on the matrix
+// units (a warp has 2·16·parts of them for 8 codes and 8·parts loads of four matrices from shared memory); dy and y are read
+// once per 128 inputs, mostly from the cache, and partial sums take 8·chunks·(inputs + 1)·width bytes.
 //
-// History
-//   1  this version. A product with the expanded codes on tensor cores would take a fifth of the time of the backward pass
+// History (not measured on a GPU yet; bounds for 6000 rows of 147 fields, 735 inputs, at width 512 on an H100)
+//   1  backward sums in shared memory, each with one owner, 8 bytes read or written for every row, field and column: 0.12 ms
+//   2  backward on tensor cores: 9·10⁹ operations in bf16, 0.015 ms at 60 % of their rate
 
 #include "partials.cuh"
+#include "ptx.cuh"
 #include "types.cuh"
 
 namespace {
@@ -40,11 +44,11 @@ constexpr int kRows = kThreads / kLanesPerRow;
 constexpr int kFields = 64;
 
 // The weight rows of the block's rows and of some fields; an odd pitch keeps the rows of a warp in different banks.
-using Inputs = int32_t[kRows][kFields + 1];
+using WeightRows = int32_t[kRows][kFields + 1];
 
 template <int kSize, typename T>
 __device__ inline void forward(bool with_tanh, const uint8_t* codes, const int32_t* offsets, const T* weight,
-                               const T* bias, T* y, int rows, int fields, int width, Inputs& inputs) {
+                               const T* bias, T* y, int rows, int fields, int width, WeightRows& inputs) {
     constexpr int kVectors = kPerLane / kSize;
     const int first_row = blockIdx.x * kRows, row_in_block = threadIdx.x / kLanesPerRow;
     const int row = first_row + row_in_block;
@@ -88,85 +92,123 @@ __device__ inline void forward(bool with_tanh, const uint8_t* codes, const int32
 }
 
 // Backward.
-constexpr int kOwnColumns = 4;
-constexpr int kTileColumns = kOwnColumns * kWarpSize;
-constexpr int kTileInputs = 64;
-constexpr int kBatch = 8;  // rows whose gradients are in registers
+constexpr int kTileColumns = 128;
+constexpr int kWarpInputs = 16;
+constexpr int kTileInputs = kWarps * kWarpInputs;
+constexpr int kBatch = 32;               // rows that are in shared memory
+constexpr int kStep = 16;                // rows of a matrix instruction
+constexpr int kPitch = kTileColumns + 8;  // the rows of a matrix begin in different banks
 
-using Sums = float[kTileInputs][kTileColumns];
+template <typename T>
+constexpr int kParts = sizeof(T) == 4 ? 3 : 2;
 
-// The field of an input: the last one that does not begin behind it. The bias, behind all inputs, is field `fields`.
-__device__ inline int field_of(const int32_t* offsets, int fields, int inputs, int input) {
-    if (input >= inputs) return fields;
-    int low = 0, high = fields;
-    while (high - low > 1) {
-        const int middle = (low + high) / 2;
-        (offsets[middle] <= input ? low : high) = middle;
+// g as a sum of bf16 numbers.
+template <typename T>
+using Parts = bf16[kParts<T>][kBatch][kPitch];
+
+// An input: which code of which field it stands for. The bias stands for every row, what lies behind it for none.
+struct Input {
+    int field, code;
+    bool always;
+
+    __device__ Input(const int32_t* offsets, int fields, int inputs, int input)
+        : field(-1), code(0), always(input == inputs) {
+        if (input >= inputs) return;
+        int end = fields;
+        field = 0;
+        while (end - field > 1) {  // the last field that does not begin behind the input
+            const int middle = (field + end) / 2;
+            (offsets[middle] <= input ? field : end) = middle;
+        }
+        code = input - offsets[field];
     }
-    return low;
-}
 
+    // 1 in bf16 if a row has it, else 0.
+    __device__ uint32_t of(const uint8_t* codes, int fields, int64_t row, int64_t end_row) const {
+        const bool has = row < end_row && (always || (field >= 0 && codes[row * fields + field] == code));
+        return has ? 0x3f80u : 0u;
+    }
+};
+
+// g of the batch's rows and the block's columns, 0 beyond their ends.
 template <int kSize, typename T>
-__device__ inline void backward(const uint8_t* codes, const int32_t* offsets, const T* y, const T* dy,
-                                float* partial, int rows, int fields, int inputs, int width, int rows_per_chunk,
-                                Sums& sums) {
-    constexpr int kVectors = kOwnColumns / kSize;
-    const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-    const int first_column = blockIdx.x * kTileColumns, first_input = blockIdx.y * kTileInputs;
-    const int end_input = min(first_input + kTileInputs, inputs + 1);
-    const int first_field = field_of(offsets, fields, inputs, first_input);
-    const int last_field = field_of(offsets, fields, inputs, end_input - 1);
-    const int64_t first_row = static_cast<int64_t>(blockIdx.z) * rows_per_chunk;
-    const int64_t end_row = min(first_row + rows_per_chunk, static_cast<int64_t>(rows));
-
-    for (int i = threadIdx.x; i < kTileInputs * kTileColumns; i += kThreads) sums[i / kTileColumns][i % kTileColumns] = 0.0f;
-    __syncthreads();
-    for (int64_t batch = first_row; batch < end_row; batch += kBatch) {
-        float g[kBatch][kVectors][kSize];
+__device__ inline void load_gradient(const T* y, const T* dy, int64_t first_row, int64_t end_row, int first_column,
+                                     int width, Parts<T>& parts) {
+    constexpr int kVectors = kTileColumns / kSize;
+    for (int i = threadIdx.x; i < kBatch * kVectors; i += kThreads) {
+        const int row = i / kVectors, column = i % kVectors * kSize;
+        const bool inside = first_row + row < end_row && first_column + column < width;
+        const int64_t at = (first_row + row) * width + first_column + column;
+        float g[kSize] = {}, kept[kSize] = {};
+        if (inside) load<kSize>(dy + at, g);
+        if (inside && y != nullptr) load<kSize>(y + at, kept);
 #pragma unroll
-        for (int r = 0; r < kBatch; ++r) {
+        for (int k = 0; k < kSize; ++k) g[k] *= 1.0f - kept[k] * kept[k];
 #pragma unroll
-            for (int v = 0; v < kVectors; ++v) {
-                const int column = first_column + (v * kWarpSize + lane) * kSize;
-                const bool inside = batch + r < end_row && column < width;
-                const int64_t at = (batch + r) * width + column;
-                float kept[kSize] = {};
+        for (int p = 0; p < kParts<T>; ++p) {
+            store<kSize>(g, &parts[p][row][column]);
 #pragma unroll
-                for (int i = 0; i < kSize; ++i) g[r][v][i] = 0.0f;
-                if (inside) load<kSize>(dy + at, g[r][v]);
-                if (inside && y != nullptr) load<kSize>(y + at, kept);
-#pragma unroll
-                for (int i = 0; i < kSize; ++i) g[r][v][i] *= 1.0f - kept[i] * kept[i];
+            for (int k = 0; k < kSize; ++k) {
+                bf16 part;
+                narrow(g[k], part);
+                g[k] -= widen(part);
             }
         }
-        for (int field = first_field + warp; field <= last_field; field += kWarps) {
-            // Lane r knows where row r of the batch adds; outside of the block's inputs it does not.
-            int own = -1;
-            if (lane < kBatch && batch + lane < end_row) {
-                own = (field < fields ? offsets[field] + codes[(batch + lane) * fields + field] : inputs) - first_input;
-            }
+    }
+}
+
+template <typename T>
+__device__ inline void backward(const uint8_t* codes, const int32_t* offsets, const T* y, const T* dy, float* partial,
+                                int rows, int fields, int inputs, int width, int rows_per_chunk, Parts<T>& parts) {
+    constexpr int kSize = kVectorSize<T>;
+    const bool aligned = is_aligned<kSize>(y, width) && is_aligned<kSize>(dy, width);
+    const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+    const int first_column = blockIdx.x * kTileColumns;
+    const int first_input = blockIdx.y * kTileInputs + warp * kWarpInputs;
+    const int64_t first_row = static_cast<int64_t>(blockIdx.z) * rows_per_chunk;
+    const int64_t end_row = min(first_row + rows_per_chunk, static_cast<int64_t>(rows));
+    // What of the matrices is this lane's: inputs `group` and `group` + 8, rows (and columns of the sums) from `pair`.
+    const int group = lane / 4, pair = lane % 4 * 2;
+    const Input low(offsets, fields, inputs, first_input + group), high(offsets, fields, inputs, first_input + group + 8);
+
+    float sums[kTileColumns / 8][4] = {};
+    for (int64_t batch = first_row; batch < end_row; batch += kBatch) {
+        __syncthreads();
+        if (aligned) {
+            load_gradient<kSize>(y, dy, batch, end_row, first_column, width, parts);
+        } else {
+            load_gradient<1>(y, dy, batch, end_row, first_column, width, parts);
+        }
+        __syncthreads();
+        if (first_input > inputs) continue;
 #pragma unroll
-            for (int r = 0; r < kBatch; ++r) {
-                const int input = __shfl_sync(0xffffffffu, own, r);
-                if (input < 0 || input >= kTileInputs) continue;
+        for (int step = 0; step < kBatch; step += kStep) {
+            const auto ones = [&](const Input& input, int row) {
+                const int64_t first = batch + step + row;
+                return input.of(codes, fields, first, end_row) | input.of(codes, fields, first + 1, end_row) << 16;
+            };
+            const uint32_t a[4] = {ones(low, pair), ones(high, pair), ones(low, pair + 8), ones(high, pair + 8)};
 #pragma unroll
-                for (int v = 0; v < kVectors; ++v) {
-                    float* sum = &sums[input][(v * kWarpSize + lane) * kSize];
-                    float values[kSize];
-                    load<kSize>(sum, values);
+            for (int p = 0; p < kParts<T>; ++p) {
 #pragma unroll
-                    for (int i = 0; i < kSize; ++i) values[i] += g[r][v][i];
-                    store<kSize>(values, sum);
+                for (int column = 0; column < kTileColumns; column += 16) {
+                    uint32_t b[4];
+                    ptx::ldmatrix_x4_trans(b, &parts[p][step + lane % 16][column + lane / 16 * 8]);
+                    ptx::mma_m16n8k16_bf16(sums[column / 8], a, {b[0], b[1]});
+                    ptx::mma_m16n8k16_bf16(sums[column / 8 + 1], a, {b[2], b[3]});
                 }
             }
         }
     }
-    __syncthreads();
-    float* rows_of_chunk = partial + (static_cast<int64_t>(blockIdx.z) * (inputs + 1) + first_input) * width;
-    for (int i = threadIdx.x; i < (end_input - first_input) * kTileColumns; i += kThreads) {
-        const int input = i / kTileColumns, column = i % kTileColumns;
-        if (first_column + column >= width) continue;
-        rows_of_chunk[static_cast<int64_t>(input) * width + first_column + column] = sums[input][column];
+
+    float* rows_of_chunk = partial + static_cast<int64_t>(blockIdx.z) * (inputs + 1) * width;
+#pragma unroll
+    for (int n = 0; n < kTileColumns / 8; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const int input = first_input + group + i / 2 * 8, column = first_column + n * 8 + pair + i % 2;
+            if (input <= inputs && column < width) rows_of_chunk[static_cast<int64_t>(input) * width + column] = sums[n][i];
+        }
     }
 }
 
@@ -174,23 +216,11 @@ template <typename T>
 __device__ inline void forward_any(bool with_tanh, const uint8_t* codes, const int32_t* offsets, const T* weight,
                                    const T* bias, T* y, int rows, int fields, int width) {
     constexpr int kSize = kVectorSize<T>;
-    __shared__ Inputs inputs;
+    __shared__ WeightRows inputs;
     if (is_aligned<kSize>(weight, width) && is_aligned<kSize>(bias, width) && is_aligned<kSize>(y, width)) {
         forward<kSize>(with_tanh, codes, offsets, weight, bias, y, rows, fields, width, inputs);
     } else {
         forward<1>(with_tanh, codes, offsets, weight, bias, y, rows, fields, width, inputs);
-    }
-}
-
-template <typename T>
-__device__ inline void backward_any(const uint8_t* codes, const int32_t* offsets, const T* y,
-                                    const T* dy, float* partial, int rows, int fields, int inputs, int width,
-                                    int rows_per_chunk) {
-    __shared__ alignas(kVectorBytes) Sums sums;
-    if (is_aligned<kOwnColumns>(y, width) && is_aligned<kOwnColumns>(dy, width)) {
-        backward<kOwnColumns>(codes, offsets, y, dy, partial, rows, fields, inputs, width, rows_per_chunk, sums);
-    } else {
-        backward<1>(codes, offsets, y, dy, partial, rows, fields, inputs, width, rows_per_chunk, sums);
     }
 }
 
@@ -204,13 +234,14 @@ __device__ inline void backward_any(const uint8_t* codes, const int32_t* offsets
         forward_any(with_tanh != 0, codes, offsets, weight, bias, y, rows, fields, width);                             \
     }
 
-// grid (⌈width/128⌉, ⌈(inputs + 1)/64⌉, chunks), block 256; the chunks, of rows_per_chunk rows each, are part of the
+// grid (⌈width/128⌉, ⌈(inputs + 1)/128⌉, chunks), block 256; the chunks, of rows_per_chunk rows each, are part of the
 // definition of the sums. y is null without tanh. partial [chunks, inputs + 1, width].
 #define ONE_HOT_BACKWARD(NAME, T)                                                                                      \
     extern "C" __global__ void __launch_bounds__(kThreads) one_hot_backward_##NAME(                                    \
-        const uint8_t* codes, const int32_t* offsets, const T* y, const T* dy, float* partial,       \
-        int32_t rows, int32_t fields, int32_t inputs, int32_t width, int32_t rows_per_chunk) {                         \
-        backward_any(codes, offsets, y, dy, partial, rows, fields, inputs, width, rows_per_chunk);           \
+        const uint8_t* codes, const int32_t* offsets, const T* y, const T* dy, float* partial, int32_t rows,           \
+        int32_t fields, int32_t inputs, int32_t width, int32_t rows_per_chunk) {                                       \
+        __shared__ alignas(kVectorBytes) Parts<T> parts;                                                               \
+        backward(codes, offsets, y, dy, partial, rows, fields, inputs, width, rows_per_chunk, parts);                  \
     }
 
 ONE_HOT_FORWARD(f32, float)

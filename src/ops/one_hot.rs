@@ -13,7 +13,7 @@ const THREADS: u32 = 256;
 const FORWARD_ROWS: usize = 32;
 const FORWARD_COLUMNS: usize = 64;
 const BACKWARD_COLUMNS: usize = 128;
-const BACKWARD_INPUTS: usize = 64;
+const BACKWARD_INPUTS: usize = 128;
 const REDUCE_COLUMNS: usize = 32;
 /// Row numbers of the kernels are 32-bit.
 const MAX_ROWS: usize = 1 << 30;
@@ -21,7 +21,7 @@ const MAX_ROWS: usize = 1 << 30;
 const MAX_SIDE: usize = 1 << 20;
 /// Of the backward pass, at least as many as the weight has tiles. Fixed, not the number of a GPU's processors: the bits
 /// of the gradients depend on it.
-const BACKWARD_BLOCKS: usize = 512;
+const BACKWARD_BLOCKS: usize = 256;
 /// Fewer are not worth a row of partial sums.
 const MIN_CHUNK: usize = 64;
 
@@ -64,7 +64,7 @@ pub struct Backward<'a, T> {
     pub offsets: Input<'a, i32>,
     /// What the forward pass gave, if f is tanh [rows, width].
     pub y: Option<Input<'a, T>>,
-    /// [rows, width]
+    /// [rows, width]; a number that is not finite makes all gradients of its column NaN.
     pub dy: Input<'a, T>,
     /// Added to [inputs, width].
     pub dweight: Output<'a, f32>,

@@ -116,7 +116,7 @@ fn backward<T: Storage>(
     let dweight = upload::<f32, _>(executor, before.0);
     let dbias = upload::<f32, _>(executor, before.1);
     let partial = executor.scratch::<f32>(chunks * (inputs + 1) * width);
-    let grid = [width.div_ceil(128), (inputs + 1).div_ceil(64), chunks].map(|n| n as u32);
+    let grid = [width.div_ceil(128), (inputs + 1).div_ceil(128), chunks].map(|n| n as u32);
     executor.launch(
         &format!("one_hot_backward_{}", T::NAME),
         Launch::new(grid, [THREADS, 1, 1]),
