@@ -10,8 +10,8 @@ use super::backends::{Backend, BackendName, RunError, Tensors};
 use super::file::Case;
 use super::operations::{AttentionParams, Operation};
 use super::reference::Results;
-use crate::backend::gpu::{Compute, Device, Element};
-use crate::ops::{Input, Output, activation, attention, content_memory, layer_norm};
+use crate::backend::gpu::{Compute, Device, Element, Factor, Product};
+use crate::ops::{Input, Output, activation, attention, content_memory, layer_norm, lora_linear};
 use half::{bf16, f16};
 
 /// The kernels on a device. They store f32, bf16 and f16, and add up in f32.
@@ -61,7 +61,7 @@ impl<D: Device> On<'_, D> {
             Operation::ContentMemory(memory) => self.content_memory::<T>(memory, &mut results)?,
             Operation::LayerNorm { epsilon } => self.layer_norm::<T>(*epsilon, &mut results)?,
             Operation::Activation(function) => self.activation::<T>(*function, &mut results)?,
-            Operation::Linear { .. } => return Err(RunError::missing("kernels for `linear`")),
+            Operation::Linear { scaling } => self.linear::<T>(*scaling, &mut results)?,
             Operation::CrossEntropy => {
                 return Err(RunError::missing("kernels for `cross_entropy`"));
             }
@@ -421,6 +421,162 @@ impl<D: Device> On<'_, D> {
         }
         if variant.strength == Strength::Sigmoid {
             results.gradient("strength_bias", self.download(&d_bias, 1)?);
+        }
+        Ok(())
+    }
+
+    /// A linear map, with an adapter if it has a scaling. Gradients of weight and bias are products of matrices.
+    fn linear<T: Compute>(
+        &self,
+        scaling: Option<f64>,
+        results: &mut Results,
+    ) -> Result<(), RunError> {
+        let x: Array2<f64> = self.case.real("x")?;
+        let weight: Array2<f64> = self.case.real("weight")?;
+        let bias: Option<Array1<f64>> = self.case.optional("bias")?;
+        let ((rows, inputs), outputs) = (x.dim(), weight.nrows());
+        // One adapter or none.
+        let (mut adapters, mut factors, mut factor_memories) = (vec![], vec![], vec![]);
+        if let Some(scaling) = scaling {
+            let [a, b]: [Array2<f64>; 2] = [self.case.real("lora_a")?, self.case.real("lora_b")?];
+            adapters.push(lora_linear::Adapter {
+                output: 0,
+                outputs,
+                rank: a.nrows(),
+                scaling: scaling as f32,
+            });
+            factor_memories.push([self.upload::<T>(&a)?, self.upload::<T>(&b)?]);
+            factors.push([a, b]);
+        }
+        let shape = lora_linear::Shape {
+            rows,
+            inputs,
+            outputs,
+            transposed: false,
+            adapters: &adapters,
+            tasks: None,
+        };
+        let (x_memory, weight_memory) = (self.upload::<T>(&x)?, self.upload::<T>(&weight)?);
+        let bias_memory = bias.as_ref().map(|x| self.upload::<T>(x)).transpose()?;
+        let factor_inputs = || -> Result<Vec<_>, RunError> {
+            let pairs = factor_memories.iter().zip(&factors);
+            pairs
+                .map(|([a_memory, b_memory], [a, b])| {
+                    Ok(lora_linear::Factors {
+                        a: self.input(a_memory, a.len())?,
+                        b: self.input(b_memory, b.len())?,
+                    })
+                })
+                .collect()
+        };
+        let kept_len = rows * shape.ranks();
+        let mut kept = self.device.allocate::<T>(kept_len)?;
+        let mut y = self.device.allocate::<T>(rows * outputs)?;
+        let forward = lora_linear::Forward {
+            x: self.input(&x_memory, x.len())?.rows(inputs),
+            weight: self.input(&weight_memory, weight.len())?,
+            bias: match &bias_memory {
+                Some(bias) => Some(self.input(bias, outputs)?),
+                None => None,
+            },
+            factors: &factor_inputs()?,
+            groups: None,
+            dropout: None,
+            y: self.output(&mut y, rows * outputs)?.rows(outputs),
+            accumulate: false,
+            kept: self.output(&mut kept, kept_len)?,
+        };
+        shape.forward(self.device, forward)?;
+        results.output("y", self.download(&y, (rows, outputs))?);
+        for (adapter, factors) in adapters.iter().zip(factor_inputs()?) {
+            let mut merged = self.device.allocate::<T>(weight.len())?;
+            let merge = lora_linear::Merge {
+                rows: outputs,
+                columns: inputs,
+                rank: adapter.rank,
+            };
+            let merging = lora_linear::Merging {
+                weight: self.input(&weight_memory, weight.len())?.rows(inputs),
+                a: factors.a,
+                b: factors.b,
+                scaling: adapter.scaling,
+                merged: self.output(&mut merged, weight.len())?.rows(inputs),
+            };
+            merge.run(self.device, merging)?;
+            results.output("merged_weight", self.download(&merged, weight.dim())?);
+        }
+        if !self.case.has_gradients() {
+            return Ok(());
+        }
+
+        let dy = self.upload::<T>(&self.case.grad_output::<f64, _>("y", (rows, outputs))?)?;
+        let mut dx = self.device.allocate::<T>(x.len())?;
+        let mut gradient_memories = vec![];
+        for [a, b] in &factors {
+            gradient_memories.push([self.zeros(a.len())?, self.zeros(b.len())?]);
+        }
+        let gradients = gradient_memories
+            .iter_mut()
+            .zip(&factors)
+            .map(|([a_memory, b_memory], [a, b])| {
+                Ok(lora_linear::FactorGradients {
+                    a: self.output(a_memory, a.len())?,
+                    b: self.output(b_memory, b.len())?,
+                })
+            })
+            .collect::<Result<Vec<_>, RunError>>()?;
+        let mut kept_gradient = self.device.allocate::<T>(kept_len)?;
+        let size = shape.workspace::<T>()?;
+        let mut workspace = self.device.allocate(size)?;
+        let backward = lora_linear::Backward {
+            x: self.input(&x_memory, x.len())?.rows(inputs),
+            weight: self.input(&weight_memory, weight.len())?,
+            factors: &factor_inputs()?,
+            groups: None,
+            dropout: None,
+            kept: self.input(&kept, kept_len)?,
+            dy: self.input(&dy, rows * outputs)?.rows(outputs),
+            dx: Some(self.output(&mut dx, x.len())?.rows(inputs)),
+            accumulate: false,
+            gradients: &gradients,
+            kept_gradient: self.output(&mut kept_gradient, kept_len)?,
+            workspace: self.output(&mut workspace, size)?,
+        };
+        shape.backward(self.device, backward)?;
+        drop(gradients);
+        results.gradient("x", self.download(&dx, x.dim())?);
+        for ([a_memory, b_memory], [a, b]) in gradient_memories.iter().zip(&factors) {
+            results.gradient("lora_a", self.download(a_memory, a.dim())?);
+            results.gradient("lora_b", self.download(b_memory, b.dim())?);
+        }
+
+        let ones = self.upload::<T>(&Array1::ones(rows))?;
+        for (name, of, columns) in [("weight", &x_memory, inputs), ("bias", &ones, 1)] {
+            // dyᵀ·x, and dyᵀ·1.
+            let mut gradient = self.device.allocate::<f32>(outputs * columns)?;
+            self.device.multiply(Product {
+                rows: outputs,
+                columns,
+                inner: rows,
+                a: Factor {
+                    elements: self.input(&dy, rows * outputs)?,
+                    stride: outputs,
+                    transposed: true,
+                },
+                b: Factor {
+                    elements: self.input(of, rows * columns)?,
+                    stride: columns,
+                    transposed: false,
+                },
+                bias: None,
+                c: self.output(&mut gradient, outputs * columns)?,
+                stride: columns,
+                accumulate: false,
+            })?;
+            match name {
+                "bias" => results.gradient(name, self.download(&gradient, outputs)?),
+                _ => results.gradient(name, self.download(&gradient, weight.dim())?),
+            }
         }
         Ok(())
     }
