@@ -1,7 +1,10 @@
 //! The assembled models: size, gradients, acting, and bits that do not depend on threads.
 
+mod data;
+
+use data::{Data, capacity, draw, grid, symbols};
 use dtmem::backend::Cpu;
-use dtmem::batch::{PackedBatch, TokenLayout, Trajectory};
+use dtmem::batch::TokenLayout;
 use dtmem::model::{
     Actor, AdapterConfig, AddressingKind, AttentionSpan, Block, Capacity, EraseKind, FrontEnd,
     MemoryConfig, Model, ModelConfig, OptimiserStep, OrderKind, Spaces, StrengthKind,
@@ -9,29 +12,6 @@ use dtmem::model::{
 };
 use dtmem_reference::Scalar;
 use dtmem_reference::attention::Denominator;
-use dtmem_reference::dropout::philox;
-
-/// Uniform integers below `limit`, a pure function of the arguments.
-fn draw(seed: u32, index: usize, limit: usize) -> usize {
-    philox([index as u32, seed, 0, 0], [7, 11])[0] as usize % limit
-}
-
-fn grid() -> Spaces {
-    Spaces {
-        observation: vec![3, 2, 2],
-        cardinalities: vec![4, 3],
-        actions: 5,
-        steps: 9,
-    }
-}
-
-fn symbols() -> Spaces {
-    Spaces {
-        observation: vec![2],
-        cardinalities: vec![6, 4],
-        ..grid()
-    }
-}
 
 fn tuner() -> ModelConfig {
     ModelConfig {
@@ -66,88 +46,6 @@ fn supervision() -> SupervisionConfig {
         layer: 0,
         heads: vec![1],
         denominator: Denominator::Square,
-    }
-}
-
-/// Random trajectories of the given lengths.
-struct Data {
-    lengths: Vec<usize>,
-    observations: Vec<Vec<u8>>,
-    actions: Vec<Vec<u8>>,
-    returns: Vec<Vec<f32>>,
-    pairs: Vec<Vec<(u32, u32)>>,
-}
-
-impl Data {
-    fn new(spaces: &Spaces, lengths: &[usize], seed: u32) -> Self {
-        let fields: usize = spaces.observation.iter().product();
-        let of = |sequence: usize, salt: u32| seed * 100 + sequence as u32 * 10 + salt;
-        let sequences = || lengths.iter().copied().enumerate();
-        Self {
-            lengths: lengths.to_vec(),
-            observations: sequences()
-                .map(|(sequence, steps)| {
-                    (0..steps * fields)
-                        .map(|index| {
-                            let field = index % spaces.cardinalities.len();
-                            draw(of(sequence, 1), index, spaces.cardinalities[field]) as u8
-                        })
-                        .collect()
-                })
-                .collect(),
-            actions: sequences()
-                .map(|(sequence, steps)| {
-                    (0..steps)
-                        .map(|index| draw(of(sequence, 2), index, spaces.actions) as u8)
-                        .collect()
-                })
-                .collect(),
-            returns: sequences()
-                .map(|(sequence, steps)| {
-                    (0..steps)
-                        .map(|index| draw(of(sequence, 3), index, 100) as f32 / 50.0)
-                        .collect()
-                })
-                .collect(),
-            pairs: sequences()
-                .map(|(_, steps)| {
-                    let steps = steps as u32;
-                    (0..steps)
-                        .flat_map(|step| {
-                            (step > 2)
-                                .then_some((step, 1))
-                                .into_iter()
-                                .chain([(step, step)])
-                        })
-                        .collect()
-                })
-                .collect(),
-        }
-    }
-
-    fn pack<T: Scalar>(&self, model: &Model<Cpu<T>>) -> PackedBatch {
-        let mut packer = model.packer();
-        for sequence in 0..self.lengths.len() {
-            packer
-                .push_trajectory(Trajectory {
-                    observations: &self.observations[sequence],
-                    actions: &self.actions[sequence],
-                    returns: &self.returns[sequence],
-                    pairs: &self.pairs[sequence],
-                    annotated: sequence != 1,
-                })
-                .expect("a valid trajectory");
-        }
-        packer.batch().clone()
-    }
-}
-
-fn capacity(batch: &PackedBatch) -> Capacity {
-    Capacity {
-        tokens: batch.tokens(),
-        observations: batch.observation_tokens.len(),
-        sequences: batch.sequences(),
-        segments: batch.segments(),
     }
 }
 
