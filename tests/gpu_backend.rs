@@ -1,16 +1,29 @@
 //! The GPU backend on the host executor, and on a GPU where there is one.
 
-use dtmem::backend::gpu::{Compute, CudaDevice, Device, Factor, HostDevice, Multiply, Product};
+mod data;
+
+use data::{Data, capacity, grid};
+use dtmem::backend::gpu::{
+    Compute, CudaDevice, Device, Factor, Gpu, HostDevice, Multiply, Product,
+};
+use dtmem::backend::{Backend, Cpu};
+use dtmem::batch::TokenLayout;
+use dtmem::model::{
+    Actor, AttentionSpan, Block, FrontEnd, MemoryConfig, Model, ModelConfig, OptimiserStep, Spaces,
+    StepMetrics, SupervisionConfig, Training,
+};
 use dtmem::ops::Error;
+use dtmem_host::{Executor, Order};
+use dtmem_reference::attention::Denominator;
 use half::{bf16, f16};
 use proptest::prelude::*;
 use rand::{SeedableRng as _, rngs::ChaCha8Rng};
 
 /// Runs the checks on the first GPU, or says past the test's captured output that they were skipped.
-fn on_gpu(check: impl FnOnce(CudaDevice)) {
+fn on_gpu(check: impl FnOnce()) {
     use std::io::Write as _;
     match CudaDevice::new(0, Multiply::Exact) {
-        Ok(device) => check(device),
+        Ok(_) => check(),
         Err(reason @ (Error::NoDriver { .. } | Error::NoGpu { .. } | Error::NoBlas)) => {
             let _ = writeln!(std::io::stderr(), "SKIPPED: a GPU check: {reason}");
         }
@@ -142,7 +155,8 @@ proptest! {
 
 #[test]
 fn products_on_a_gpu_are_right() {
-    on_gpu(|device| {
+    on_gpu(|| {
+        let device = CudaDevice::new(0, Multiply::Exact).unwrap();
         for (seed, sizes) in [[1, 7, 512], [300, 1536, 512], [512, 7, 1000], [64, 512, 1]]
             .into_iter()
             .enumerate()
@@ -158,4 +172,215 @@ fn products_on_a_gpu_are_right() {
             }
         }
     });
+}
+
+/// AttentionTuner with everything that it can have.
+fn tuner(front_end: FrontEnd) -> ModelConfig {
+    ModelConfig {
+        front_end,
+        width: 32,
+        layers: 2,
+        heads: 2,
+        feed_forward: 40,
+        dropout: 0.1,
+        ..ModelConfig::default()
+    }
+}
+
+fn supervision() -> SupervisionConfig {
+    SupervisionConfig {
+        lambda: 3.0,
+        layer: 0,
+        heads: vec![1],
+        denominator: Denominator::Square,
+    }
+}
+
+/// The metrics of some steps on fresh batches, and the parameters after them.
+fn train<B: Backend<Element = f32>>(
+    backend: B,
+    config: &ModelConfig,
+    spaces: &Spaces,
+    supervision: Option<SupervisionConfig>,
+    steps: u64,
+) -> (Vec<StepMetrics>, Vec<f32>) {
+    let mut model = Model::new(backend, config.clone(), spaces.clone(), supervision).unwrap();
+    model.initialise(1).unwrap();
+    let lengths = [5, 3, 1, 7];
+    let largest = Data::new(spaces, &lengths, 0).pack(&model);
+    let mut training = Training::new(&model, capacity(&largest), 1).unwrap();
+    let metrics = (1..=steps)
+        .map(|step| {
+            let count = 1 + (step as usize + 2) % lengths.len();
+            let batch = Data::new(spaces, &lengths[..count], step as u32).pack(&model);
+            let optimiser = OptimiserStep {
+                learning_rate: 3e-3,
+                beta1: 0.9,
+                beta2: 0.999,
+                epsilon: 1e-8,
+                weight_decay: 0.1,
+                clip: Some(1.0),
+            };
+            training
+                .step(&mut model, &batch, 3, step, &optimiser)
+                .unwrap()
+        })
+        .collect();
+    (metrics, model.values().unwrap())
+}
+
+/// Steps on the GPU backend follow those of the CPU.
+fn check_training<D: Device, T: Compute>(
+    device: D,
+    config: &ModelConfig,
+    spaces: &Spaces,
+    supervision: Option<SupervisionConfig>,
+    limit: f64,
+) {
+    let (expected, _) = train(Cpu::new(), config, spaces, supervision.clone(), 10);
+    let (found, _) = train(Gpu::<D, T>::new(device), config, spaces, supervision, 10);
+    for (step, (found, expected)) in found.iter().zip(&expected).enumerate() {
+        for (what, found, expected) in [
+            ("loss", found.loss, expected.loss),
+            ("action loss", found.action_loss, expected.action_loss),
+            ("memory loss", found.memory_loss, expected.memory_loss),
+            ("norm", found.gradient_norm, expected.gradient_norm),
+        ] {
+            let error = (found - expected).abs();
+            assert!(
+                error <= limit * expected.abs().max(1e-2),
+                "step {}: {what} {found}, expected {expected}",
+                step + 1
+            );
+        }
+    }
+}
+
+/// DT-Mem: segments, a memory, returns to go.
+fn decision() -> ModelConfig {
+    ModelConfig {
+        block: Block::PreLn,
+        layout: TokenLayout::ReturnObsAction,
+        memory: Some(MemoryConfig {
+            slots: 5,
+            ..MemoryConfig::default()
+        }),
+        attention: AttentionSpan::Segment,
+        segment_steps: 2,
+        ..tuner(FrontEnd::Linear)
+    }
+}
+
+/// A memory between attention to whole episodes and its loss.
+fn both() -> ModelConfig {
+    ModelConfig {
+        memory: decision().memory,
+        segment_steps: 3,
+        ..tuner(FrontEnd::Linear)
+    }
+}
+
+type Case = (ModelConfig, Option<SupervisionConfig>);
+
+fn cases() -> [Case; 4] {
+    [
+        (tuner(FrontEnd::Linear), Some(supervision())),
+        (tuner(FrontEnd::Convolution), Some(supervision())),
+        (decision(), None),
+        (both(), Some(supervision())),
+    ]
+}
+
+#[test]
+fn steps_in_f32_follow_the_cpus() {
+    for (config, supervision) in cases() {
+        check_training::<_, f32>(HostDevice::default(), &config, &grid(), supervision, 1e-3);
+    }
+}
+
+#[test]
+fn steps_in_bf16_follow_the_cpus() {
+    for (config, supervision) in cases() {
+        check_training::<_, bf16>(HostDevice::default(), &config, &grid(), supervision, 5e-2);
+    }
+}
+
+#[test]
+fn steps_on_a_gpu_follow_the_cpus() {
+    on_gpu(|| {
+        for (config, supervision) in cases() {
+            let exact = CudaDevice::new(0, Multiply::Exact).unwrap();
+            check_training::<_, f32>(exact, &config, &grid(), supervision.clone(), 1e-3);
+            let narrow = CudaDevice::new(0, Multiply::Exact).unwrap();
+            check_training::<_, bf16>(narrow, &config, &grid(), supervision, 5e-2);
+        }
+    });
+}
+
+/// Logits of every step of some episodes that end at different times.
+fn act<B: Backend<Element = f32>>(backend: B, config: &ModelConfig) -> Vec<Vec<f32>> {
+    let spaces = grid();
+    let mut model = Model::new(backend, config.clone(), spaces.clone(), None).unwrap();
+    model.initialise(1).unwrap();
+    let lengths = [7, 4, 9];
+    let data = Data::new(&spaces, &lengths, 4);
+    let fields = model.fields();
+    let mut actor = Actor::new(&model, lengths.len()).unwrap();
+    (0..9)
+        .map(|time| {
+            let active: Vec<usize> = (0..3).filter(|&episode| time < lengths[episode]).collect();
+            let at = |episode: &usize| &data.observations[*episode][time * fields..][..fields];
+            let observations: Vec<u8> = active.iter().flat_map(at).copied().collect();
+            let returns: Vec<f32> = active.iter().map(|&e| data.returns[e][time]).collect();
+            actor.act(&model, &active, &observations, &returns).unwrap();
+            actor.logits().to_vec()
+        })
+        .collect()
+}
+
+fn check_acting<D: Device>(device: impl Fn() -> D) {
+    for (config, _) in cases() {
+        let expected = act(Cpu::new(), &config);
+        let found = act(Gpu::<D, f32>::new(device()), &config);
+        for (time, (found, expected)) in found.iter().zip(&expected).enumerate() {
+            assert_eq!(found.len(), expected.len());
+            for (found, expected) in found.iter().zip(expected) {
+                let error = (found - expected).abs();
+                assert!(error < 1e-4, "step {time}: {found}, expected {expected}");
+            }
+        }
+    }
+}
+
+#[test]
+fn acting_gives_the_cpus_logits() {
+    check_acting(HostDevice::default);
+}
+
+#[test]
+fn acting_on_a_gpu_gives_the_cpus_logits() {
+    on_gpu(|| check_acting(|| CudaDevice::new(0, Multiply::Exact).unwrap()));
+}
+
+/// The bits of the parameters after some steps.
+fn bits<D: Device>(device: D) -> Vec<u32> {
+    let backend = Gpu::<D, bf16>::new(device);
+    let (_, values) = train(backend, &both(), &grid(), Some(supervision()), 4);
+    values.into_iter().map(f32::to_bits).collect()
+}
+
+#[test]
+fn two_runs_have_the_same_bits() {
+    let reversed = || {
+        let mut executor = Executor::new();
+        executor.set_order(Order::Reversed);
+        HostDevice::new(executor)
+    };
+    assert!(bits(HostDevice::default()) == bits(reversed()));
+}
+
+#[test]
+fn two_runs_on_a_gpu_have_the_same_bits() {
+    let device = || CudaDevice::new(0, Multiply::Exact).unwrap();
+    on_gpu(|| assert!(bits(device()) == bits(device())));
 }

@@ -43,6 +43,27 @@ pub enum BackendError {
         /// The length that the shapes ask for.
         expected: usize,
     },
+    /// A device, or a launch on it, failed.
+    #[error("{reason}")]
+    Device {
+        /// What it says.
+        reason: String,
+    },
+    /// A buffer of another [`Kind`] than the operation works on.
+    #[error("a buffer of the wrong kind")]
+    Kind,
+    /// A batch that was not staged, or scratch memory that is not there.
+    #[error("a batch that was not staged")]
+    NotStaged,
+}
+
+#[cfg(feature = "cuda")]
+impl From<crate::ops::Error> for BackendError {
+    fn from(error: crate::ops::Error) -> Self {
+        Self::Device {
+            reason: error.to_string(),
+        }
+    }
 }
 
 /// Result of a backend operation.
@@ -427,6 +448,9 @@ pub trait Backend: Sync {
     /// Short name for messages: `cpu`.
     fn name(&self) -> &'static str;
 
+    /// How many shards to divide a batch into, where so many suit threads.
+    fn shards(&self, for_threads: usize) -> usize;
+
     /// Runs `work` on every item, side by side where the backend has threads.
     fn for_each<S: Send, E: Send>(
         &self,
@@ -680,11 +704,11 @@ pub trait Backend: Sync {
         state: &mut Self::AttentionState,
     ) -> Result<()>;
 
-    /// A state for up to so many tokens and segments of all sequences.
+    /// A state for up to so many sequences, and segments of all.
     fn memory_state(
         &self,
         memory: &Memory,
-        tokens: usize,
+        sequences: usize,
         segments: usize,
     ) -> Result<Self::MemoryState>;
 

@@ -174,7 +174,7 @@ impl<B: Backend> MemoryActivations<B> {
                 .buffer(tokens * network.strength_query.ranks(), Kind::Activation)?,
             key_strength_in: backend.buffer(tokens, Kind::Activation)?,
             key_strength: backend.buffer(tokens, Kind::Activation)?,
-            state: backend.memory_state(&network.memory, tokens, capacity.segments)?,
+            state: backend.memory_state(&network.memory, capacity.sequences, capacity.segments)?,
             read: backend.buffer(rows, Kind::Activation)?,
             out: backend.buffer(rows, Kind::Activation)?,
         })

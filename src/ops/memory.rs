@@ -222,7 +222,52 @@ fn extent([rows, columns]: [usize; 2], stride: usize) -> usize {
     }
 }
 
+impl<'a, T> Input<'a, T> {
+    /// Some of the elements, beside these. Errors: a range that it does not have.
+    pub fn part(&self, range: Range<usize>) -> Result<Self> {
+        Self::new(self.home, self.address, self.len, None).slice(range)
+    }
+}
+
 impl<'a, T> Output<'a, T> {
+    /// Several parts of the elements, to write each on its own. Errors: a range that it does not have, or two that share
+    /// elements.
+    pub fn parts<const N: usize>(self, ranges: [Range<usize>; N]) -> Result<[Self; N]> {
+        for (index, range) in ranges.iter().enumerate() {
+            let shared = ranges[..index].iter().any(|other| {
+                !range.is_empty()
+                    && !other.is_empty()
+                    && range.start < other.end
+                    && other.start < range.end
+            });
+            if shared || range.start > range.end || range.end > self.len {
+                return Err(Error::Range {
+                    found: range.clone(),
+                    expected: self.len,
+                });
+            }
+        }
+        let Self {
+            home,
+            address,
+            mut _guard,
+            element,
+            ..
+        } = self;
+        Ok(ranges.map(|range| Self {
+            home,
+            address: address + (range.start * size_of::<T>()) as u64,
+            len: range.len(),
+            _guard: _guard.take(),
+            element,
+        }))
+    }
+
+    /// The same elements to write, for one operation of several.
+    pub fn reborrow(&mut self) -> Output<'_, T> {
+        Output::new(self.home, self.address, self.len, None)
+    }
+
     /// The same elements to read from, for operations that work in place.
     pub fn as_input(&self) -> Input<'a, T> {
         Input::new(self.home, self.address, self.len, None)

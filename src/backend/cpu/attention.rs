@@ -5,7 +5,7 @@ use dtmem_reference::Scalar;
 use ndarray::{ArrayView2, ArrayViewMut2, Axis, s};
 
 use super::{Cpu, matrix, named};
-use crate::backend::{Attention, Extent, KeyValueCache, Result};
+use crate::backend::{Attention, BackendError, Extent, KeyValueCache, Result};
 use crate::batch::PackedBatch;
 
 /// Sequences `first ..` of an attention call with the rows and heads that belong to them; halved
@@ -191,7 +191,7 @@ impl<'a, T: Scalar> Heads<'a, T> {
                 let tokens = prefix + rows.len();
                 let view = |buffer: &'a [T]| {
                     let all = matrix("attention", &buffer[first..], tokens, width)?;
-                    Ok(all.slice_move(s![.., columns.clone()]))
+                    Ok::<_, BackendError>(all.slice_move(s![.., columns.clone()]))
                 };
                 [view(&cache.keys)?, view(&cache.values)?]
             }

@@ -523,6 +523,10 @@ impl<T: Scalar> Backend for Cpu<T> {
         "cpu"
     }
 
+    fn shards(&self, for_threads: usize) -> usize {
+        for_threads
+    }
+
     fn for_each<S: Send, E: Send>(
         &self,
         items: &mut [S],
@@ -1262,7 +1266,7 @@ impl<T: Scalar> Backend for Cpu<T> {
         Ok(())
     }
 
-    fn memory_state(&self, memory: &Memory, _tokens: usize, segments: usize) -> Result<Vec<T>> {
+    fn memory_state(&self, memory: &Memory, _sequences: usize, segments: usize) -> Result<Vec<T>> {
         self.buffer(segments * memory.slots * memory.width, Kind::Exact)
     }
 

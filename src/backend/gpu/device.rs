@@ -24,6 +24,7 @@ pub trait Element:
 
 impl Element for u8 {}
 impl Element for i32 {}
+impl Element for u32 {}
 impl Element for f32 {}
 impl Element for bf16 {}
 impl Element for f16 {}
@@ -102,7 +103,7 @@ pub struct Product<'a, T, U> {
 /// only [`Device::download`] waits.
 pub trait Device: Launcher + Debug + Send + Sync {
     /// Elements on the device.
-    type Memory<T: Element>: Debug + Send + Sync;
+    type Memory<T: Element>: Debug + Send + Sync + 'static;
 
     /// Short name for messages: `cuda`.
     fn name(&self) -> &'static str;

@@ -1,0 +1,356 @@
+//! Buffers, batches and scratch memory of the GPU backend.
+
+use std::any::Any;
+use std::ops::Range;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use super::chain::Chain;
+use super::device::{Compute, Device, Element};
+use crate::backend::{BackendError, Kind, Result};
+use crate::batch::PackedBatch;
+use crate::ops::tokens::by_time_step;
+use crate::ops::{self, Input, Output};
+
+/// Numbers of one [`Kind`]: activations in `T`, what is exact in f32, parameters in both.
+#[derive(Debug)]
+pub struct Buffer<D: Device, T: Compute> {
+    pub(super) len: usize,
+    pub(super) compute: Option<D::Memory<T>>,
+    pub(super) exact: Option<D::Memory<f32>>,
+}
+
+impl<D: Device, T: Compute> Buffer<D, T> {
+    pub(super) fn new(device: &D, len: usize, kind: Kind) -> ops::Result<Self> {
+        let wide = size_of::<T>() == size_of::<f32>();
+        Ok(Self {
+            len,
+            // Parameters in f32 are exact already.
+            compute: match kind {
+                Kind::Exact => None,
+                Kind::Parameter if wide => None,
+                Kind::Parameter | Kind::Activation => Some(device.allocate(len)?),
+            },
+            exact: match kind {
+                Kind::Activation => None,
+                Kind::Parameter | Kind::Exact => Some(device.allocate(len)?),
+            },
+        })
+    }
+
+    fn compute(&self) -> Option<&D::Memory<T>> {
+        match (&self.compute, &self.exact) {
+            (Some(memory), _) => Some(memory),
+            (None, Some(exact)) => (exact as &dyn Any).downcast_ref(),
+            (None, None) => None,
+        }
+    }
+
+    /// Elements as operations read them.
+    pub(super) fn read<'a>(&'a self, device: &'a D, range: Range<usize>) -> Result<Input<'a, T>> {
+        let memory = self.compute().ok_or(WRONG_KIND)?;
+        Ok(device.input(memory, range)?)
+    }
+
+    /// Elements of an activation, to write.
+    pub(super) fn write<'a>(
+        &'a mut self,
+        device: &'a D,
+        range: Range<usize>,
+    ) -> Result<Output<'a, T>> {
+        let memory = self.compute.as_mut().ok_or(WRONG_KIND)?;
+        Ok(device.output(memory, range)?)
+    }
+
+    /// Elements that are kept in f32.
+    pub(super) fn read_exact<'a>(
+        &'a self,
+        device: &'a D,
+        range: Range<usize>,
+    ) -> Result<Input<'a, f32>> {
+        let memory = self.exact.as_ref().ok_or(WRONG_KIND)?;
+        Ok(device.input(memory, range)?)
+    }
+
+    /// As [`Self::read_exact`], to write.
+    pub(super) fn write_exact<'a>(
+        &'a mut self,
+        device: &'a D,
+        range: Range<usize>,
+    ) -> Result<Output<'a, f32>> {
+        let memory = self.exact.as_mut().ok_or(WRONG_KIND)?;
+        Ok(device.output(memory, range)?)
+    }
+}
+
+const WRONG_KIND: BackendError = BackendError::Kind;
+
+/// Arrays of one type that travel to the device together.
+#[derive(Debug)]
+struct Upload<D: Device, E: Element> {
+    host: Vec<E>,
+    memory: Option<D::Memory<E>>,
+}
+
+impl<D: Device, E: Element> Default for Upload<D, E> {
+    fn default() -> Self {
+        Self {
+            host: Vec::new(),
+            memory: None,
+        }
+    }
+}
+
+impl<D: Device, E: Element> Upload<D, E> {
+    /// Where the array will stand: at a multiple of 16 elements.
+    fn push(&mut self, array: &[E]) -> Range<usize> {
+        let start = self.host.len().next_multiple_of(16);
+        self.host.resize(start, E::default());
+        self.host.extend_from_slice(array);
+        start..self.host.len()
+    }
+
+    /// Copies what was pushed, into memory that grows to the largest batch.
+    fn send(&mut self, device: &D) -> ops::Result<()> {
+        let fits = self
+            .memory
+            .as_ref()
+            .is_some_and(|memory| device.len(memory) >= self.host.len());
+        if !fits {
+            self.memory = Some(device.allocate(self.host.len().next_power_of_two())?);
+        }
+        if let Some(memory) = &mut self.memory {
+            device.upload(&self.host, memory, 0)?;
+        }
+        self.host.clear();
+        Ok(())
+    }
+
+    fn input<'a>(&'a self, device: &'a D, range: &Range<usize>) -> Result<Input<'a, E>> {
+        let memory = self.memory.as_ref().ok_or(BackendError::NotStaged)?;
+        Ok(device.input(memory, range.clone())?)
+    }
+}
+
+/// Places of a batch's arrays of `i32`, as [`PackedBatch`] names them.
+#[derive(Debug, Default)]
+pub(super) struct Ints {
+    pub cu_seqlens: Range<usize>,
+    pub segment_offsets: Range<usize>,
+    pub token_row: Range<usize>,
+    pub token_time: Range<usize>,
+    pub step_offsets: Range<usize>,
+    pub step_tokens: Range<usize>,
+    pub observation_tokens: Range<usize>,
+    pub targets: Range<usize>,
+    pub action_tokens: Range<usize>,
+    pub return_tokens: Range<usize>,
+    pub pair_offsets: Range<usize>,
+    pub pair_keys: Range<usize>,
+    /// Tokens in the order of their segments, and the offsets of each link: see [`Chain`].
+    pub chain_tokens: Range<usize>,
+    pub chain_offsets: Range<usize>,
+    /// Of each token, in the batch that dropout is drawn for.
+    pub origins: Range<usize>,
+}
+
+/// Places of a batch's arrays of bytes.
+#[derive(Debug, Default)]
+pub(super) struct Bytes {
+    pub token_kind: Range<usize>,
+    pub observations: Range<usize>,
+    pub actions: Range<usize>,
+    pub annotated: Range<usize>,
+}
+
+/// Places of a batch's arrays of f32.
+#[derive(Debug, Default)]
+pub(super) struct Floats {
+    /// Weights of the losses.
+    pub action_weight: Range<usize>,
+    pub pair_weight: Range<usize>,
+    /// The number 1.
+    pub one: Range<usize>,
+}
+
+/// A batch on the device.
+#[derive(Debug)]
+pub struct Batch<D: Device, T: Compute> {
+    ints: Upload<D, i32>,
+    bytes: Upload<D, u8>,
+    floats: Upload<D, f32>,
+    numbers: Upload<D, T>,
+    step: Upload<D, u32>,
+    pub(super) int: Ints,
+    pub(super) byte: Bytes,
+    pub(super) float: Floats,
+    returns_at: Range<usize>,
+    step_at: Range<usize>,
+    pub(super) tokens: usize,
+    pub(super) sequences: usize,
+    pub(super) segments: usize,
+    pub(super) observations: usize,
+    pub(super) actions: usize,
+    pub(super) returns: usize,
+    /// Time steps that tokens have, from 0.
+    pub(super) steps: usize,
+    /// Tokens of each sequence [sequences + 1].
+    pub(super) cu_seqlens: Vec<i32>,
+    pub(super) chain: Chain,
+}
+
+impl<D: Device, T: Compute> Default for Batch<D, T> {
+    fn default() -> Self {
+        Self {
+            ints: Upload::default(),
+            bytes: Upload::default(),
+            floats: Upload::default(),
+            numbers: Upload::default(),
+            step: Upload::default(),
+            int: Ints::default(),
+            byte: Bytes::default(),
+            float: Floats::default(),
+            returns_at: 0..0,
+            step_at: 0..0,
+            tokens: 0,
+            sequences: 0,
+            segments: 0,
+            observations: 0,
+            actions: 0,
+            returns: 0,
+            steps: 0,
+            cu_seqlens: Vec::new(),
+            chain: Chain::default(),
+        }
+    }
+}
+
+impl<D: Device, T: Compute> Batch<D, T> {
+    pub(super) fn stage(&mut self, device: &D, batch: &PackedBatch) -> ops::Result<()> {
+        self.tokens = batch.tokens();
+        self.sequences = batch.sequences();
+        self.segments = batch.segments();
+        self.observations = batch.observation_tokens.len();
+        self.actions = batch.action_tokens.len();
+        self.returns = batch.return_tokens.len();
+        let last = batch.token_time.iter().max();
+        self.steps = last.map_or(0, |&time| usize::try_from(time).unwrap_or(0) + 1);
+        self.cu_seqlens.clone_from(&batch.cu_seqlens);
+        self.chain = Chain::new(&batch.sequence_segments, &batch.segment_offsets);
+        let origins: Vec<i32> = (0..batch.sequences())
+            .flat_map(|sequence| {
+                let origin = batch.origins[sequence];
+                (0..batch.tokens_of(sequence).len() as i32).map(move |token| origin + token)
+            })
+            .collect();
+        let (step_offsets, step_tokens) = by_time_step(&batch.token_time, self.steps);
+        let ints = &mut self.ints;
+        self.int = Ints {
+            cu_seqlens: ints.push(&batch.cu_seqlens),
+            segment_offsets: ints.push(&batch.segment_offsets),
+            token_row: ints.push(&batch.token_row),
+            token_time: ints.push(&batch.token_time),
+            step_offsets: ints.push(&step_offsets),
+            step_tokens: ints.push(&step_tokens),
+            observation_tokens: ints.push(&batch.observation_tokens),
+            targets: ints.push(&batch.targets),
+            action_tokens: ints.push(&batch.action_tokens),
+            return_tokens: ints.push(&batch.return_tokens),
+            pair_offsets: ints.push(&batch.pair_offsets),
+            pair_keys: ints.push(&batch.pair_keys),
+            chain_tokens: ints.push(&self.chain.tokens),
+            chain_offsets: ints.push(&self.chain.offsets),
+            origins: ints.push(&origins),
+        };
+        let bytes = &mut self.bytes;
+        self.byte = Bytes {
+            token_kind: bytes.push(&batch.token_kind),
+            observations: bytes.push(&batch.observations),
+            actions: bytes.push(&batch.actions),
+            annotated: bytes.push(&batch.annotated),
+        };
+        let weights = batch.training.weights;
+        let floats = &mut self.floats;
+        self.float = Floats {
+            action_weight: floats.push(&[weights.action as f32]),
+            pair_weight: floats.push(&[weights.pair as f32]),
+            one: floats.push(&[1.0]),
+        };
+        let returns: Vec<T> = batch.returns.iter().map(|&x| T::narrow(x)).collect();
+        self.returns_at = self.numbers.push(&returns);
+        self.numbers.send(device)?;
+        self.step_at = self.step.push(&[batch.training.number]);
+        self.ints.send(device)?;
+        self.bytes.send(device)?;
+        self.floats.send(device)?;
+        self.step.send(device)
+    }
+
+    pub(super) fn ints<'a>(&'a self, device: &'a D, at: &Range<usize>) -> Result<Input<'a, i32>> {
+        self.ints.input(device, at)
+    }
+
+    pub(super) fn bytes<'a>(&'a self, device: &'a D, at: &Range<usize>) -> Result<Input<'a, u8>> {
+        self.bytes.input(device, at)
+    }
+
+    pub(super) fn floats<'a>(&'a self, device: &'a D, at: &Range<usize>) -> Result<Input<'a, f32>> {
+        self.floats.input(device, at)
+    }
+
+    /// Returns to go.
+    pub(super) fn return_values<'a>(&'a self, device: &'a D) -> Result<Input<'a, T>> {
+        self.numbers.input(device, &self.returns_at)
+    }
+
+    /// Number of the optimiser step.
+    pub(super) fn step<'a>(&'a self, device: &'a D) -> Result<Input<'a, u32>> {
+        self.step.input(device, &self.step_at)
+    }
+}
+
+/// Memory for what kernels keep between two launches. It grows to what the largest shape needs and
+/// stays; one operation uses it at a time.
+#[derive(Debug)]
+pub(super) struct Scratch<D: Device, E: Element>(Mutex<Option<D::Memory<E>>>);
+
+impl<D: Device, E: Element> Default for Scratch<D, E> {
+    fn default() -> Self {
+        Self(Mutex::new(None))
+    }
+}
+
+impl<D: Device, E: Element> Scratch<D, E> {
+    /// At least `len` elements.
+    pub fn lock(&self, device: &D, len: usize) -> ops::Result<InUse<'_, D, E>> {
+        let mut memory = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if memory
+            .as_ref()
+            .is_none_or(|memory| device.len(memory) < len)
+        {
+            *memory = Some(device.allocate(len.max(1).next_power_of_two())?);
+        }
+        Ok(InUse { memory, len })
+    }
+
+    /// What stands in `content`.
+    pub fn upload(&self, device: &D, content: &[E]) -> ops::Result<InUse<'_, D, E>> {
+        let mut in_use = self.lock(device, content.len())?;
+        if let Some(memory) = in_use.memory.as_mut() {
+            device.upload(content, memory, 0)?;
+        }
+        Ok(in_use)
+    }
+}
+
+/// Scratch memory that is in use.
+pub(super) struct InUse<'a, D: Device, E: Element> {
+    memory: MutexGuard<'a, Option<D::Memory<E>>>,
+    len: usize,
+}
+
+impl<D: Device, E: Element> InUse<'_, D, E> {
+    pub fn output<'a>(&'a mut self, device: &'a D) -> Result<Output<'a, E>> {
+        let memory = self.memory.as_mut().ok_or(BackendError::NotStaged)?;
+        Ok(device.output(memory, 0..self.len)?)
+    }
+}
