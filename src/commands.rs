@@ -8,10 +8,11 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use dtmem::backend::Cpu;
+use dtmem::backend::Backend;
 use dtmem::tasks::{Demonstrations, Task};
 use dtmem::train::checkpoint;
 use dtmem::train::config::Config;
+use dtmem::train::device::{Job, run_on};
 use dtmem::train::evaluate::{self, Conditions};
 use dtmem::train::run::{self, Event, Folder, Options, Outcome, Start, Summary};
 use serde_json::{Map, Value};
@@ -21,6 +22,7 @@ use crate::progress::Progress;
 use crate::{Demos, Eval, Train, Verify};
 
 type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
+type Fallible<T> = std::result::Result<T, dtmem::train::Error>;
 
 /// As if ended by Ctrl-C.
 const INTERRUPTED: u8 = 130;
@@ -41,6 +43,19 @@ pub fn in_pool<T: Send>(
         .install(command)
 }
 
+struct Training<'a> {
+    config: &'a Config,
+    options: Options<'a>,
+}
+
+impl Job for Training<'_> {
+    type Output = Outcome;
+
+    fn run<B: Backend<Element = f32>>(self, backend: B) -> Fallible<Outcome> {
+        run::train(backend, self.config, self.options)
+    }
+}
+
 /// `dtmem train`.
 pub fn train(arguments: &Train) -> Result<ExitCode> {
     let config = Config::load(&arguments.config, &arguments.overrides)?;
@@ -50,10 +65,9 @@ pub fn train(arguments: &Train) -> Result<ExitCode> {
     }));
     let mut progress = Progress::new();
     let stop = stop_on_interrupt()?;
-    let outcome = run::train(
-        Cpu::new(),
-        &config,
-        Options {
+    let job = Training {
+        config: &config,
+        options: Options {
             folder: &folder,
             start: match (arguments.resume, arguments.overwrite) {
                 (true, _) => Start::Resume,
@@ -63,7 +77,8 @@ pub fn train(arguments: &Train) -> Result<ExitCode> {
             stop: &stop,
             watch: &mut |event| progress.show(event),
         },
-    )?;
+    };
+    let outcome = run_on(arguments.device, config.train.precision, job)?;
     match outcome {
         Outcome::Finished(summary) => {
             print_json(&summary)?;
@@ -81,10 +96,44 @@ pub fn train(arguments: &Train) -> Result<ExitCode> {
     }
 }
 
+struct Evaluating<'a> {
+    file: &'a Path,
+    bytes: &'a [u8],
+    task: &'a Task,
+    conditions: Conditions,
+    stop: &'a AtomicBool,
+    progress: Progress,
+}
+
+impl Job for Evaluating<'_> {
+    /// None if it was stopped.
+    type Output = Option<Summary>;
+
+    fn run<B: Backend<Element = f32>>(mut self, backend: B) -> Fallible<Option<Summary>> {
+        let (model, header) = checkpoint::model_from_bytes(self.file, self.bytes, backend)?;
+        let total = self.conditions.episodes;
+        let watch = |done| self.progress.show(Event::Evaluation { done, total });
+        let result = evaluate::evaluate(&model, self.task, &self.conditions, self.stop, watch)?;
+        Ok(result.map(|result| {
+            info!("{}", run::result_line(self.task, &result));
+            Summary::new(
+                Some(self.task),
+                Some(&result),
+                &model,
+                header.step,
+                result.tokens,
+                result.seconds,
+            )
+        }))
+    }
+}
+
 /// `dtmem eval`.
 pub fn eval(arguments: &Eval) -> Result<ExitCode> {
     let file = Folder::new(&arguments.folder).model();
-    let (model, header) = checkpoint::load_model(&file, Cpu::new())?;
+    let bytes = std::fs::read(&file)
+        .map_err(|error| format!("{}: cannot read it: {error}", file.display()))?;
+    let header = checkpoint::model_header(&file, &bytes)?;
     let config = &header.config;
     let Some(task) = &config.task else {
         return Err(format!(
@@ -100,31 +149,27 @@ pub fn eval(arguments: &Eval) -> Result<ExitCode> {
     {
         return Err("--target-return: expected a finite number".into());
     }
-    let conditions = Conditions {
-        episodes: arguments.episodes.unwrap_or(config.evaluation.episodes),
-        seed: arguments.seed.unwrap_or(config.evaluation.seed),
-        target_return: arguments.target_return.unwrap_or(header.target_return),
-        return_scale: config.data.return_scale,
-    };
-    let mut progress = Progress::new();
     let stop = stop_on_interrupt()?;
-    let total = conditions.episodes;
-    let result = evaluate::evaluate(&model, task, &conditions, &stop, |done| {
-        progress.show(Event::Evaluation { done, total });
-    })?;
-    let Some(result) = result else {
-        return Ok(ExitCode::from(INTERRUPTED));
+    let job = Evaluating {
+        file: &file,
+        bytes: &bytes,
+        task,
+        conditions: Conditions {
+            episodes: arguments.episodes.unwrap_or(config.evaluation.episodes),
+            seed: arguments.seed.unwrap_or(config.evaluation.seed),
+            target_return: arguments.target_return.unwrap_or(header.target_return),
+            return_scale: config.data.return_scale,
+        },
+        stop: &stop,
+        progress: Progress::new(),
     };
-    info!("{}", run::result_line(task, &result));
-    print_json(&Summary::new(
-        Some(task),
-        Some(&result),
-        &model,
-        header.step,
-        result.tokens,
-        result.seconds,
-    ))?;
-    Ok(ExitCode::SUCCESS)
+    match run_on(arguments.device, config.train.precision, job)? {
+        Some(summary) => {
+            print_json(&summary)?;
+            Ok(ExitCode::SUCCESS)
+        }
+        None => Ok(ExitCode::from(INTERRUPTED)),
+    }
 }
 
 /// `dtmem demos`.

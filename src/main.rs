@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
+use dtmem::train::device::DeviceChoice;
 use dtmem::verify::{BackendChoice, DtypeChoice};
 
 mod commands;
@@ -41,6 +42,9 @@ struct Train {
     /// Set a key, such as train.steps=100; an empty value brings its default back
     #[arg(long = "set", value_name = "KEY=VALUE")]
     overrides: Vec<String>,
+    /// Where to compute: auto (a GPU if one works), cpu or cuda:N
+    #[arg(long, default_value_t)]
+    device: DeviceChoice,
     /// Output folder [default: runs/NAME for NAME.toml]
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
@@ -56,6 +60,9 @@ struct Train {
 struct Eval {
     /// Output folder of a run
     folder: PathBuf,
+    /// Where to compute: auto (a GPU if one works), cpu or cuda:N
+    #[arg(long, default_value_t)]
+    device: DeviceChoice,
     /// Number of episodes [default: as the run was configured]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     episodes: Option<u64>,

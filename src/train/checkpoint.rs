@@ -140,6 +140,13 @@ pub fn load_model<B: Backend<Element = f32>>(
     model_from_bytes(path, &bytes, backend)
 }
 
+/// What a model file says beside its numbers.
+pub fn model_header(path: &Path, bytes: &[u8]) -> Result<ModelHeader, Error> {
+    let (_, header): (_, ModelHeader) = parse(path, bytes)?;
+    header.validate(path, bytes.len() / 4)?;
+    Ok(header)
+}
+
 /// As [`load_model`], from memory; `path` stands for it in errors.
 pub fn model_from_bytes<B: Backend<Element = f32>>(
     path: &Path,

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use toml::{Table, Value};
 
+use super::device::Precision;
 use crate::batch::TokenLayout;
 use crate::model::{AttentionSpan, FrontEnd, ModelConfig, Spaces, SupervisionConfig};
 use crate::tasks::Task;
@@ -149,6 +150,8 @@ pub struct TrainConfig {
     /// Parts of a batch that threads compute side by side. Part of the arithmetic: the same number
     /// gives the same bits on any number of threads.
     pub shards: usize,
+    /// What a GPU computes in.
+    pub precision: Precision,
     /// Optimiser.
     pub optimiser: OptimiserKind,
     /// Highest learning rate.
@@ -175,6 +178,7 @@ impl Default for TrainConfig {
             epochs: None,
             batch_tokens: 4096,
             shards: 2,
+            precision: Precision::default(),
             optimiser: OptimiserKind::Adam,
             learning_rate: 1e-4,
             schedule: ScheduleKind::Constant,

@@ -15,6 +15,7 @@ use crate::tasks::{DemonstrationError, TaskError};
 pub mod checkpoint;
 pub mod config;
 pub mod data;
+pub mod device;
 pub mod evaluate;
 pub mod metrics;
 pub mod plots;
@@ -67,6 +68,14 @@ pub enum Error {
          --overwrite, or choose another folder with --out DIR", .0.display()
     )]
     Exists(PathBuf),
+    /// A device that was asked for.
+    #[error("--device {device}: {reason}; or compute on another one, with --device auto or cpu")]
+    Device {
+        /// What was asked for.
+        device: device::DeviceChoice,
+        /// Why it does not work.
+        reason: String,
+    },
     /// There is nothing to resume.
     #[error("{}: no run to resume in this folder: leave out --resume to start one", .0.display())]
     NothingToResume(PathBuf),

@@ -216,8 +216,9 @@ pub fn train<B: Backend<Element = f32>>(
         (Some(steps), _) => steps,
         (None, epochs) => order.steps_of(epochs.unwrap_or_default()),
     };
+    let shards = backend.shards(config.train.shards);
     let mut model = Model::new(backend, config.model.clone(), spaces, config.supervision())?;
-    let mut training = Training::new(&model, capacity, config.train.shards)?;
+    let mut training = Training::new(&model, capacity, shards)?;
     info!(
         "model: {} parameters, {} of them trained; {steps} steps of at most {} tokens",
         model.parameter_count(),
