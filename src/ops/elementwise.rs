@@ -328,7 +328,11 @@ impl Shape {
         ))
     }
 
-    fn check_dropout(&self, check: &mut Check, dropout: Option<&Dropout<'_>>) -> Result<()> {
+    pub(super) fn check_dropout(
+        &self,
+        check: &mut Check,
+        dropout: Option<&Dropout<'_>>,
+    ) -> Result<()> {
         let Some(dropout) = dropout else {
             return Ok(());
         };
@@ -372,7 +376,7 @@ impl Shape {
 }
 
 /// In the order of the kernels: step, origins, seed, site, threshold, scale.
-fn dropout_args(dropout: Option<&Dropout<'_>>) -> [Arg; 6] {
+pub(super) fn dropout_args(dropout: Option<&Dropout<'_>>) -> [Arg; 6] {
     let Some(Dropout {
         mask,
         step,

@@ -1,9 +1,11 @@
 //! Linear maps with low-rank adapters: y = x·Wᵀ + b + s·(x̃·Aᵀ)·Bᵀ, one launch for all projections of x, with other
 //! adapters for each group of rows if need be. Kernels and equations: `kernels/lora_linear.cu`,
-//! `kernels/lora_linear_backward.cu`, `kernels/lora_merge.cu`; definition: `dtmem_reference::lora_linear`, SPEC section 5.
+//! `kernels/lora_linear_backward.cu`, `kernels/lora_dropout.cu`, `kernels/lora_merge.cu`; definition:
+//! `dtmem_reference::lora_linear`, SPEC section 5.
 //!
 //! Gradients of W and b, where those are trained, are a product and a sum that libraries have.
 
+use super::elementwise::{self, dropout_args};
 use super::launch::{Arg, Launch, Launcher, blocks, launch_all};
 use super::memory::{
     Check, Input, Output, Rows, Span, Storage, Type, for_each_type, kernel_for, span_or_null,
@@ -32,6 +34,7 @@ const FACTOR_ROWS: usize = 128;
 const FACTOR_BLOCKS: usize = 264;
 const ADD_THREADS: u32 = 256;
 const MERGE_THREADS: usize = 256;
+const KEEP_THREADS: usize = 256;
 
 /// A linear map of rows, and its adapters.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -104,7 +107,7 @@ pub struct FactorGradients<'a> {
 /// Dropout of the adapters' input: x̃ = x∘keep·scale.
 #[derive(Debug)]
 pub struct Dropout<'a> {
-    /// Bits of the elements that stay, from the lowest of each word on [rows, ⌈inputs/32⌉].
+    /// Bits of the elements that stay, from the lowest of each word on [rows, ⌈inputs/32⌉]: see [`Shape::draw_keep`].
     pub keep: Input<'a, u32>,
     /// 1/(1 − p).
     pub scale: f32,
@@ -276,6 +279,51 @@ impl Shape<'_> {
     pub fn workspace<T: Storage>(&self) -> Result<usize> {
         self.validate::<T>()?;
         Ok(self.splits() * self.sets() * self.gradient_elements())
+    }
+
+    /// Words of [`Dropout::keep`].
+    pub fn keep_words(&self) -> usize {
+        self.rows * self.inputs.div_ceil(WORD)
+    }
+
+    /// keep ← a dropout mask of x: one launch. Errors: those of [`plan_keep`](Self::plan_keep) and of the launcher.
+    pub fn draw_keep(
+        &self,
+        launcher: &impl Launcher,
+        dropout: elementwise::Dropout<'_>,
+        keep: Output<'_, u32>,
+    ) -> Result<()> {
+        launcher.launch(&self.plan_keep(&dropout, &keep)?)
+    }
+
+    /// What [`draw_keep`](Self::draw_keep) launches. Errors: sizes, overlaps, inputs that are no multiple of 4.
+    pub fn plan_keep<'a>(
+        &self,
+        dropout: &'a elementwise::Dropout<'_>,
+        keep: &'a Output<'_, u32>,
+    ) -> Result<Launch<'a>> {
+        let mask = elementwise::Shape {
+            rows: self.rows,
+            width: self.inputs,
+        };
+        mask.validate()?;
+        let mut check = Check::new();
+        mask.check_dropout(&mut check, Some(dropout))?;
+        check.output("keep", keep, self.keep_words(), 1)?;
+        let home = check.disjoint(&[])?;
+        Ok(Launch::new(
+            ("lora_dropout", "lora_dropout"),
+            [blocks("keep", self.keep_words(), KEEP_THREADS)?, 1, 1],
+            [KEEP_THREADS as u32, 1, 1],
+            0,
+            home,
+            dropout_args(Some(dropout)),
+        )
+        .and([
+            Arg::Output(keep.span()),
+            Arg::I32(self.rows as i32),
+            Arg::I32(self.inputs as i32),
+        ]))
     }
 
     /// y and kept ← x: one launch. Errors: those of [`plan_forward`](Self::plan_forward) and of the launcher.
@@ -556,12 +604,7 @@ impl Shape<'_> {
             }
         }
         if let Some(dropout) = dropout {
-            check.input(
-                "keep",
-                &dropout.keep,
-                self.rows * self.inputs.div_ceil(WORD),
-                1,
-            )?;
+            check.input("keep", &dropout.keep, self.keep_words(), 1)?;
             if !dropout.scale.is_finite() {
                 return Err(Error::value("scale", dropout.scale, "a finite number"));
             }

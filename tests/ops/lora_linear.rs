@@ -2,7 +2,8 @@ use dtmem::ops::lora_linear::{
     Adapter, Backward, Dropout, FactorGradients, Factors, Forward, Groups, Merge, Merging, Shape,
     Tasks,
 };
-use dtmem::ops::{Arg, Input};
+use dtmem::ops::{Arg, Input, elementwise};
+use dtmem_reference::dropout::{self, Mask};
 use dtmem_reference::{linear, lora_linear as reference};
 use half::{bf16, f16};
 use ndarray::{Array1, Array2, Array3, ArrayView2, Axis, s};
@@ -361,6 +362,59 @@ fn lora_linear_on_a_gpu_agrees_with_the_reference() {
             }
         }
     });
+}
+
+#[test]
+fn the_mask_of_the_adapters_is_that_of_the_reference() {
+    let shape = Shape {
+        rows: 3,
+        inputs: 72,
+        ..SHAPE
+    };
+    let mask = Mask::new(7, 11, 2, 0.3).unwrap();
+    let drawn = |machine: &dyn Fn(&[u32], &[i32]) -> Vec<u32>| {
+        let origins = [5, 900, 0];
+        let found = machine(&[mask.step], &origins);
+        for (row, origin) in origins.into_iter().enumerate() {
+            let mut ones = [1.0_f32; 72];
+            dropout::apply(mask, origin as u64 * 72, &mut ones).unwrap();
+            for (column, one) in ones.into_iter().enumerate() {
+                let bit = found[row * 3 + column / 32] >> (column % 32) & 1;
+                assert_eq!(bit == 1, one > 0.0, "row {row}, column {column}");
+            }
+        }
+    };
+    fn draw_on(
+        machine: &impl Machine,
+        shape: &Shape<'_>,
+        mask: Mask,
+        step: &[u32],
+        origins: &[i32],
+    ) -> Vec<u32> {
+        let (step, origins) = (machine.upload(step), machine.upload(origins));
+        let mut keep = machine.scratch(shape.keep_words());
+        let dropout = elementwise::Dropout {
+            mask,
+            step: machine.input(&step),
+            origins: Some(machine.input(&origins)),
+        };
+        let output = machine.output(&mut keep);
+        shape
+            .draw_keep(machine, dropout, output)
+            .unwrap_or_else(|error| panic!("{error}"));
+        machine.download(&keep)
+    }
+    drawn(&|step, origins| draw_on(&host(1), &shape, mask, step, origins));
+    on_gpu(|device| drawn(&|step, origins| draw_on(device, &shape, mask, step, origins)));
+    let dropout = elementwise::Dropout {
+        mask,
+        step: tensor(0x10000, 1),
+        origins: None,
+    };
+    assert_refused(
+        shape.plan_keep(&dropout, &target(0x20000, 8)),
+        &["keep has 8 elements, expected 9"],
+    );
 }
 
 fn check_merge<M: Number, T: Number>(machine: &impl Machine, merge: Merge, seed: u64) {

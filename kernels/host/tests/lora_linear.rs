@@ -1,4 +1,4 @@
-//! lora_linear.cu, lora_linear_backward.cu and lora_merge.cu against the reference.
+//! lora_linear.cu, lora_linear_backward.cu, lora_dropout.cu and lora_merge.cu against the reference.
 
 mod common;
 
@@ -6,7 +6,7 @@ use common::{
     Random, Storage, assert_every_barrier_is_needed, assert_near, in_every_order, norm, upload,
 };
 use dtmem_host::{Arg, Buffer, Executor, Launch, Result, View};
-use dtmem_reference::{linear, lora_linear};
+use dtmem_reference::{dropout, linear, lora_linear};
 use half::{bf16, f16};
 use ndarray::{Array1, Array2, Array3, ArrayView2, Axis, s};
 use proptest::prelude::*;
@@ -107,7 +107,7 @@ impl Case {
             first += count;
         }
         let keep = Array2::from_shape_simple_fn((rows, shape.inputs), || {
-            f64::from(u8::from(!shape.dropout || random.bits() % 4 > 0))
+            f64::from(u8::from(!shape.dropout || !random.bits().is_multiple_of(4)))
         });
         Self {
             offsets,
@@ -336,14 +336,11 @@ fn run<T: Storage>(executor: &Executor, case: &Case) -> Result<Run<T>> {
     args.extend([end(&dy, outputs), h.view(), g.view()].map(Arg::Input));
     let mut add = vec![Arg::Input(partial.view())];
     for p in 0..MAX_ADAPTERS {
-        let (numbers, scaling, views) = match case.factors.get(p) {
-            Some(f) => (
-                [f.first, f.count(), f.rank()],
-                f.scaling as f32,
-                [0, 1].map(|i| gradients[i][p].view()),
-            ),
-            None => ([outputs, 0, 0], 0.0, [View::NULL; 2]),
+        let (numbers, scaling) = match case.factors.get(p) {
+            Some(f) => ([f.first, f.count(), f.rank()], f.scaling as f32),
+            None => ([outputs, 0, 0], 0.0),
         };
+        let views = [0, 1].map(|i| gradients[i].get(p).map_or(View::NULL, |x| x.view()));
         args.extend(numbers.map(|n| Arg::I32(n as i32)));
         add.extend(views.map(Arg::Output));
         add.extend([
@@ -600,6 +597,49 @@ fn tiles_end_where_they_should() {
                     ..base()
                 };
                 check::<bf16>(&shape, rows as u64);
+            }
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(16))]
+
+    #[test]
+    fn kept_bits_are_those_that_the_reference_draws(
+        rows in 1..6_usize, width in 1..40_usize, with_origins: bool, share in 0.0..0.9, bits: [u64; 3],
+    ) {
+        let width = 4 * width;
+        let mask = dropout::Mask::new(bits[0], bits[1] as u32, (bits[1] >> 32) as u32, share).unwrap();
+        let mut random = Random(bits[2]);
+        let origins: Vec<i32> = (0..rows as i32)
+            .map(|row| if with_origins { random.bits() as i32 & i32::MAX } else { row })
+            .collect();
+        let words = width.div_ceil(32);
+        let found = in_every_order(|executor| {
+            let (step, origins) = (executor.upload(&[mask.step]), executor.upload(&origins));
+            let keep = executor.scratch::<u32>(rows * words);
+            let args = [
+                Arg::Input(step.view()),
+                Arg::Input(if with_origins { origins.view() } else { View::NULL }),
+                Arg::U64(mask.seed),
+                Arg::U32(mask.site),
+                Arg::U32(mask.threshold),
+                Arg::F32(mask.scale() as f32),
+                Arg::Output(keep.view()),
+                Arg::I32(rows as i32),
+                Arg::I32(width as i32),
+            ];
+            let launch = Launch::new([(rows * words).div_ceil(256) as u32, 1, 1], [256, 1, 1]);
+            executor.launch("lora_dropout", launch, &args).unwrap_or_else(|error| panic!("{error}"));
+            keep.download()
+        });
+        for (row, &origin) in origins.iter().enumerate() {
+            let mut ones = vec![1.0_f32; width];
+            dropout::apply(mask, origin as u64 * width as u64, &mut ones).unwrap();
+            for (word, ones) in ones.chunks(32).enumerate() {
+                let expected: u32 = ones.iter().enumerate().map(|(at, &x)| u32::from(x > 0.0) << at).sum();
+                prop_assert_eq!(found[row * words + word], expected);
             }
         }
     }
