@@ -280,6 +280,8 @@ pub(super) fn span_or_null<T>(input: Option<&Input<'_, T>>) -> Span {
 }
 
 const MAX_TENSORS: usize = 32;
+/// Kernels may read workspaces by vectors.
+const WORKSPACE_BYTES: usize = 16;
 
 #[derive(Clone, Copy)]
 struct Tensor {
@@ -384,7 +386,7 @@ impl Check {
         self.input(name, input, input.len, align_of::<T>())
     }
 
-    /// Memory for what has to be kept between two kernels: at least `len` elements.
+    /// Memory for what has to be kept between two kernels: at least `len` elements, aligned for vectors.
     pub(super) fn workspace<T>(
         &mut self,
         name: &'static str,
@@ -398,7 +400,7 @@ impl Check {
                 expected: len,
             });
         }
-        self.output(name, workspace, workspace.len, align_of::<T>())
+        self.output(name, workspace, workspace.len, WORKSPACE_BYTES)
     }
 
     fn tensor<T>(

@@ -639,6 +639,14 @@ fn tensors_that_do_not_fit_the_pack_are_refused() {
         SHAPE.plan_backward(&workspace),
         &["workspace has 399 elements, expected at least 400"],
     );
+    let odd = Backward {
+        workspace: target(0xa0004, QUERIES * HEADS),
+        ..backward()
+    };
+    assert_refused(
+        SHAPE.plan_backward(&odd),
+        &["workspace begins at address 0xa0004", "16 bytes"],
+    );
     let offsets = Forward {
         pack: Pack {
             cu_seqlens_k: tensor(0x2000, 3),
