@@ -27,7 +27,8 @@ pub struct Shape {
 pub struct Tensors<'a, T> {
     /// [rows, classes]
     pub logits: Input<'a, T>,
-    /// \[rows\]; a row with a negative one counts for nothing, and its gradient is 0.
+    /// \[rows\], each a class ([`Shape::validate_targets`]), or negative: such a row counts for nothing, and its gradient
+    /// is 0.
     pub targets: Input<'a, i32>,
     /// What the sum of the losses is multiplied by before its gradient is taken \[1\].
     pub scale: Input<'a, f32>,
@@ -52,6 +53,28 @@ impl Shape {
             return Err(Error::value("classes", self.classes, expected));
         }
         Ok(())
+    }
+
+    /// Checks on the host what the device's array is to hold: targets \[rows\], each negative or a class. Errors: those of
+    /// [`validate`](Self::validate), and what does not hold.
+    pub fn validate_targets(&self, targets: &[i32]) -> Result<()> {
+        self.validate()?;
+        if targets.len() != self.rows {
+            return Err(Error::Length {
+                argument: "targets",
+                found: targets.len(),
+                expected: self.rows,
+            });
+        }
+        let beyond = |&target: &i32| usize::try_from(target).is_ok_and(|t| t >= self.classes);
+        match targets.iter().position(beyond) {
+            None => Ok(()),
+            Some(row) => Err(Error::value(
+                "targets",
+                format_args!("{} at row {row}", targets[row]),
+                format_args!("negative or a class below {}", self.classes),
+            )),
+        }
     }
 
     /// f32 elements of the workspace: at most rows/4, rounded up to a pair.

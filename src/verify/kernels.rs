@@ -11,7 +11,9 @@ use super::file::Case;
 use super::operations::{AttentionParams, Operation};
 use super::reference::Results;
 use crate::backend::gpu::{Compute, Device, Element, Factor, Product};
-use crate::ops::{Input, Output, activation, attention, content_memory, layer_norm, lora_linear};
+use crate::ops::{
+    Input, Output, activation, attention, content_memory, cross_entropy, layer_norm, lora_linear,
+};
 use half::{bf16, f16};
 
 /// The kernels on a device. They store f32, bf16 and f16, and add up in f32.
@@ -62,9 +64,7 @@ impl<D: Device> On<'_, D> {
             Operation::LayerNorm { epsilon } => self.layer_norm::<T>(*epsilon, &mut results)?,
             Operation::Activation(function) => self.activation::<T>(*function, &mut results)?,
             Operation::Linear { scaling } => self.linear::<T>(*scaling, &mut results)?,
-            Operation::CrossEntropy => {
-                return Err(RunError::missing("kernels for `cross_entropy`"));
-            }
+            Operation::CrossEntropy => self.cross_entropy::<T>(&mut results)?,
         }
         Ok(results.tensors())
     }
@@ -152,6 +152,39 @@ impl<D: Device> On<'_, D> {
         };
         shape.backward(self.device, backward)?;
         results.gradient("x", self.download(&dy, x.dim())?);
+        Ok(())
+    }
+
+    fn cross_entropy<T: Compute>(&self, results: &mut Results) -> Result<(), RunError> {
+        let logits: Array2<f64> = self.case.real("logits")?;
+        let targets = self.case.integers("targets").unwrap_or_default();
+        let (rows, classes) = logits.dim();
+        let grad: Array1<f64> = self.case.grad_output("loss", 1)?;
+        let mean = 1.0 / rows.max(1) as f64;
+        let shape = cross_entropy::Shape { rows, classes };
+        shape.validate_targets(targets)?;
+        let [logits_memory, mut dlogits] = [
+            self.upload::<T>(&logits)?,
+            self.device.allocate::<T>(logits.len())?,
+        ];
+        let targets = self.send(targets)?;
+        let scale = self.send(&[(grad.sum() * mean) as f32])?;
+        let mut metrics = self.device.allocate(2)?;
+        let mut workspace = self.device.allocate(shape.workspace()?)?;
+        let tensors = cross_entropy::Tensors {
+            logits: self.input(&logits_memory, logits.len())?,
+            targets: self.input(&targets, rows)?,
+            scale: self.input(&scale, 1)?,
+            dlogits: self.output(&mut dlogits, logits.len())?,
+            metrics: self.output(&mut metrics, 2)?,
+            workspace: self.output(&mut workspace, shape.workspace()?)?,
+        };
+        shape.loss_and_gradient(self.device, tensors)?;
+        let sums: Array1<f64> = self.download::<f32, _>(&metrics, 2)?;
+        results.output("loss", Array1::from_elem(1, sums[0] * mean));
+        if self.case.has_gradients() {
+            results.gradient("logits", self.download(&dlogits, logits.dim())?);
+        }
         Ok(())
     }
 

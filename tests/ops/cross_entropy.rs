@@ -114,6 +114,13 @@ fn shapes_and_tensors_that_do_not_fit_are_refused() {
         ..SHAPE
     };
     assert_refused(shape.plan(&tensors()), &["classes is 0"]);
+    let mut targets = [4; 100];
+    targets[7] = -1;
+    SHAPE.validate_targets(&targets).unwrap();
+    targets[9] = 5;
+    let message = ["targets is 5 at row 9", "negative or a class below 5"];
+    assert_refused(SHAPE.validate_targets(&targets), &message);
+    assert_refused(SHAPE.validate_targets(&[]), &["targets has 0 elements"]);
     let wrong = cross_entropy::Tensors {
         metrics: target(0x50000, 3),
         ..tensors()
