@@ -69,8 +69,8 @@ struct Grid {
 
 // Elements from cell to cell: eight rows of a matrix, or the reads of four lanes, then lie in different banks.
 template <typename T>
-__host__ __device__ constexpr int pitch(int channels) {
-    return kMatrixUnits<T> ? (channels / kChunk | 1) * kChunk : channels + 4;
+__device__ constexpr int pitch(int channels) {
+    return kMatrixUnits<T> ? ((channels / kChunk) | 1) * kChunk : channels + 4;
 }
 
 // A feature map.
@@ -83,7 +83,7 @@ struct Map {
     int chunks;
 
     __device__ int step() const { return pitch<T>(chunks * kChunk); }
-    // What position of a tile a lane needs the corner of.
+    // The positions of a tile that a lane needs the corners of.
     __device__ static int row(int i) {
         const int lane = threadIdx.x % kWarpSize;
         return kMatrixUnits<T> ? lane % kTile : lane / 4 + 8 * i;
@@ -94,7 +94,7 @@ struct Map {
         return grid.tap(j % kTaps) * step() + chunk * kChunk;
     }
 
-    // Of what a lane reads of j and of j + 1.
+    // For rows(): of j for the lanes that read its channels, of j + 1 for the others.
     __device__ int offsets(int j) const { return offset(j + static_cast<int>(threadIdx.x) % kWarpSize / kTile); }
     // Rows: 16 positions; columns: the channels of j and of j + 1.
     __device__ void rows(uint32_t (&a)[4], const int (&corner)[1], int offsets) const {
@@ -152,6 +152,8 @@ struct Bits {
 
 // The codes of observations, and how they become channels: byte f of `starts` is the first channel of field f.
 struct Codes {
+    static constexpr int kMostFields = 8;
+
     const uint8_t* values;  // [rows, positions·fields]
     uint64_t starts;
     int fields, channels;
@@ -160,7 +162,8 @@ struct Codes {
         return field < fields ? static_cast<int>(starts >> 8 * field & 0xff) : channels;
     }
 
-    // Fills all cells of a group of `frames`. A code that is no value of its field is no channel.
+    // Fills all cells of a group of `frames`; reads a cell's codes at once. One that is no value of its field is no
+    // channel.
     template <typename T>
     __device__ void to_bits(const Bits<T>& bits, int frames, int64_t first_position, int positions) const {
         for (int cell = threadIdx.x; cell < bits.grid.cells(frames); cell += blockDim.x) {
@@ -168,9 +171,15 @@ struct Codes {
             uint8_t* bytes = bits.cells + cell * bits.chunks;
             for (int chunk = 0; chunk < bits.chunks; ++chunk) bytes[chunk] = 0;
             if (position < 0 || position >= positions) continue;
-            for (int field = 0; field < fields; ++field) {
-                const int channel = start(field) + values[(first_position + position) * fields + field];
-                if (channel < start(field + 1)) bytes[channel / kChunk] |= 1 << channel % kChunk;
+            int channel[kMostFields];
+#pragma unroll
+            for (int field = 0; field < kMostFields; ++field) {
+                if (field < fields) channel[field] = start(field) + values[(first_position + position) * fields + field];
+            }
+#pragma unroll
+            for (int field = 0; field < kMostFields; ++field) {
+                if (field >= fields || channel[field] >= start(field + 1)) continue;
+                bytes[channel[field] / kChunk] |= 1 << channel[field] % kChunk;
             }
         }
     }
@@ -204,51 +213,52 @@ struct Weights {
     int chunks;  // in a slice
     int held = -1;
 
-    __device__ int pitch() const { return slice_pitch(chunks); }
     // Nine for each chunk, an even number for mma, and 16 bytes against bank conflicts.
-    __device__ static int slice_pitch(int chunks) { return round_up(chunks * kTaps, 2) * kChunk + kVectorSize<T>; }
+    __device__ int pitch() const { return round_up(chunks * kTaps, 2) * kChunk + kVectorSize<T>; }
 
     // Makes sure that the slice which begins at `chunk` is in shared memory. Every thread calls it.
     __device__ void hold(int chunk) {
         if (held == chunk) return;
         held = chunk;
         __syncthreads();  // the slice before has been used
-        const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
         const int first = chunk * kChunk, count = min(chunks * kChunk, round_up(channels - first, kChunk));
-        const int terms = count * kTaps;
-        // Lines of the order in memory.
-        if constexpr (kOrder == Order::kInputMajor) {
-            for (int term = warp; term < terms; term += kWarps) {
-                for (int row = lane; row < rows; row += kWarpSize) {
-                    put(row, term / kTaps, term % kTaps, first, (first * kTaps + term) * rows + row);
-                }
+        // Lines of neighbours in memory, whole vectors of them.
+        const int length = kOrder == Order::kInputMajor ? rows : (kOrder == Order::kOutputMajor ? count : rows) * kTaps;
+        const int lines = kOrder == Order::kInputMajor ? count * kTaps : kOrder == Order::kOutputMajor ? rows : count;
+#pragma unroll 4
+        for (int i = threadIdx.x * kSize; i < lines * length; i += kThreads * kSize) {
+            const int line = i / length, start = i % length;
+            Vector<T, kSize> vector{};
+            if (kOrder != Order::kInputMajor || first + line / kTaps < channels) {
+                vector = *reinterpret_cast<const Vector<T, kSize>*>(values + line_start(line, first) + start);
             }
-        } else if constexpr (kOrder == Order::kOutputMajor) {
-            for (int row = warp; row < rows; row += kWarps) {
-                for (int term = lane; term < terms; term += kWarpSize) {
-                    put(row, term / kTaps, term % kTaps, first, (row * channels + first) * kTaps + term);
-                }
-            }
-        } else {
-            for (int channel = warp; channel < count; channel += kWarps) {
-                for (int i = lane; i < rows * kTaps; i += kWarpSize) {
-                    put(i / kTaps, channel, kTaps - 1 - i % kTaps, first, (first + channel) * rows * kTaps + i);
-                }
-            }
+#pragma unroll
+            for (int e = 0; e < kSize; ++e) *place(line, start + e) = vector.values[e];
         }
-        if (count / kChunk % 2 != 0) {
+        if (count / kChunk % 2 != 0) {  // the last of an odd number
             for (int i = threadIdx.x; i < rows * kChunk; i += kThreads) {
-                slice[i / kChunk * pitch() + terms + i % kChunk] = T{};
+                slice[i / kChunk * pitch() + count * kTaps + i % kChunk] = T{};
             }
         }
         __syncthreads();
     }
 
 private:
-    __device__ void put(int row, int channel, int tap, int first, int index) {
-        T value{};
-        if (first + channel < channels) value = values[index];
-        slice[row * pitch() + (channel / kChunk * kTaps + tap) * kChunk + channel % kChunk] = value;
+    static constexpr int kSize = kVectorSize<T>;
+
+    __device__ int line_start(int line, int first) const {
+        if (kOrder == Order::kInputMajor) return (first * kTaps + line) * rows;
+        if (kOrder == Order::kOutputMajor) return (line * channels + first) * kTaps;
+        return (first + line) * rows * kTaps;
+    }
+    // Where element `at` of a line belongs.
+    __device__ T* place(int line, int at) const {
+        if (kOrder == Order::kInputMajor) return place(at, line / kTaps, line % kTaps);
+        if (kOrder == Order::kOutputMajor) return place(line, at / kTaps, at % kTaps);
+        return place(at / kTaps, line, kTaps - 1 - at % kTaps);
+    }
+    __device__ T* place(int row, int channel, int tap) const {
+        return slice + row * pitch() + (channel / kChunk * kTaps + tap) * kChunk + channel % kChunk;
     }
 };
 

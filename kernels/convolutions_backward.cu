@@ -9,7 +9,7 @@
 // parameters are in f32.
 //
 // input_gradient is the forward pass's second convolution with the weight transposed and the taps turned round. It turns
-// dout over on its way to shared memory, eight positions by eight channels at a time.
+// dout over on its way to shared memory.
 //
 // weight_gradient multiplies over positions. A block owns up to 80 channels of dy and, of up to 40 channels of a map or 24
 // one-hot channels, all nine taps; a warp owns six or four of those chunks, for all of the 80 channels, in registers until
@@ -17,14 +17,15 @@
 // while the other is worked on. Each block writes partial sums, reduce adds them up in their order.
 //
 // 4500 frames of 7×7 cells, 20→40→80 channels: 12.7 GFLOP for dmiddle, 12.7 for dweight2, 3.2 for dweight1; 176 MB in
-// 16-bit types, and 20 MB of partial sums with 128 blocks, written and read. A group is three frames. dmiddle: 15 mma
-// take 50 instructions, 6 of them ldmatrix, 1.6 clocks of shared memory each: as long as the matrix units (sm_90), and a
+// 16-bit types, and 20 MB of partial sums with 128 blocks, written and read. A group is three frames, of dweight1
+// twelve. dmiddle: 15 mma take 52 instructions, 6 of them ldmatrix, 1.6 clocks of shared memory each: as long as the matrix units (sm_90), and a
 // fifth of its positions are tails. dweight2: 30 mma, 82 instructions, 8 ldmatrix, 1.1 clocks: bound by the matrix units.
 // dweight1 gathers its bits by single bytes, 126 instructions for 12 mma: bound by those, but a sixth of the whole.
 //
 // History (not measured on a GPU yet)
 //   1  a branch around each tile of rows and pair of columns
 //   2  a loop for each number of tiles, without branches
+//   3  dmiddle: dout and out by vectors, four of each under way, instead of pairs of numbers one after another
 
 #include "convolutions.cuh"
 
@@ -32,34 +33,49 @@ namespace {
 
 using namespace convolutions;
 
-// Turns dout [out, positions] of `positions` positions into the map of dy: a lane takes two channels of a position, a
-// warp eight by eight.
+// Turns dout [frames, channels, positions], where out > 0, into the map of dy. Cells of positions are at `places`.
 template <typename T>
-__device__ inline void load_turned(const Map<T>& map, const T* dout, const T* out, int positions) {
-    const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-    const int per_frame = map.grid.positions(), channels = map.chunks * kChunk;
-    for (int tile = warp; tile < ceil_div(positions, 8) * map.chunks; tile += kWarps) {
-        const int position = tile / map.chunks * 8 + lane % 8;
-        const int channel = tile % map.chunks * kChunk + lane / 8 * 2;
-        if (position >= positions) continue;
-        const int from = (position / per_frame * channels + channel) * per_frame + position % per_frame;
-        float pair[2];
+__device__ inline void load_turned(const Map<T>& map, const uint16_t* places, const T* dout, const T* out, int positions) {
+    constexpr int kSize = kVectorSize<T>, kStep = kThreads * kSize;
+    constexpr int kBatch = 4;  // vectors of a thread that are under way at the same time
+    const int per_frame = map.grid.positions(), channels = map.chunks * kChunk, size = positions * channels;
+    for (int first = threadIdx.x * kSize; first < size; first += kBatch * kStep) {
+        Vector<T, kSize> gradients[kBatch], kept[kBatch];
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const int at = from + i * per_frame;
-            pair[i] = widen(out[at]) > 0.0f ? widen(dout[at]) : 0.0f;
+        for (int b = 0; b < kBatch; ++b) {
+            const int at = first + b * kStep;
+            if (at >= size) continue;
+            gradients[b] = *reinterpret_cast<const Vector<T, kSize>*>(dout + at);
+            kept[b] = *reinterpret_cast<const Vector<T, kSize>*>(out + at);
         }
-        store<2>(pair, map.cells + map.corner(position) + map.grid.centre() * map.step() + channel);
+#pragma unroll
+        for (int b = 0; b < kBatch; ++b) {
+            const int at = first + b * kStep;
+            if (at >= size) continue;
+            int channel = at / per_frame % channels, within = at % per_frame;
+            int first_place = at / per_frame / channels * per_frame;
+#pragma unroll
+            for (int e = 0; e < kSize; ++e) {
+                T value{};
+                if (widen(kept[b].values[e]) > 0.0f) value = gradients[b].values[e];
+                map.cells[places[first_place + within] + channel] = value;
+                if (++within < per_frame) continue;
+                within = 0;
+                if (++channel < channels) continue;
+                channel = 0;
+                first_place += per_frame;
+            }
+        }
     }
 }
 
 // Writes the positions of a map one after another.
 template <typename T>
-__device__ inline void store_dense(const Map<T>& map, T* to, int positions) {
+__device__ inline void store_dense(const Map<T>& map, const uint16_t* places, T* to, int positions) {
     constexpr int kSize = kVectorSize<T>;
     const int vectors = map.chunks * kChunk / kSize;
     for (int i = threadIdx.x; i < positions * vectors; i += kThreads) {
-        const T* from = map.cells + map.corner(i / vectors) + map.grid.centre() * map.step() + i % vectors * kSize;
+        const T* from = map.cells + places[i / vectors] + i % vectors * kSize;
         reinterpret_cast<Vector<T, kSize>*>(to)[i] = *reinterpret_cast<const Vector<T, kSize>*>(from);
     }
 }
@@ -70,15 +86,20 @@ __device__ inline void input_gradient(Weights<T, Order::kTransposed> weight, con
     extern __shared__ __align__(16) unsigned char memory[];
     weight.slice = reinterpret_cast<T*>(memory);
     const Map<T> map{weight.slice + weight.rows * weight.pitch(), grid, weight.channels / kChunk};
-    clear(map.cells, grid.cells(frames) * map.step());
+    const int map_size = grid.cells(frames) * map.step();
+    uint16_t* places = reinterpret_cast<uint16_t*>(map.cells + map_size);
+    clear(map.cells, map_size);
+    for (int i = threadIdx.x; i < frames * grid.positions(); i += kThreads) {
+        places[i] = static_cast<uint16_t>(map.corner(i) + grid.centre() * map.step());
+    }
     for (int frame = blockIdx.x * frames; frame < rows; frame += gridDim.x * frames) {
         const int positions = min(frames, rows - frame) * grid.positions();
         const int64_t first_position = static_cast<int64_t>(frame) * grid.positions();
         const int64_t start = first_position * weight.channels;
         __syncthreads();  // the map of the group before has been used
-        load_turned(map, dout + start, out + start, positions);
+        load_turned(map, places, dout + start, out + start, positions);
         __syncthreads();
-        store_dense(map, dout + start, positions);
+        store_dense(map, places, dout + start, positions);
         convolve(map, weight, positions, [&](int position) {
             const int64_t at = (first_position + position) * weight.rows;
             const T* kept = middle + at;
@@ -283,10 +304,12 @@ __device__ inline void weight_gradient(const T* dy, const Part<kChunks>& part, i
 
 }  // namespace
 
-// block 128; any grid; dynamic shared memory: a slice of the weight, the map. dout becomes dy.
+// block 128; any grid; dynamic shared memory: a slice of the weight, the map, 2 bytes for each position of a group. dout
+// becomes dy; what is only read is told apart from it, so that a warp need not wait for one load after another.
 #define CONVOLUTIONS_INPUT_GRADIENT(NAME, T)                                                                           \
     extern "C" __global__ void __launch_bounds__(kThreads) convolutions_input_gradient_##NAME(                         \
-        const T* weight2, const T* middle, const T* out, T* dout, T* dmiddle, int32_t middle_channels,                 \
+        const T* __restrict__ weight2, const T* __restrict__ middle, const T* __restrict__ out, T* dout, T* dmiddle,   \
+        int32_t middle_channels,                                                                                       \
         int32_t out_channels, int32_t rows, int32_t width, int32_t height, int32_t frames, int32_t chunks) {           \
         input_gradient<T>({weight2, middle_channels, out_channels, nullptr, chunks}, middle, out, dout, dmiddle, rows, \
                           {width, height}, frames);                                                                    \

@@ -15,8 +15,8 @@
 // `middle` goes to device memory, and to shared memory, where the second product reads it as a map with a border of
 // zeros, at an offset for each tap: there is no im2col buffer anywhere.
 //
-// 4500 frames of 7×7 cells, 20→40→80 channels: 12.7 GFLOP for the second convolution, 4.0 for the first (28 of 27 chunks,
-// for mma takes two); codes read, middle and out written, 54 MB in 16-bit types. Three frames are a group: 147 of 160
+// 4500 frames of 7×7 cells, 20→40→80 channels: 12.7 GFLOP for the second convolution, 4.0 for the first, whose 27
+// chunks are 28 for mma; codes read, middle and out written, 54 MB in 16-bit types. Three frames are a group: 147 of 160
 // positions for the second convolution, of 192 for the first. Of the second, 25 mma take 67 instructions, 8 of them
 // ldmatrix: 1.3 clocks of shared memory each, against 1.6 (sm_90) or 2 (sm_80) of the matrix units, which bound it. Of
 // the first, 15 mma take 123 instructions, two clocks each, which bound it. The memory's 54 MB are less than half of
@@ -25,13 +25,14 @@
 // History (not measured on a GPU yet)
 //   1  a branch around each tile of positions: fragments one after another, offsets for each again, 55 instructions for 5 mma
 //   2  a loop for each number of tiles, without branches; the next step's offsets while the matrix units work
+//   3  weights by vectors, a cell's codes at once, biases ahead of the stores: few waits for device memory, up to 255
+//      registers, which shared memory leaves to two blocks anyway
 
 #include "convolutions.cuh"
 
 namespace {
 
 using namespace convolutions;
-
 
 template <typename T>
 __device__ inline void forward(const Codes& codes, Weights<T, Order::kInputMajor> first, const T* bias1,
@@ -78,7 +79,8 @@ __device__ inline void forward(const Codes& codes, Weights<T, Order::kInputMajor
 // chunks2: of eight channels in a slice of each weight.
 #define CONVOLUTIONS_FORWARD(NAME, T)                                                                                  \
     extern "C" __global__ void __launch_bounds__(kThreads) convolutions_forward_##NAME(                                \
-        const uint8_t* codes, const T* weight1, const T* bias1, const T* weight2, const T* bias2, T* middle, T* out,   \
+        const uint8_t* __restrict__ codes, const T* __restrict__ weight1, const T* __restrict__ bias1,                 \
+        const T* __restrict__ weight2, const T* __restrict__ bias2, T* middle, T* out,                                 \
         uint64_t starts, int32_t fields, int32_t channels, int32_t middle_channels, int32_t out_channels,              \
         int32_t rows, int32_t width, int32_t height, int32_t frames, int32_t chunks1, int32_t chunks2) {               \
         forward<T>({codes, starts, fields, channels}, {weight1, middle_channels, channels, nullptr, chunks1}, bias1,   \

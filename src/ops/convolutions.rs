@@ -50,7 +50,8 @@ pub struct Shape {
     pub out: usize,
 }
 
-/// The tensors of middle = ReLU(W1 ∗ one-hot(codes) + b1), out = ReLU(W2 ∗ middle + b2).
+/// The tensors of middle = ReLU(W1 ∗ one-hot(codes) + b1), out = ReLU(W2 ∗ middle + b2). Weights and middle begin at
+/// multiples of 16 bytes.
 #[derive(Debug)]
 pub struct Forward<'a, T> {
     /// [rows, positions·fields], \[vx\]\[vy\]\[field\] in a row. A code that is no value of its field counts as no
@@ -64,14 +65,13 @@ pub struct Forward<'a, T> {
     pub weight2: Input<'a, T>,
     /// \[out\]
     pub bias2: Input<'a, T>,
-    /// [rows, positions, middle], kept for the backward pass: unlike in the reference, position by position. Begins at a
-    /// multiple of 16 bytes.
+    /// [rows, positions, middle], kept for the backward pass: unlike in the reference, position by position.
     pub middle: Output<'a, T>,
     /// [rows, out, positions]
     pub out: Output<'a, T>,
 }
 
-/// The tensors of the gradients.
+/// The tensors of the gradients. weight2, middle, out, dout and dmiddle begin at multiples of 16 bytes.
 #[derive(Debug)]
 pub struct Backward<'a, T> {
     /// As in the forward pass.
@@ -82,10 +82,9 @@ pub struct Backward<'a, T> {
     pub middle: Input<'a, T>,
     /// Of the forward pass [rows, out, positions].
     pub out: Input<'a, T>,
-    /// The gradient of out [rows, out, positions]; is overwritten, and then good for nothing else. Begins at a multiple
-    /// of 16 bytes.
+    /// The gradient of out [rows, out, positions]; is overwritten, and then good for nothing else.
     pub dout: Output<'a, T>,
-    /// The gradient of middle before its ReLU [rows, positions, middle]. Begins at a multiple of 16 bytes.
+    /// The gradient of middle before its ReLU [rows, positions, middle].
     pub dmiddle: Output<'a, T>,
     /// [channels, 9, middle], added to.
     pub dweight1: Output<'a, f32>,
@@ -162,9 +161,9 @@ impl Shape {
         let [weight1, weight2] = self.weights();
         let mut check = Check::new();
         check.input("codes", &tensors.codes, self.codes(), 1)?;
-        check.input("weight1", &tensors.weight1, weight1, 1)?;
+        check.input("weight1", &tensors.weight1, weight1, VECTOR_BYTES)?;
         check.input("bias1", &tensors.bias1, self.middle, 1)?;
-        check.input("weight2", &tensors.weight2, weight2, 1)?;
+        check.input("weight2", &tensors.weight2, weight2, VECTOR_BYTES)?;
         check.input("bias2", &tensors.bias2, self.out, 1)?;
         check.output(
             "middle",
@@ -232,9 +231,9 @@ impl Shape {
         let [middle, out] = [self.middle, self.out].map(|channels| self.maps(channels));
         let mut check = Check::new();
         check.input("codes", &tensors.codes, self.codes(), 1)?;
-        check.input("weight2", &tensors.weight2, weight2, 1)?;
+        check.input("weight2", &tensors.weight2, weight2, VECTOR_BYTES)?;
         check.input("middle", &tensors.middle, middle, VECTOR_BYTES)?;
-        check.input("out", &tensors.out, out, 1)?;
+        check.input("out", &tensors.out, out, VECTOR_BYTES)?;
         check.output("dout", &tensors.dout, out, VECTOR_BYTES)?;
         check.output("dmiddle", &tensors.dmiddle, middle, VECTOR_BYTES)?;
         check.output("dweight1", &tensors.dweight1, weight1, 1)?;
@@ -442,7 +441,8 @@ impl Shape {
     fn input_gradient_tiling<T: Storage>(&self) -> Result<Tiling> {
         self.convolution_tiling(self.out / CHUNK, self.middle, |slice, frames| {
             let weight = self.middle * slice_pitch::<T>(slice);
-            (weight + self.cells(frames) * map_pitch::<T>(self.out)) * size_of::<T>()
+            let places = frames * self.grid.positions() * size_of::<u16>();
+            (weight + self.cells(frames) * map_pitch::<T>(self.out)) * size_of::<T>() + places
         })
     }
 

@@ -278,8 +278,8 @@ fn backward<T: Storage>(
     let slice = chunks(out_channels).min(division.slice);
     let mut launch = Launch::new([division.blocks, 1, 1], [THREADS, 1, 1]);
     launch.shared_bytes = (middle_channels * slice_bytes::<T>(slice)
-        + case.cells(division.frames) * map_bytes::<T>(out_channels))
-        as u32;
+        + case.cells(division.frames) * map_bytes::<T>(out_channels)
+        + division.frames * positions * 2) as u32;
     executor.launch(
         &format!("convolutions_input_gradient_{}", T::NAME),
         launch,
