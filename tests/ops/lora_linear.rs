@@ -364,55 +364,57 @@ fn lora_linear_on_a_gpu_agrees_with_the_reference() {
     });
 }
 
-#[test]
-fn the_mask_of_the_adapters_is_that_of_the_reference() {
-    let shape = Shape {
-        rows: 3,
-        inputs: 72,
-        ..SHAPE
-    };
+const MASKED: Shape<'static> = Shape {
+    rows: 3,
+    inputs: 72,
+    ..SHAPE
+};
+
+fn check_mask(machine: &impl Machine) {
     let mask = Mask::new(7, 11, 2, 0.3).unwrap();
-    let drawn = |machine: &dyn Fn(&[u32], &[i32]) -> Vec<u32>| {
-        let origins = [5, 900, 0];
-        let found = machine(&[mask.step], &origins);
-        for (row, origin) in origins.into_iter().enumerate() {
-            let mut ones = [1.0_f32; 72];
-            dropout::apply(mask, origin as u64 * 72, &mut ones).unwrap();
-            for (column, one) in ones.into_iter().enumerate() {
-                let bit = found[row * 3 + column / 32] >> (column % 32) & 1;
-                assert_eq!(bit == 1, one > 0.0, "row {row}, column {column}");
-            }
-        }
-    };
-    fn draw_on(
-        machine: &impl Machine,
-        shape: &Shape<'_>,
-        mask: Mask,
-        step: &[u32],
-        origins: &[i32],
-    ) -> Vec<u32> {
-        let (step, origins) = (machine.upload(step), machine.upload(origins));
-        let mut keep = machine.scratch(shape.keep_words());
-        let dropout = elementwise::Dropout {
-            mask,
-            step: machine.input(&step),
-            origins: Some(machine.input(&origins)),
-        };
-        let output = machine.output(&mut keep);
-        shape
-            .draw_keep(machine, dropout, output)
-            .unwrap_or_else(|error| panic!("{error}"));
-        machine.download(&keep)
-    }
-    drawn(&|step, origins| draw_on(&host(1), &shape, mask, step, origins));
-    on_gpu(|device| drawn(&|step, origins| draw_on(device, &shape, mask, step, origins)));
+    let origins = [5, 900, 0];
+    let (step_memory, origins_memory) = (machine.upload(&[mask.step]), machine.upload(&origins));
+    let mut keep = machine.scratch(MASKED.keep_words());
     let dropout = elementwise::Dropout {
         mask,
+        step: machine.input(&step_memory),
+        origins: Some(machine.input(&origins_memory)),
+    };
+    MASKED
+        .draw_keep(machine, dropout, machine.output(&mut keep))
+        .unwrap_or_else(|error| panic!("{error}"));
+    let found = machine.download(&keep);
+    for (row, origin) in origins.into_iter().enumerate() {
+        let mut ones = [1.0_f32; 72];
+        dropout::apply(mask, origin as u64 * 72, &mut ones).unwrap();
+        for (column, one) in ones.into_iter().enumerate() {
+            let bit = found[row * 3 + column / 32] >> (column % 32) & 1;
+            assert_eq!(bit == 1, one > 0.0, "row {row}, column {column}");
+        }
+    }
+}
+
+#[test]
+fn the_mask_of_adapters_on_the_host_is_that_of_the_reference() {
+    check_mask(&host(1));
+}
+
+#[test]
+fn the_mask_of_adapters_on_a_gpu_is_that_of_the_reference() {
+    on_gpu(|device| {
+        check_mask(device);
+    });
+}
+
+#[test]
+fn masks_of_adapters_of_another_size_are_refused() {
+    let dropout = elementwise::Dropout {
+        mask: Mask::new(7, 11, 2, 0.3).unwrap(),
         step: tensor(0x10000, 1),
         origins: None,
     };
     assert_refused(
-        shape.plan_keep(&dropout, &target(0x20000, 8)),
+        MASKED.plan_keep(&dropout, &target(0x20000, 8)),
         &["keep has 8 elements, expected 9"],
     );
 }
