@@ -120,6 +120,9 @@ impl Short {
     const MOST_TILE: usize = 96;
     /// What every GPU from compute capability 8.0 on has for a block, less the kernels' static shared memory.
     const MOST_SHARED: usize = 94 << 10;
+    /// What GPUs of compute capability 9.0 have, less the same.
+    const MOST_CLUSTER_SHARED: usize = 219 << 10;
+    const MOST_CLUSTER: usize = 16;
 
     fn scores_bytes(&self) -> usize {
         self.tile * 400 + self.rows * 864
@@ -127,7 +130,11 @@ impl Short {
 
     fn update_bytes(&self, width: usize) -> usize {
         let row = 2 * width.next_multiple_of(TILE) + 16 + 4 * self.rows + 32;
-        self.tile * row + self.rows * 384
+        self.tile.next_multiple_of(Self::ROWS) * row + self.rows * 384
+    }
+
+    fn cluster_bytes(&self, width: usize) -> usize {
+        self.update_bytes(width) + self.rows * 1024
     }
 }
 
@@ -228,21 +235,83 @@ impl Shape {
         Ok(of_tokens * self.tokens + 3 * self.sequences * self.slots)
     }
 
-    /// M′ and y ← the inputs: three or four launches. Errors: those of [`plan_forward`](Self::plan_forward) and of the
-    /// launcher.
+    /// M′ and y ← the inputs: the one launch of [`plan_cluster`](Self::plan_cluster) where there is one that the launcher
+    /// can do, otherwise those of [`plan_forward`](Self::plan_forward). Errors: theirs, and those of the launcher.
     pub fn forward<T: Storage>(
         &self,
         launcher: &impl Launcher,
         tensors: Forward<'_, T>,
     ) -> Result<()> {
+        if let Some(launch) = self.plan_cluster(&tensors)?
+            && launcher.can_launch(&launch)?
+        {
+            return launcher.launch(&launch);
+        }
         launch_all(launcher, &self.plan_forward(&tensors)?)
     }
 
-    /// What [`forward`](Self::forward) launches. Errors: shape, sizes, alignment, overlaps.
+    /// The launch by clusters of blocks, each of which holds one memory in shared memory; `None` where the memory or the
+    /// segment is too large for that. Errors: those of [`plan_forward`](Self::plan_forward).
+    pub fn plan_cluster<'a, T: Storage>(
+        &self,
+        tensors: &'a Forward<'_, T>,
+    ) -> Result<Option<Launch<'a>>> {
+        let (on, short) = self.check_forward(tensors)?;
+        let Some(short) = short.and_then(|short| self.cluster(short)) else {
+            return Ok(None);
+        };
+        let inputs = on.inputs;
+        let [slots, width] = self.sizes();
+        let [tile, rows] = [short.tile, short.rows].map(|n| Arg::I32(n as i32));
+        let launch = on.launch_shared(
+            (
+                SHORT,
+                kernel_for::<T>(for_each_type!("content_memory_short_cluster")),
+            ),
+            [short.tiles, self.sequences, 1],
+            short.cluster_bytes(self.width),
+            [
+                Arg::Input(inputs.memory.span()),
+                Arg::Input(on.tokens(&inputs.address_key)),
+                Arg::Input(on.tokens(&inputs.strength_key)),
+                Arg::Input(on.tokens(&inputs.value)),
+                on.key_strength(),
+                on.strength_bias(),
+                on.offsets(),
+                Arg::Output(tensors.memory_next.span()),
+                Arg::Output(tensors.read.span()),
+                slots,
+                width,
+                inputs.address_key.stride(),
+                inputs.strength_key.stride(),
+                inputs.value.stride(),
+                tile,
+                rows,
+                self.scale(),
+                self.epsilon(),
+                self.paper(),
+                self.write_then_read(),
+            ],
+        );
+        Ok(Some(launch.in_clusters(short.tiles as u32)))
+    }
+
+    /// Up to four launches, for every GPU. Errors: shape, sizes, alignment, overlaps.
     pub fn plan_forward<'a, T: Storage>(
         &self,
         tensors: &'a Forward<'_, T>,
     ) -> Result<[Option<Launch<'a>>; 4]> {
+        let (on, short) = self.check_forward(tensors)?;
+        Ok(match short {
+            None => self.plan_long(&on, tensors).map(Some),
+            Some(short) => self.plan_short(&on, tensors, short),
+        })
+    }
+
+    fn check_forward<'s, 't, T: Storage>(
+        &'s self,
+        tensors: &'t Forward<'t, T>,
+    ) -> Result<(On<'s, 't, T>, Option<Short>)> {
         let workspace = self.forward_workspace::<T>()?;
         let short = self.short::<T>();
         let alignment = if short.is_some() { 16 } else { 1 };
@@ -261,10 +330,7 @@ impl Shape {
             inputs: &tensors.inputs,
             home: check.disjoint(&[])?,
         };
-        Ok(match short {
-            None => self.plan_long(&on, tensors).map(Some),
-            Some(short) => self.plan_short(&on, tensors, short),
-        })
+        Ok((on, short))
     }
 
     /// The four kernels that take every shape.
@@ -745,6 +811,20 @@ impl Shape {
             .find(|short| {
                 short.scores_bytes().max(short.update_bytes(self.width)) <= Short::MOST_SHARED
             })
+    }
+
+    /// The same by one cluster for each sequence, if its blocks can hold a memory.
+    fn cluster(&self, short: Short) -> Option<Short> {
+        let tiles = (self.slots / Short::ROWS).next_power_of_two();
+        let tiles = tiles.clamp(2, Short::MOST_CLUSTER);
+        let tile = self.slots.div_ceil(tiles);
+        let short = Short {
+            tile,
+            tiles,
+            ..short
+        };
+        let fits = short.cluster_bytes(self.width) <= Short::MOST_CLUSTER_SHARED;
+        (tile <= Short::MOST_TILE && fits).then_some(short)
     }
 
     /// f32 elements for products, stats and shares of y.

@@ -5,7 +5,11 @@ use std::ffi::c_void;
 use std::ptr;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
 
-use cudarc::driver::sys::{CUdevice_attribute, CUfunction_attribute, CUresult, cuDriverGetVersion};
+use cudarc::driver::sys::{
+    CUdevice_attribute, CUfunction_attribute, CUlaunchAttribute, CUlaunchAttributeID,
+    CUlaunchAttributeValue, CUlaunchAttributeValue_union__bindgen_ty_1, CUlaunchConfig, CUresult,
+    CUstream, cuDriverGetVersion, cuLaunchKernelEx, cuOccupancyMaxActiveClusters,
+};
 use cudarc::driver::{
     CudaContext, CudaFunction, CudaModule, CudaStream, DevicePtr, DevicePtrMut, DriverError, result,
 };
@@ -61,7 +65,11 @@ pub struct Gpu {
     context: Arc<CudaContext>,
     kernels: RwLock<HashMap<&'static str, CudaFunction>>,
     families: Mutex<HashMap<&'static str, Arc<CudaModule>>>,
+    clusters: Mutex<HashMap<ClusterShape, bool>>,
 }
+
+/// What decides whether a kernel can run in clusters: its name, blocks of a cluster, bytes of dynamic shared memory.
+type ClusterShape = (&'static str, u32, u32);
 
 impl Gpu {
     /// The primary context of a GPU, which other libraries use as well. Errors: no driver, no such GPU.
@@ -79,6 +87,7 @@ impl Gpu {
             context,
             kernels: RwLock::default(),
             families: Mutex::default(),
+            clusters: Mutex::default(),
         }
     }
 
@@ -125,6 +134,41 @@ impl Gpu {
         Ok(kernel.set_attribute(dynamic, limit - own)?)
     }
 
+    /// Whether clusters of this launch fit into the GPU; asked once for each kernel and shape.
+    fn has_clusters(&self, launch: &Launch<'_>) -> Result<bool> {
+        let shape = (launch.kernel(), launch.cluster(), launch.shared_bytes());
+        let known = |clusters: &HashMap<_, _>| clusters.get(&shape).copied();
+        let lock = || self.clusters.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(fits) = known(&lock()) {
+            return Ok(fits);
+        }
+        let kernel = self.kernel(launch.family(), launch.kernel())?;
+        let attribute = |attribute| kernel.get_attribute(attribute);
+        // For an older target, and so in PTX for such a one, the kernel does nothing.
+        let compiled = attribute(CUfunction_attribute::CU_FUNC_ATTRIBUTE_PTX_VERSION)? >= 90;
+        let most = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        let room = i64::from(attribute(most)?) >= i64::from(launch.shared_bytes());
+        let fits = compiled && room && {
+            let large = CUfunction_attribute::CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED;
+            kernel.set_attribute(large, 1)?;
+            self.context.bind_to_thread()?;
+            let mut attributes = [cluster_attribute(launch)];
+            let config = config(launch, ptr::null_mut(), &mut attributes);
+            let mut clusters = 0;
+            // SAFETY: a number to write to, a kernel of this context, and a configuration that is alive.
+            let asked = unsafe {
+                cuOccupancyMaxActiveClusters(
+                    &raw mut clusters,
+                    kernel.cu_function(),
+                    &raw const config,
+                )
+            };
+            asked.result().is_ok() && clusters > 0
+        };
+        lock().insert(shape, fits);
+        Ok(fits)
+    }
+
     fn family(&self, family: &'static str) -> Result<Arc<CudaModule>> {
         let mut loaded = self.families.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(module) = loaded.get(family) {
@@ -137,6 +181,41 @@ impl Gpu {
             .map_err(|source| not_loaded(image, source))?;
         loaded.insert(family, Arc::clone(&module));
         Ok(module)
+    }
+}
+
+fn cluster_attribute(launch: &Launch<'_>) -> CUlaunchAttribute {
+    CUlaunchAttribute {
+        id: CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION,
+        pad: [0; 4],
+        value: CUlaunchAttributeValue {
+            clusterDim: CUlaunchAttributeValue_union__bindgen_ty_1 {
+                x: launch.cluster(),
+                y: 1,
+                z: 1,
+            },
+        },
+    }
+}
+
+/// It is valid as long as the attributes are.
+fn config(
+    launch: &Launch<'_>,
+    stream: CUstream,
+    attributes: &mut [CUlaunchAttribute; 1],
+) -> CUlaunchConfig {
+    let ([grid_x, grid_y, grid_z], [block_x, block_y, block_z]) = (launch.grid(), launch.block());
+    CUlaunchConfig {
+        gridDimX: grid_x,
+        gridDimY: grid_y,
+        gridDimZ: grid_z,
+        blockDimX: block_x,
+        blockDimY: block_y,
+        blockDimZ: block_z,
+        sharedMemBytes: launch.shared_bytes(),
+        hStream: stream,
+        attrs: attributes.as_mut_ptr(),
+        numAttrs: 1,
     }
 }
 
@@ -203,21 +282,38 @@ impl Launcher for OnStream<'_> {
         }
         self.gpu.context.bind_to_thread()?;
         // SAFETY: kernel, stream and memory are of this context and alive; an operation of this crate has checked the
-        // arguments against what the kernel takes, in number, type and size. The driver copies them before it returns.
+        // arguments against what the kernel takes, in number, type and size. The driver copies them, and the
+        // configuration, before it returns.
         let launched = unsafe {
-            result::launch_kernel(
-                kernel.cu_function(),
-                launch.grid().into(),
-                launch.block().into(),
-                launch.shared_bytes(),
-                self.stream.cu_stream(),
-                &mut values,
-            )
+            if launch.cluster() > 1 {
+                let mut attributes = [cluster_attribute(launch)];
+                let config = config(launch, self.stream.cu_stream(), &mut attributes);
+                cuLaunchKernelEx(
+                    &raw const config,
+                    kernel.cu_function(),
+                    values.as_mut_ptr(),
+                    ptr::null_mut(),
+                )
+                .result()
+            } else {
+                result::launch_kernel(
+                    kernel.cu_function(),
+                    launch.grid().into(),
+                    launch.block().into(),
+                    launch.shared_bytes(),
+                    self.stream.cu_stream(),
+                    &mut values,
+                )
+            }
         };
         launched.map_err(|source| Error::Launch {
             kernel: launch.kernel(),
             source: source.into(),
         })
+    }
+
+    fn can_launch(&self, launch: &Launch<'_>) -> Result<bool> {
+        Ok(launch.cluster() == 1 || self.gpu.has_clusters(launch)?)
     }
 }
 

@@ -44,11 +44,16 @@ impl Launcher for Host {
             .collect();
         let mut shape = dtmem_host::Launch::new(launch.grid(), launch.block());
         shape.shared_bytes = launch.shared_bytes();
+        shape.cluster = launch.cluster();
         self.0
             .launch(launch.kernel(), shape, &args)
             .map_err(|source| Error::Launch {
                 kernel: launch.kernel(),
                 source: source.into(),
             })
+    }
+
+    fn can_launch(&self, _: &Launch<'_>) -> Result<bool> {
+        Ok(true)
     }
 }

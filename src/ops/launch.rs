@@ -36,6 +36,7 @@ pub struct Launch<'a> {
     grid: [u32; 3],
     block: [u32; 3],
     shared_bytes: u32,
+    cluster: u32,
     home: Home,
     args: [Arg; MAX_ARGS],
     count: usize,
@@ -61,6 +62,7 @@ impl<'a> Launch<'a> {
             grid,
             block,
             shared_bytes,
+            cluster: 1,
             home,
             args,
             count: N,
@@ -72,6 +74,12 @@ impl<'a> Launch<'a> {
     pub(super) fn and<const N: usize>(mut self, list: [Arg; N]) -> Self {
         self.args[self.count..self.count + N].copy_from_slice(&list);
         self.count += N;
+        self
+    }
+
+    /// In clusters of `blocks` neighbours along x, a divisor of the grid.
+    pub(super) fn in_clusters(mut self, blocks: u32) -> Self {
+        self.cluster = blocks;
         self
     }
 
@@ -98,6 +106,11 @@ impl<'a> Launch<'a> {
     /// Bytes of dynamic shared memory per block.
     pub fn shared_bytes(&self) -> u32 {
         self.shared_bytes
+    }
+
+    /// Blocks of a cluster, neighbours along x: 1 where there are no clusters.
+    pub fn cluster(&self) -> u32 {
+        self.cluster
     }
 
     /// In the order of the kernel's parameters.
@@ -127,6 +140,10 @@ pub trait Launcher {
     /// Starts a kernel, behind those that were started before; a launch without blocks does nothing. Errors:
     /// [`Launch::check_home`], and what keeps the kernel from starting.
     fn launch(&self, launch: &Launch<'_>) -> Result<()>;
+
+    /// Whether there is what a launch needs: clusters want compute capability 9.0, machine code for it, and
+    /// multiprocessors with enough shared memory next to each other. Errors: what keeps the kernel from loading.
+    fn can_launch(&self, launch: &Launch<'_>) -> Result<bool>;
 }
 
 /// Starts the launches of a plan in their order, without those that are not needed.

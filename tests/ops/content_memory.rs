@@ -99,18 +99,25 @@ fn check<T: Number>(
         }
     };
 
-    let mut memory_next = machine.scratch::<T>(memory.len());
-    let mut read = machine.scratch::<T>(value.len());
-    let mut workspace = machine.scratch(shape.forward_workspace::<T>().unwrap());
-    let forward = Forward {
-        inputs: inputs(),
-        memory_next: machine.output(&mut memory_next),
-        read: machine.output(&mut read),
-        workspace: machine.output(&mut workspace),
-    };
-    shape
-        .forward(machine, forward)
-        .unwrap_or_else(|error| panic!("{error}"));
+    // As the machine can best, and by the launches that every GPU can do.
+    let outputs = [true, false].map(|best| {
+        let mut memory_next = machine.scratch::<T>(memory.len());
+        let mut read = machine.scratch::<T>(value.len());
+        let mut workspace = machine.scratch(shape.forward_workspace::<T>().unwrap());
+        let forward = Forward {
+            inputs: inputs(),
+            memory_next: machine.output(&mut memory_next),
+            read: machine.output(&mut read),
+            workspace: machine.output(&mut workspace),
+        };
+        let done = if best {
+            shape.forward(machine, forward)
+        } else {
+            portable(&shape, machine, forward)
+        };
+        done.unwrap_or_else(|error| panic!("{error}"));
+        (machine.download(&memory_next), machine.download(&read))
+    });
 
     let mut d_memory = machine.scratch::<T>(memory.len());
     let mut d_fused = machine.scratch::<T>(tokens * stride);
@@ -179,13 +186,10 @@ fn check<T: Number>(
         assert_near(name, &found, expected, T::TOLERANCE, scale);
     };
     let flat = |x: &Array3<f64>| x.to_shape((sequences * slots, width)).unwrap().to_owned();
-    near(
-        "memory_next",
-        machine.download(&memory_next),
-        &flat(&next),
-        0.0,
-    );
-    near("read", machine.download(&read), &y, 0.0);
+    for (memory_next, read) in outputs {
+        near("memory_next", memory_next, &flat(&next), 0.0);
+        near("read", read, &y, 0.0);
+    }
     near(
         "d_memory",
         machine.download(&d_memory),
@@ -223,6 +227,17 @@ fn check<T: Number>(
         T::TOLERANCE,
         arriving,
     );
+}
+
+/// The forward pass by the launches that every GPU can do.
+fn portable<T: Number>(
+    shape: &Shape,
+    machine: &impl Machine,
+    tensors: Forward<'_, T>,
+) -> Result<()> {
+    let plan = shape.plan_forward(&tensors)?;
+    let mut launches = plan.iter().flatten();
+    launches.try_for_each(|launch| machine.launch(launch))
 }
 
 fn check_all_types(
@@ -389,6 +404,59 @@ fn short_segments_of_narrow_types_have_kernels_of_their_own() {
     assert_eq!(
         names(SHAPE.plan_forward(&tensors)),
         ["scores", "address", "write", "read"].map(|name| format!("content_memory_{name}_f32"))
+    );
+}
+
+#[test]
+fn memories_that_fit_into_shared_memory_are_one_launch_of_clusters() {
+    let plan = |shape: Shape| {
+        let workspace = shape.forward_workspace::<bf16>().unwrap();
+        let size = shape.sequences * shape.slots * shape.width;
+        let mut tensors = Forward {
+            memory_next: target(0x10_0000_0000, size),
+            read: target(0x20_0000_0000, shape.tokens * shape.width),
+            workspace: target(0x30_0000_0000, workspace),
+            ..forward::<bf16>()
+        };
+        tensors.inputs.memory = tensor(0x40_0000_0000, size);
+        let rows = |at| tensor(at, shape.tokens * shape.width).rows(shape.width);
+        tensors.inputs.address_key = rows(0x50_0000_0000);
+        tensors.inputs.strength_key = rows(0x60_0000_0000);
+        tensors.inputs.value = rows(0x70_0000_0000);
+        let launch = shape.plan_cluster(&tensors).unwrap();
+        launch.map(|launch| {
+            assert_eq!(launch.kernel(), "content_memory_short_cluster_bf16");
+            assert_eq!(launch.grid(), [launch.cluster(), 3, 1]);
+            (launch.cluster(), launch.shared_bytes())
+        })
+    };
+    let shape = Shape {
+        longest: 39,
+        slots: 1290,
+        width: 512,
+        ..SHAPE
+    };
+    // 81 slots of a block, in 96 rows.
+    let bytes = 96 * (1024 + 16 + 192 + 32) + 48 * 1408;
+    assert_eq!(plan(shape), Some((16, bytes)));
+    let slots = |slots| plan(Shape { slots, ..shape }).map(|(cluster, _)| cluster);
+    assert_eq!(
+        [1, 31, 100, 1536, 1537, 4096].map(slots),
+        [Some(2), Some(2), Some(8), Some(16), None, None]
+    );
+    assert_eq!(
+        plan(Shape {
+            width: 1024,
+            ..shape
+        }),
+        None
+    );
+    assert_eq!(
+        plan(Shape {
+            longest: 65,
+            ..shape
+        }),
+        None
     );
 }
 

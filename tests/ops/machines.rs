@@ -72,6 +72,10 @@ impl Launcher for Device<'_> {
     fn launch(&self, launch: &ops::Launch<'_>) -> Result<()> {
         self.on.launch(launch)
     }
+
+    fn can_launch(&self, launch: &ops::Launch<'_>) -> Result<bool> {
+        self.on.can_launch(launch)
+    }
 }
 
 impl Machine for Device<'_> {

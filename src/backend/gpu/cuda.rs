@@ -43,6 +43,10 @@ impl Launcher for CudaDevice {
     fn launch(&self, launch: &Launch<'_>) -> Result<()> {
         self.gpu.on(&self.stream)?.launch(launch)
     }
+
+    fn can_launch(&self, launch: &Launch<'_>) -> Result<bool> {
+        self.gpu.on(&self.stream)?.can_launch(launch)
+    }
 }
 
 impl Device for CudaDevice {

@@ -58,6 +58,10 @@ impl Launcher for HostDevice {
     fn launch(&self, launch: &Launch<'_>) -> Result<()> {
         self.0.launch(launch)
     }
+
+    fn can_launch(&self, launch: &Launch<'_>) -> Result<bool> {
+        self.0.can_launch(launch)
+    }
 }
 
 impl Device for HostDevice {
