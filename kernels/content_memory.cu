@@ -8,7 +8,7 @@
 //
 // M, M′ [B, N, D] and y [tokens, D] contiguous in the storage type; a, s, v rows of D with a stride of their own;
 // κ [tokens] in the storage type, b [1] in f32. `offsets` [B + 1]: sequence j has the tokens offsets[j] … offsets[j+1].
-// N ≤ 4096. Pointers need no alignment beyond their type's.
+// N ≤ 4096. Pointers need no alignment beyond their type's; rows that are aligned to 16 bytes are copied faster.
 //
 // Workspace, f32: w and β [tokens, N] each, and squares [B, N]: 4·N·(2·tokens + B) bytes.
 //
@@ -25,8 +25,10 @@
 // 2·T/e per byte; for B 8–64, N 1290, D 512, T 39 in bf16 that is 4·1.3 MB and 206 MFLOP a sequence.
 //
 // History
-//   1  this version: four launches; panels in shared memory as f32, fetched through registers one step ahead;
-//      f32 storage multiplies on the ordinary units, bf16 and f16 on matrix units as TF32
+//   1  four launches; panels in shared memory as f32, fetched through registers one step ahead; f32 storage multiplies on
+//      the ordinary units, bf16 and f16 on matrix units as TF32
+//   2  bf16 and f16: panels in the storage type, what lies in memory comes by cp.async in 16-byte pieces, what is computed
+//      in two parts, so that nothing is lost where sums cancel; ldmatrix and m16n8k16
 
 #include "content_memory.cuh"
 
@@ -35,27 +37,47 @@ namespace {
 constexpr int kMostSlots = 4096;
 constexpr int kSlotsPerThread = kMostSlots / kThreads;
 
+// Σ_d x_d·y_d, in every lane.
+template <typename T>
+__device__ inline float warp_dot(const T* x, const T* y, int width, bool vectors) {
+    constexpr int kSize = kVectorSize<T>;
+    const int lane = threadIdx.x % kWarpSize;
+    float sum = 0.0f;
+    if (vectors) {
+        for (int d = lane * kSize; d < width; d += kWarpSize * kSize) {
+            float of_x[kSize], of_y[kSize];
+            load(x + d, of_x);
+            load(y + d, of_y);
+#pragma unroll
+            for (int i = 0; i < kSize; ++i) sum += of_x[i] * of_y[i];
+        }
+    } else {
+        for (int d = lane; d < width; d += kWarpSize) sum += widen(x[d]) * widen(y[d]);
+    }
+    return warp_sum(sum);
+}
+
 // y0, y1, y2 [tokens, N] = the products of x0, x1, x2 [tokens, D] with the rows of `memory`; the second and the third
 // may be null. squares[i] = Σ_d memory_id·other_id.
 template <typename T>
 __device__ inline void scores(const T* memory, const T* other, const T* x0, const T* x1, const T* x2,
                               const int32_t* offsets, float* y0, float* y1, float* y2, float* squares, int slots,
                               int width, int stride0, int stride1, int stride2) {
+    using Tiles = Product<T, kUnits<T>>;
+    using Panels = typename Tiles::Panels;
     __shared__ Panels panels;
     const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
     const Sequence sequence(offsets, blockIdx.z);
     const int tokens = sequence.tokens;
     const int first_slot = blockIdx.x * kTile, first_row = blockIdx.y * kTile;
+    const bool of_memory = in_vectors(memory, width) && in_vectors(other, width);
+    const bool of_tokens = in_vectors(x0, stride0) && in_vectors(x1, stride1) && in_vectors(x2, stride2);
     memory += static_cast<int64_t>(blockIdx.z) * slots * width;
     other += static_cast<int64_t>(blockIdx.z) * slots * width;
 
     if (blockIdx.y == 0) {
         for (int slot = first_slot + warp; slot < min(first_slot + kTile, slots); slot += kWarps) {
-            float sum = 0.0f;
-            for (int d = lane; d < width; d += kWarpSize) {
-                sum += widen(memory[slot * width + d]) * widen(other[slot * width + d]);
-            }
-            sum = warp_sum(sum);
+            const float sum = warp_dot(memory + slot * width, other + slot * width, width, of_memory);
             if (lane == 0) squares[static_cast<int64_t>(blockIdx.z) * slots + slot] = sum;
         }
     }
@@ -63,21 +85,20 @@ __device__ inline void scores(const T* memory, const T* other, const T* x0, cons
     // The operands' rows stand one below the other, so that few rows of a tile stay empty.
     const int rows = tokens * (x1 == nullptr ? 1 : x2 == nullptr ? 2 : 3);
     if (first_row >= rows) return;
-    Product<kMatrixUnits<T>> product;
-    product.template add<Layout::kDepthFirst, Layout::kDepthFirst>(
-        panels, width,
-        [=](int row, int d) {
-            row += first_row;
-            if (row >= rows) return 0.0f;
-            const int part = (row >= tokens) + (row >= 2 * tokens);
-            const T* x = part == 0 ? x0 : part == 1 ? x1 : x2;
-            const int stride = part == 0 ? stride0 : part == 1 ? stride1 : stride2;
-            return widen(x[(sequence.first + row - part * tokens) * stride + d]);
-        },
-        [=](int slot, int d) {
-            slot += first_slot;
-            return slot < slots ? widen(memory[slot * width + d]) : 0.0f;
-        });
+    Tiles product;
+    product.add(panels, width,
+                stored<Layout::kDepthFirst>(x0, width, of_tokens, [=](int row) -> const T* {
+                    row += first_row;
+                    if (row >= rows) return nullptr;
+                    const int part = (row >= tokens) + (row >= 2 * tokens);
+                    const T* x = part == 0 ? x0 : part == 1 ? x1 : x2;
+                    const int stride = part == 0 ? stride0 : part == 1 ? stride1 : stride2;
+                    return x + (sequence.first + row - part * tokens) * stride;
+                }),
+                stored<Layout::kDepthFirst>(memory, width, of_memory, [=](int slot) -> const T* {
+                    slot += first_slot;
+                    return slot < slots ? memory + slot * width : nullptr;
+                }));
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
 #pragma unroll
@@ -216,6 +237,8 @@ __device__ inline void address(const T* keys, const T* kappa, const float* bias,
 template <typename T>
 __device__ inline void write(const T* memory, const float* w, const float* beta, const T* value,
                              const int32_t* offsets, T* memory_next, int slots, int width, int stride, bool paper) {
+    using Tiles = Product<T, kUnits<T>>;
+    using Panels = typename Tiles::Panels;
     __shared__ Panels panels;
     __shared__ float factors[kGroups][kTile];
     const Sequence sequence(offsets, blockIdx.z);
@@ -234,17 +257,15 @@ __device__ inline void write(const T* memory, const float* w, const float* beta,
     }
     factors[threadIdx.x / kTile][mine] = keep;
 
-    Product<kMatrixUnits<T>> product;
-    product.template add<Layout::kRowsFirst, Layout::kRowsFirst>(
-        panels, tokens,
-        [=](int row, int t) {
-            const int at = t * slots + first_slot + row;
-            return first_slot + row < slots ? w[at] * beta[at] : 0.0f;
-        },
-        [=](int column, int t) {
-            column += first_column;
-            return column < width ? widen(value[static_cast<int64_t>(t) * stride + column]) : 0.0f;
-        });
+    Tiles product;
+    product.add(panels, tokens,
+                computed<Layout::kRowsFirst>([=](int row, int t) {
+                    const int at = t * slots + first_slot + row;
+                    return first_slot + row < slots ? w[at] * beta[at] : 0.0f;
+                }),
+                stored<Layout::kRowsFirst>(value, width - first_column, in_vectors(value, stride), [=](int t) {
+                    return value + static_cast<int64_t>(t) * stride + first_column;
+                }));
     __syncthreads();  // the factors, where there was no token
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -263,6 +284,8 @@ __device__ inline void write(const T* memory, const float* w, const float* beta,
 // y = w·M
 template <typename T>
 __device__ inline void read(const float* w, const T* memory, const int32_t* offsets, T* y, int slots, int width) {
+    using Tiles = Product<T, kUnits<T>>;
+    using Panels = typename Tiles::Panels;
     __shared__ Panels panels;
     const Sequence sequence(offsets, blockIdx.z);
     const int tokens = sequence.tokens;
@@ -271,14 +294,13 @@ __device__ inline void read(const float* w, const T* memory, const int32_t* offs
     memory += static_cast<int64_t>(blockIdx.z) * slots * width;
     w += sequence.first * slots;
 
-    Product<kMatrixUnits<T>> product;
-    product.template add<Layout::kDepthFirst, Layout::kRowsFirst>(
-        panels, slots,
-        [=](int row, int slot) { return first_token + row < tokens ? w[(first_token + row) * slots + slot] : 0.0f; },
-        [=](int column, int slot) {
-            column += first_column;
-            return column < width ? widen(memory[slot * width + column]) : 0.0f;
-        });
+    Tiles product;
+    product.add(panels, slots,
+                computed<Layout::kDepthFirst>([=](int row, int slot) {
+                    return first_token + row < tokens ? w[(first_token + row) * slots + slot] : 0.0f;
+                }),
+                stored<Layout::kRowsFirst>(memory, width - first_column, in_vectors(memory, width),
+                                           [=](int slot) { return memory + slot * width + first_column; }));
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
 #pragma unroll
@@ -310,7 +332,7 @@ __device__ inline void read(const float* w, const T* memory, const int32_t* offs
         int32_t slots, int32_t width, int32_t stride, int32_t paper) {                                                 \
         write(memory, w, beta, value, offsets, memory_next, slots, width, stride, paper != 0);                         \
     }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(kThreads) content_memory_read_##NAME(                                 \
+    extern "C" __global__ void __launch_bounds__(kThreads, 2) content_memory_read_##NAME(                               \
         const float* w, const T* memory, const int32_t* offsets, T* y, int32_t slots, int32_t width) {                 \
         read(w, memory, offsets, y, slots, width);                                                                     \
     }

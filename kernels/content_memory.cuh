@@ -37,66 +37,115 @@ __device__ inline float sum_again(float x, float (&exchange)[kWarps]) {
     return block_sum(x, exchange);
 }
 
-// Which elements of an operand are neighbours in memory: terms of one sum, or rows of the tile.
+// How a product is multiplied: f32 on the ordinary units; TF32 (which holds bf16 and f16 exactly) on matrix units, for
+// f32 numbers of any size times f16; narrow operands, rounded to the storage type, on matrix units.
+enum class Units { kThreads, kTf32, kNarrow };
+
+template <typename T>
+constexpr Units kUnits = sizeof(T) < sizeof(float) ? Units::kNarrow : Units::kThreads;
+// Gradients keep the range of f32: bf16 has it, f16 has not.
+template <typename T>
+constexpr Units kUnitsOfGradients = kUnits<T>;
+template <>
+constexpr Units kUnitsOfGradients<f16> = Units::kTf32;
+
+// Which elements of an operand are neighbours in memory, and so in a panel: terms of one sum, or rows of the tile.
 enum class Layout { kDepthFirst, kRowsFirst };
 
-struct alignas(16) Panels {
-    float a[kTile][kPitch];
-    float b[kTile][kPitch];
+// An operand that is computed: `at(row, k)` for row < kTile and k < depth.
+template <Layout kOrder, typename At>
+struct Computed {
+    static constexpr Layout kLayout = kOrder;
+    // A narrow product takes it in two parts, rounded and what rounding left: sums may cancel.
+    static constexpr int kParts = 2;
+    At at;
+
+    __device__ float operator()(int row, int k) const { return at(row, k); }
 };
 
-// Element `n` of this thread in a panel. With rows first a warp takes 8 rows × 4 terms: whole sectors of memory, and
-// every bank once.
-template <Layout kLayout>
-__device__ inline void place(int n, int& row, int& k) {
-    const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-    row = kLayout == Layout::kDepthFirst ? n * kWarps + warp : warp * 8 + lane % 8;
-    k = kLayout == Layout::kDepthFirst ? lane : n * 4 + lane / 8;
+template <Layout kOrder, typename At>
+__device__ inline Computed<kOrder, At> computed(const At& at) {
+    return {at};
 }
 
-// The terms from `start` of a panel's rows; 0 from `depth` on.
-template <Layout kLayout, typename Operand>
-__device__ inline void fetch(const Operand& operand, int start, int depth, float (&values)[kFetches]) {
-#pragma unroll
-    for (int n = 0; n < kFetches; ++n) {
-        int row, k;
-        place<kLayout>(n, row, k);
-        values[n] = start + k < depth ? operand(row, start + k) : 0.0f;
+// An operand that lies in memory: `line(n)` points to row n (depth first), or to term n of row 0 (rows first); null where
+// there is none. `extent` elements of a line exist. With `vectors` lines are aligned to 16 bytes.
+template <typename T, Layout kOrder, typename Line>
+struct Stored {
+    static constexpr Layout kLayout = kOrder;
+    static constexpr int kParts = 1;
+    Line line;
+    const T* any;  // a place in the same tensor, aligned as its lines
+    int extent;
+    bool vectors;
+
+    __device__ float operator()(int row, int k) const {
+        const int n = kLayout == Layout::kDepthFirst ? row : k, at = kLayout == Layout::kDepthFirst ? k : row;
+        const T* of = line(n);
+        return of != nullptr && at < extent ? widen(of[at]) : 0.0f;
     }
+};
+
+template <Layout kOrder, typename T, typename Line>
+__device__ inline Stored<T, kOrder, Line> stored(const T* any, int extent, bool vectors, const Line& line) {
+    return {line, any, extent, vectors};
 }
 
-// A tile of a·bᵀ, 16 elements per thread. With kMatrix the matrix units multiply, operands rounded to TF32 (which holds
-// bf16 and f16 exactly), otherwise it is f32 throughout.
-template <bool kMatrix>
-struct Product {
+// Whether rows of `x`, `stride` elements apart, are aligned to 16 bytes.
+template <typename T>
+__device__ inline bool in_vectors(const T* x, int stride) {
+    return is_aligned<kVectorSize<T>>(x, stride);
+}
+
+// A tile of a·bᵀ, 16 elements per thread.
+template <Units kHow>
+struct Accumulators {
     float sums[4][4] = {};
 
     // Of sums[i][j] in the tile.
     __device__ static int row(int i, int j) {
         const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-        return kMatrix ? warp % 4 * 16 + j / 2 * 8 + lane / 4 : i * 16 + static_cast<int>(threadIdx.x) / 16;
+        return kHow != Units::kThreads ? warp % 4 * 16 + j / 2 * 8 + lane / 4
+                                       : i * 16 + static_cast<int>(threadIdx.x) / 16;
     }
     __device__ static int column(int i, int j) {
         const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-        return kMatrix ? warp / 4 * 32 + i * 8 + lane % 4 * 2 + j % 2 : j * 16 + static_cast<int>(threadIdx.x) % 16;
+        return kHow != Units::kThreads ? warp / 4 * 32 + i * 8 + lane % 4 * 2 + j % 2
+                                       : j * 16 + static_cast<int>(threadIdx.x) % 16;
     }
+};
 
-    // Adds Σ_k a(row, k)·b(column, k) over k < depth. The operands give 0 outside of their rows. Every thread calls it.
-    template <Layout kLayoutA, Layout kLayoutB, typename A, typename B>
+// Every thread calls `add`, which adds Σ_k a(row, k)·b(column, k) over k < depth. Operands give 0 outside of their rows.
+template <typename T, Units kHow>
+struct Product;
+
+// With panels of f32, fetched through registers one step ahead.
+template <typename T, Units kHow>
+struct WideProduct : Accumulators<kHow> {
+    using Accumulators<kHow>::sums;
+    using Accumulators<kHow>::row;
+    using Accumulators<kHow>::column;
+
+    struct alignas(16) Panels {
+        float a[kTile][kPitch];
+        float b[kTile][kPitch];
+    };
+
+    template <typename A, typename B>
     __device__ void add(Panels& panels, int depth, const A& a, const B& b) {
         float next_a[kFetches], next_b[kFetches];
-        fetch<kLayoutA>(a, 0, depth, next_a);
-        fetch<kLayoutB>(b, 0, depth, next_b);
+        fetch(a, 0, depth, next_a);
+        fetch(b, 0, depth, next_b);
         for (int start = 0; start < depth; start += kDepth) {
             __syncthreads();  // the panels before have been used
-            keep<kLayoutA>(next_a, panels.a);
-            keep<kLayoutB>(next_b, panels.b);
+            keep<A::kLayout>(next_a, panels.a);
+            keep<B::kLayout>(next_b, panels.b);
             __syncthreads();
             if (start + kDepth < depth) {
-                fetch<kLayoutA>(a, start + kDepth, depth, next_a);
-                fetch<kLayoutB>(b, start + kDepth, depth, next_b);
+                fetch(a, start + kDepth, depth, next_a);
+                fetch(b, start + kDepth, depth, next_b);
             }
-            if constexpr (kMatrix) {
+            if constexpr (kHow == Units::kTf32) {
                 by_matrix_units(panels);
             } else {
                 by_threads(panels);
@@ -105,13 +154,33 @@ struct Product {
     }
 
 private:
+    // Element `n` of this thread in a panel. With rows first a warp takes 8 rows × 4 terms: whole sectors of memory, and
+    // every bank once.
+    template <Layout kLayout>
+    __device__ static void place(int n, int& row, int& k) {
+        const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+        row = kLayout == Layout::kDepthFirst ? n * kWarps + warp : warp * 8 + lane % 8;
+        k = kLayout == Layout::kDepthFirst ? lane : n * 4 + lane / 8;
+    }
+
+    // The terms from `start` of a panel's rows; 0 from `depth` on.
+    template <typename Operand>
+    __device__ static void fetch(const Operand& operand, int start, int depth, float (&values)[kFetches]) {
+#pragma unroll
+        for (int n = 0; n < kFetches; ++n) {
+            int row, k;
+            place<Operand::kLayout>(n, row, k);
+            values[n] = start + k < depth ? operand(row, start + k) : 0.0f;
+        }
+    }
+
     template <Layout kLayout>
     __device__ static void keep(const float (&values)[kFetches], float (&panel)[kTile][kPitch]) {
 #pragma unroll
         for (int n = 0; n < kFetches; ++n) {
             int row, k;
             place<kLayout>(n, row, k);
-            panel[row][k] = kMatrix ? __uint_as_float(ptx::to_tf32(values[n])) : values[n];
+            panel[row][k] = kHow == Units::kTf32 ? __uint_as_float(ptx::to_tf32(values[n])) : values[n];
         }
     }
 
@@ -154,8 +223,153 @@ private:
     }
 };
 
-// f32 is for those who want f32; the others gain from matrix units.
 template <typename T>
-constexpr bool kMatrixUnits = sizeof(T) < sizeof(float);
+struct Product<T, Units::kThreads> : WideProduct<T, Units::kThreads> {};
+template <typename T>
+struct Product<T, Units::kTf32> : WideProduct<T, Units::kTf32> {};
+
+__device__ inline void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bf16) {
+    ptx::mma_m16n8k16_bf16(d, a, {b0, b1});
+}
+__device__ inline void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, f16) {
+    ptx::mma_m16n8k16_f16(d, a, {b0, b1});
+}
+// With panels of T, two stages of 64 terms: while one is multiplied, what lies in memory is copied to the other, and what
+// is computed waits in registers. A panel has a line per row or per term, as the operand lies in memory. Only `a` may be
+// computed.
+template <typename T>
+struct Product<T, Units::kNarrow> : Accumulators<Units::kNarrow> {
+    static constexpr int kTerms = 64;
+    static constexpr int kLine = kTile + kVectorSize<T>;  // rows of a matrix then lie in different banks
+    static constexpr int kPairs = kTile * kTerms / 2 / kThreads;
+    static_assert(kTerms == kTile, "lines of both layouts are as long and as many");
+
+    using Panel = T[kTile][kLine];
+    struct alignas(16) Panels {
+        Panel a[2];
+        Panel b[2];
+    };
+
+    template <typename A, typename B>
+    __device__ void add(Panels& panels, int depth, const A& a, const B& b) {
+        static_assert(B::kParts == 1);
+        const int steps = (depth + kTerms - 1) / kTerms * A::kParts;
+        if (steps == 0) return;
+        Waiting values;
+        __syncthreads();  // what used the panels before has done so
+        begin(a, 0, depth, panels.a[0], values);
+        begin(b, 0, depth, panels.b[0], values);
+        end(a, 0, values, panels.a[0]);
+        for (int step = 0; step < steps; ++step) {
+            ptx::cp_async_wait_all();
+            __syncthreads();  // what this step takes is there for all, and what the one before took has been used
+            const int next = step + 1, part = next % A::kParts, start = next / A::kParts * kTerms;
+            if (next < steps && part == 0) {
+                begin(a, start, depth, panels.a[next % 2], values);
+                begin(b, start, depth, panels.b[next / A::kParts % 2], values);
+            }
+            const int first = step / A::kParts * kTerms;
+            for (int k = 0; k < min(kTerms, depth - first); k += 16) {
+                multiply_terms<A::kLayout, B::kLayout>(panels.a[step % 2], panels.b[step / A::kParts % 2], k);
+            }
+            if (next < steps) end(a, part, values, panels.a[next % 2]);
+        }
+    }
+
+private:
+    using Waiting = float[kPairs][2];
+
+    // Pair n of this thread stands in line `line` from element `at`.
+    __device__ static void place(int n, int& line, int& at) {
+        line = n * kWarps + static_cast<int>(threadIdx.x) / kWarpSize;
+        at = static_cast<int>(threadIdx.x) % kWarpSize * 2;
+    }
+
+    template <Layout kLayout, typename At>
+    __device__ static void begin(const Computed<kLayout, At>& operand, int start, int depth, Panel&, Waiting& values) {
+#pragma unroll
+        for (int n = 0; n < kPairs; ++n) {
+            int line, at;
+            place(n, line, at);
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                const int row = kLayout == Layout::kDepthFirst ? line : at + i;
+                const int k = start + (kLayout == Layout::kDepthFirst ? at + i : line);
+                values[n][i] = k < depth ? operand(row, k) : 0.0f;
+            }
+        }
+    }
+    template <Layout kLayout, typename At>
+    __device__ static void end(const Computed<kLayout, At>&, int part, const Waiting& values, Panel& panel) {
+#pragma unroll
+        for (int n = 0; n < kPairs; ++n) {
+            int line, at;
+            place(n, line, at);
+            float pair[2];
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                T rounded;
+                narrow(values[n][i], rounded);
+                pair[i] = part == 0 ? values[n][i] : values[n][i] - widen(rounded);
+            }
+            store(pair, &panel[line][at]);
+        }
+    }
+
+    template <Layout kLayout, typename Line>
+    __device__ static void begin(const Stored<T, kLayout, Line>& operand, int start, int depth, Panel& panel, Waiting&) {
+        constexpr int kPieces = kTile / kVectorSize<T>;
+        for (int n = threadIdx.x; n < kTile * kPieces; n += kThreads) {
+            const int line = n / kPieces, at = n % kPieces * kVectorSize<T>;
+            const T* source;
+            int exist;
+            if constexpr (kLayout == Layout::kDepthFirst) {
+                source = operand.line(line);
+                exist = min(operand.extent, depth) - start - at;
+                if (source != nullptr) source += start + at;
+            } else {
+                source = start + line < depth ? operand.line(start + line) : nullptr;
+                exist = operand.extent - at;
+                if (source != nullptr) source += at;
+            }
+            if (source == nullptr) exist = 0;
+            exist = min(max(exist, 0), kVectorSize<T>);
+            if (operand.vectors) {
+                ptx::cp_async_16_zfill(&panel[line][at], exist > 0 ? source : operand.any,
+                                       exist * static_cast<int>(sizeof(T)));
+            } else {
+                for (int i = 0; i < kVectorSize<T>; ++i) {
+                    panel[line][at + i] = i < exist ? source[i] : T();
+                }
+            }
+        }
+    }
+    template <Layout kLayout, typename Line>
+    __device__ static void end(const Stored<T, kLayout, Line>&, int, const Waiting&, Panel&) {}
+
+    template <Layout kLayoutA, Layout kLayoutB>
+    __device__ void multiply_terms(const Panel& a_panel, const Panel& b_panel, int k) {
+        const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+        const int first_row = warp % 4 * 16, first_column = warp / 4 * 32;
+        uint32_t a[4];
+        if constexpr (kLayoutA == Layout::kDepthFirst) {
+            ptx::ldmatrix_x4(a, &a_panel[first_row + lane % 16][k + lane / 16 * 8]);
+        } else {
+            ptx::ldmatrix_x4_trans(a, &a_panel[k + lane / 16 * 8 + lane % 8][first_row + lane / 8 % 2 * 8]);
+        }
+#pragma unroll
+        for (int i = 0; i < 4; i += 2) {
+            uint32_t b[4];
+            const int column = first_column + i * 8;
+            if constexpr (kLayoutB == Layout::kDepthFirst) {
+                ptx::ldmatrix_x4(b, &b_panel[column + lane / 16 * 8 + lane % 8][k + lane / 8 % 2 * 8]);
+            } else {
+                ptx::ldmatrix_x4_trans(b, &b_panel[k + lane % 16][column + lane / 16 * 8]);
+            }
+            multiply(sums[i], a, b[0], b[1], T());
+            multiply(sums[i + 1], a, b[2], b[3], T());
+        }
+    }
+};
 
 }  // namespace

@@ -32,7 +32,8 @@
 // the second scores, G four times, dM written once, 8·N·D elements a sequence; 20·N·T·D operations.
 //
 // History
-//   1  this version: the tiles of content_memory.cuh, one kernel per step
+//   1  the tiles of content_memory.cuh, one kernel per step
+//   2  bf16 (all) and f16 (products without gradients): panels in the storage type by cp.async, m16n8k16
 
 #include "content_memory.cuh"
 
@@ -42,22 +43,23 @@ namespace {
 template <typename T>
 __device__ inline void cross(const T* v, const T* r, const int32_t* offsets, float* y, int width, int stride,
                              int pitch) {
+    using Tiles = Product<T, kUnits<T>>;
+    using Panels = typename Tiles::Panels;
     __shared__ Panels panels;
     const Sequence sequence(offsets, blockIdx.z);
     const int tokens = sequence.tokens;
     const int first_row = blockIdx.y * kTile, first_column = blockIdx.x * kTile;
     if (first_row >= tokens || first_column >= tokens) return;
-    Product<kMatrixUnits<T>> product;
-    product.template add<Layout::kDepthFirst, Layout::kDepthFirst>(
-        panels, width,
-        [=](int t, int d) {
-            t += first_row;
-            return t < tokens ? widen(v[(sequence.first + t) * stride + d]) : 0.0f;
-        },
-        [=](int u, int d) {
-            u += first_column;
-            return u < tokens ? widen(r[(sequence.first + u) * width + d]) : 0.0f;
-        });
+    Tiles product;
+    product.add(panels, width,
+                stored<Layout::kDepthFirst>(v, width, in_vectors(v, stride), [=](int t) -> const T* {
+                    t += first_row;
+                    return t < tokens ? v + (sequence.first + t) * stride : nullptr;
+                }),
+                stored<Layout::kDepthFirst>(r, width, in_vectors(r, width), [=](int u) -> const T* {
+                    u += first_column;
+                    return u < tokens ? r + (sequence.first + u) * width : nullptr;
+                }));
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
 #pragma unroll
@@ -73,25 +75,24 @@ template <typename T>
 __device__ inline void key_gradient(const float* d_address, const float* d_strength, const T* memory, const T* keys,
                                     const float* token_slopes, const int32_t* offsets, T* d_keys, T* d_strength_keys,
                                     int slots, int width, int stride, int d_stride, int d_strength_stride) {
+    using Tiles = Product<T, kUnitsOfGradients<T>>;
+    using Panels = typename Tiles::Panels;
     __shared__ Panels panels;
     const Sequence sequence(offsets, blockIdx.z);
     const int tokens = sequence.tokens, rows = 2 * tokens;
     const int first_column = blockIdx.x * kTile, first_row = blockIdx.y * kTile;
     if (first_row >= rows) return;
     memory += static_cast<int64_t>(blockIdx.z) * slots * width;
-    Product<kMatrixUnits<T>> product;
-    product.template add<Layout::kDepthFirst, Layout::kRowsFirst>(
-        panels, slots,
-        [=](int row, int slot) {
-            row += first_row;
-            if (row >= rows) return 0.0f;
-            const float* p = row < tokens ? d_address : d_strength;
-            return p[(sequence.first + (row < tokens ? row : row - tokens)) * slots + slot];
-        },
-        [=](int column, int slot) {
-            column += first_column;
-            return column < width ? widen(memory[slot * width + column]) : 0.0f;
-        });
+    Tiles product;
+    product.add(panels, slots,
+                computed<Layout::kDepthFirst>([=](int row, int slot) {
+                    row += first_row;
+                    if (row >= rows) return 0.0f;
+                    const float* p = row < tokens ? d_address : d_strength;
+                    return p[(sequence.first + (row < tokens ? row : row - tokens)) * slots + slot];
+                }),
+                stored<Layout::kRowsFirst>(memory, width - first_column, in_vectors(memory, width),
+                                           [=](int slot) { return memory + slot * width + first_column; }));
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
 #pragma unroll
@@ -115,35 +116,32 @@ template <typename T>
 __device__ inline void value_gradient(const float* w, const float* beta, const T* g, const float* gates, const T* r,
                                       const int32_t* offsets, T* d_value, int slots, int width, int pitch,
                                       int d_stride) {
+    using Tiles = Product<T, kUnits<T>>;
+    using Panels = typename Tiles::Panels;
     __shared__ Panels panels;
     const Sequence sequence(offsets, blockIdx.z);
     const int tokens = sequence.tokens;
     const int first_column = blockIdx.x * kTile, first_token = blockIdx.y * kTile;
     if (first_token >= tokens) return;
     g += static_cast<int64_t>(blockIdx.z) * slots * width;
-    Product<kMatrixUnits<T>> product;
-    product.template add<Layout::kDepthFirst, Layout::kRowsFirst>(
-        panels, slots,
-        [=](int t, int slot) {
-            t += first_token;
-            const int64_t at = (sequence.first + t) * slots + slot;
-            return t < tokens ? w[at] * beta[at] : 0.0f;
-        },
-        [=](int column, int slot) {
-            column += first_column;
-            return column < width ? widen(g[slot * width + column]) : 0.0f;
-        });
+    Tiles product;
+    product.add(panels, slots,
+                computed<Layout::kDepthFirst>([=](int t, int slot) {
+                    t += first_token;
+                    const int64_t at = (sequence.first + t) * slots + slot;
+                    return t < tokens ? w[at] * beta[at] : 0.0f;
+                }),
+                stored<Layout::kRowsFirst>(g, width - first_column, in_vectors(g, width),
+                                           [=](int slot) { return g + slot * width + first_column; }));
     if (gates != nullptr) {
-        product.template add<Layout::kDepthFirst, Layout::kRowsFirst>(
-            panels, tokens,
-            [=](int t, int u) {
-                t += first_token;
-                return t < tokens ? gates[(sequence.first + t) * pitch + u] : 0.0f;
-            },
-            [=](int column, int u) {
-                column += first_column;
-                return column < width ? widen(r[(sequence.first + u) * width + column]) : 0.0f;
-            });
+        product.add(panels, tokens,
+                    computed<Layout::kDepthFirst>([=](int t, int u) {
+                        t += first_token;
+                        return t < tokens ? gates[(sequence.first + t) * pitch + u] : 0.0f;
+                    }),
+                    stored<Layout::kRowsFirst>(r, width - first_column, in_vectors(r, width), [=](int u) {
+                        return r + (sequence.first + u) * width + first_column;
+                    }));
     }
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -165,6 +163,8 @@ __device__ inline void memory_gradient(const T* memory, const T* g, const float*
                                        const float* w, const T* keys, const T* strength_keys, const T* r,
                                        const int32_t* offsets, T* d_memory, int slots, int width, int stride,
                                        int strength_stride, bool write_then_read, float epsilon) {
+    using Tiles = Product<T, kUnitsOfGradients<T>>;
+    using Panels = typename Tiles::Panels;
     __shared__ Panels panels;
     __shared__ float shares[kGroups][kTile];
     const Sequence sequence(offsets, blockIdx.z);
@@ -185,25 +185,24 @@ __device__ inline void memory_gradient(const T* memory, const T* g, const float*
     }
     shares[threadIdx.x / kTile][mine] = slope;
 
-    Product<kMatrixUnits<T>> product;
-    product.template add<Layout::kRowsFirst, Layout::kRowsFirst>(
-        panels, 3 * tokens,
-        [=](int row, int k) {
-            row += first_slot;
-            if (row >= slots) return 0.0f;
-            const int part = (k >= tokens) + (k >= 2 * tokens);
-            const float* p = part == 0 ? d_address : part == 1 ? d_strength : w;
-            const float x = p[(sequence.first + k - part * tokens) * slots + row];
-            return part == 2 && write_then_read ? x * keep[row] : x;
-        },
-        [=](int column, int k) {
-            column += first_column;
-            if (column >= width) return 0.0f;
-            const int part = (k >= tokens) + (k >= 2 * tokens);
-            const T* x = part == 0 ? keys : part == 1 ? strength_keys : r;
-            const int pitch = part == 0 ? stride : part == 1 ? strength_stride : width;
-            return widen(x[(sequence.first + k - part * tokens) * pitch + column]);
-        });
+    const bool vectors =
+        in_vectors(keys, stride) && in_vectors(strength_keys, strength_stride) && in_vectors(r, width);
+    Tiles product;
+    product.add(panels, 3 * tokens,
+                computed<Layout::kRowsFirst>([=](int row, int k) {
+                    row += first_slot;
+                    if (row >= slots) return 0.0f;
+                    const int part = (k >= tokens) + (k >= 2 * tokens);
+                    const float* p = part == 0 ? d_address : part == 1 ? d_strength : w;
+                    const float x = p[(sequence.first + k - part * tokens) * slots + row];
+                    return part == 2 && write_then_read ? x * keep[row] : x;
+                }),
+                stored<Layout::kRowsFirst>(keys, width - first_column, vectors, [=](int k) {
+                    const int part = (k >= tokens) + (k >= 2 * tokens);
+                    const T* x = part == 0 ? keys : part == 1 ? strength_keys : r;
+                    const int pitch = part == 0 ? stride : part == 1 ? strength_stride : width;
+                    return x + (sequence.first + k - part * tokens) * pitch + first_column;
+                }));
     __syncthreads();  // the shares, where there was no token
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -314,23 +313,24 @@ extern "C" __global__ void __launch_bounds__(kThreads) content_memory_suffix(
 // gates[t, u] = Σ_i w_ti·β_ti·w_ui
 extern "C" __global__ void __launch_bounds__(kThreads) content_memory_gates(
     const float* w, const float* beta, const int32_t* offsets, float* gates, int32_t slots, int32_t pitch) {
+    using Tiles = Product<float, Units::kThreads>;
+    using Panels = Tiles::Panels;
     __shared__ Panels panels;
     const Sequence sequence(offsets, blockIdx.z);
     const int tokens = sequence.tokens;
     const int first_row = blockIdx.y * kTile, first_column = blockIdx.x * kTile;
     if (first_row >= tokens || first_column >= tokens) return;
-    Product<false> product;
-    product.add<Layout::kDepthFirst, Layout::kDepthFirst>(
-        panels, slots,
-        [=](int t, int slot) {
-            t += first_row;
-            const int64_t at = (sequence.first + t) * slots + slot;
-            return t < tokens ? w[at] * beta[at] : 0.0f;
-        },
-        [=](int u, int slot) {
-            u += first_column;
-            return u < tokens ? w[(sequence.first + u) * slots + slot] : 0.0f;
-        });
+    Tiles product;
+    product.add(panels, slots,
+                computed<Layout::kDepthFirst>([=](int t, int slot) {
+                    t += first_row;
+                    const int64_t at = (sequence.first + t) * slots + slot;
+                    return t < tokens ? w[at] * beta[at] : 0.0f;
+                }),
+                computed<Layout::kDepthFirst>([=](int u, int slot) {
+                    u += first_column;
+                    return u < tokens ? w[(sequence.first + u) * slots + slot] : 0.0f;
+                }));
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
 #pragma unroll
@@ -345,33 +345,33 @@ extern "C" __global__ void __launch_bounds__(kThreads) content_memory_gates(
 extern "C" __global__ void __launch_bounds__(kThreads) content_memory_spread(
     const float* cross, const float* w, const float* beta, const float* keep, const int32_t* offsets, float* dw,
     float* d_gate, int32_t slots, int32_t pitch) {
+    using Tiles = Product<float, Units::kThreads>;
+    using Panels = Tiles::Panels;
     __shared__ Panels panels;
     const Sequence sequence(offsets, blockIdx.z);
     const int tokens = sequence.tokens;
     const int first_slot = blockIdx.x * kTile, first_token = blockIdx.y * kTile;
     if (first_token >= tokens) return;
-    Product<false> to_address, to_gate;
-    to_address.add<Layout::kRowsFirst, Layout::kRowsFirst>(
-        panels, tokens,
-        [=](int t, int u) {
-            t += first_token;
-            return t < tokens ? cross[(sequence.first + u) * pitch + t] : 0.0f;
-        },
-        [=](int slot, int u) {
-            slot += first_slot;
-            const int64_t at = (sequence.first + u) * slots + slot;
-            return slot < slots ? w[at] * beta[at] : 0.0f;
-        });
-    to_gate.add<Layout::kDepthFirst, Layout::kRowsFirst>(
-        panels, tokens,
-        [=](int t, int u) {
-            t += first_token;
-            return t < tokens ? cross[(sequence.first + t) * pitch + u] : 0.0f;
-        },
-        [=](int slot, int u) {
-            slot += first_slot;
-            return slot < slots ? w[(sequence.first + u) * slots + slot] : 0.0f;
-        });
+    Tiles to_address, to_gate;
+    to_address.add(panels, tokens,
+                   computed<Layout::kRowsFirst>([=](int t, int u) {
+                       t += first_token;
+                       return t < tokens ? cross[(sequence.first + u) * pitch + t] : 0.0f;
+                   }),
+                   computed<Layout::kRowsFirst>([=](int slot, int u) {
+                       slot += first_slot;
+                       const int64_t at = (sequence.first + u) * slots + slot;
+                       return slot < slots ? w[at] * beta[at] : 0.0f;
+                   }));
+    to_gate.add(panels, tokens,
+                computed<Layout::kDepthFirst>([=](int t, int u) {
+                    t += first_token;
+                    return t < tokens ? cross[(sequence.first + t) * pitch + u] : 0.0f;
+                }),
+                computed<Layout::kRowsFirst>([=](int slot, int u) {
+                    slot += first_slot;
+                    return slot < slots ? w[(sequence.first + u) * slots + slot] : 0.0f;
+                }));
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
 #pragma unroll

@@ -61,12 +61,6 @@ constexpr int kValuePitch = kWarpColumns + kGap;
 constexpr int kChunk = kWarps * kWarpColumns;
 constexpr int kSharers = kWarps / kHalves;         // warps that have the same half of the tokens
 
-__device__ inline void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bf16) {
-    ptx::mma_m16n8k16_bf16(d, a, {b0, b1});
-}
-__device__ inline void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, f16) {
-    ptx::mma_m16n8k16_f16(d, a, {b0, b1});
-}
 __device__ inline uint32_t pack(float low, float high, bf16) { return ptx::pack_bf16(low, high); }
 __device__ inline uint32_t pack(float low, float high, f16) { return ptx::pack_f16(low, high); }
 
