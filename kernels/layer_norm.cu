@@ -21,6 +21,7 @@
 //   1  backward sums for dweight and dbias in registers: 147 of them, one block on a multiprocessor
 //   2  in shared memory: 79 to 103 registers, two or three blocks
 
+#include "partials.cuh"
 #include "reduce.cuh"
 #include "types.cuh"
 
@@ -176,10 +177,10 @@ __device__ inline void backward(const T* s, const T* weight, const float* mean, 
         }
     }
 
-    // Row blockIdx.x of partial sums: [dweight, dbias][gridDim.x][width]
+    // Row blockIdx.x of partial sums: [gridDim.x][dweight, dbias][width]
     __syncthreads();
     for (int which = 0; which < 2; ++which) {
-        float* row = partial + (static_cast<int64_t>(which) * gridDim.x + blockIdx.x) * width;
+        float* row = partial + (2 * static_cast<int64_t>(blockIdx.x) + which) * width;
         for (int column = threadIdx.x; column < width; column += kThreads) {
             float sum = 0.0f;
             for (int w = column / kSlab; w < kWarps; w += warps_per_row) sum += sums[which][w][column % kSlab];
@@ -230,7 +231,7 @@ __device__ inline void backward_any(const T* s, const T* weight, const float* me
         forward_any(x, residual, weight, bias, sum, y, mean, rstd, rows, width, warps_per_row, epsilon);               \
     }
 
-// block 256; any grid, which is part of the result's definition. partial [2, grid, width]. dsum is null where nothing
+// block 256; any grid, which is part of the result's definition. partial [grid, 2, width]. dsum is null where nothing
 // else uses the sum; ds may be dy or dsum.
 #define LAYER_NORM_BACKWARD(NAME, T)                                                                                   \
     extern "C" __global__ void __launch_bounds__(kThreads) layer_norm_backward_##NAME(                                 \
@@ -246,24 +247,8 @@ LAYER_NORM_BACKWARD(f32, float)
 LAYER_NORM_BACKWARD(bf16, bf16)
 LAYER_NORM_BACKWARD(f16, f16)
 
-// dweight += Σ partial[0], dbias += Σ partial[1] over `blocks` rows of `width`.
-// grid (⌈width/32⌉, 2), block 256: warp w of a block adds rows w, w + 8, … of 32 columns, then the warps are added.
+// dweight and dbias += Σ partial over `blocks` rows of 2·width. grid ⌈2·width/32⌉, block 256.
 extern "C" __global__ void __launch_bounds__(kThreads)
     layer_norm_reduce(const float* partial, float* dweight, float* dbias, int32_t blocks, int32_t width) {
-    __shared__ float sums[kWarps][kWarpSize];
-    const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-    const int column = blockIdx.x * kWarpSize + lane;
-    const float* rows = partial + static_cast<int64_t>(blockIdx.y) * blocks * width;
-    float sum = 0.0f;
-    if (column < width) {
-        for (int b = warp; b < blocks; b += kWarps) sum += rows[static_cast<int64_t>(b) * width + column];
-    }
-    sums[warp][lane] = sum;
-    __syncthreads();
-    if (warp == 0 && column < width) {
-        float total = 0.0f;
-        for (int w = 0; w < kWarps; ++w) total += sums[w][lane];
-        float* gradient = blockIdx.y == 0 ? dweight : dbias;
-        gradient[column] += total;
-    }
+    add_partials(partial, dweight, dbias, blocks, width, 2 * width);
 }

@@ -229,7 +229,7 @@ impl Shape {
         );
         let sums = Launch::new(
             (FAMILY, "layer_norm_reduce"),
-            [self.width.div_ceil(REDUCE_COLUMNS) as u32, 2, 1],
+            [(2 * self.width).div_ceil(REDUCE_COLUMNS) as u32, 1, 1],
             [THREADS, 1, 1],
             0,
             home,

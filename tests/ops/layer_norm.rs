@@ -214,7 +214,7 @@ fn the_plan_of_layer_norm_covers_all_rows_and_columns() {
     );
     assert_eq!(
         (sums.kernel(), sums.grid()),
-        ("layer_norm_reduce", [19, 2, 1])
+        ("layer_norm_reduce", [38, 1, 1])
     );
     assert_eq!(SHAPE.workspace().unwrap(), 2 * 3 * WIDTH);
     let long = layer_norm::Shape {

@@ -199,7 +199,7 @@ fn backward<T: Storage>(
     )?;
     executor.launch(
         "layer_norm_reduce",
-        Launch::new([(width as u32).div_ceil(32), 2, 1], [THREADS, 1, 1]),
+        Launch::new([(2 * width as u32).div_ceil(32), 1, 1], [THREADS, 1, 1]),
         &[
             Arg::Input(partial.view()),
             Arg::Output(dweight.view()),
