@@ -591,9 +591,10 @@ fn tiles_end_where_they_should() {
                 let shape = Shape {
                     lengths: vec![rows],
                     ranges: vec![(columns, 16)],
-                    inputs: 72,
+                    inputs: columns,
                     transposed,
                     wide,
+                    dropout: true,
                     ..base()
                 };
                 check::<bf16>(&shape, rows as u64);
