@@ -9,8 +9,8 @@ use dtmem::backend::gpu::{
 use dtmem::backend::{Backend, Cpu};
 use dtmem::batch::TokenLayout;
 use dtmem::model::{
-    Actor, AttentionSpan, Block, FrontEnd, MemoryConfig, Model, ModelConfig, OptimiserStep, Spaces,
-    StepMetrics, SupervisionConfig, Training,
+    Actor, AdapterConfig, AttentionSpan, Block, FrontEnd, MemoryConfig, Model, ModelConfig,
+    OptimiserStep, Spaces, StepMetrics, SupervisionConfig, Training,
 };
 use dtmem::ops::Error;
 use dtmem_host::{Executor, Order};
@@ -280,14 +280,27 @@ fn both() -> ModelConfig {
     }
 }
 
+/// Adapters alone are trained.
+fn adapted() -> ModelConfig {
+    ModelConfig {
+        adapter: Some(AdapterConfig {
+            rank: 8,
+            alpha: 3.0,
+            dropout: 0.25,
+        }),
+        ..decision()
+    }
+}
+
 type Case = (ModelConfig, Option<SupervisionConfig>);
 
-fn cases() -> [Case; 4] {
+fn cases() -> [Case; 5] {
     [
         (tuner(FrontEnd::Linear), Some(supervision())),
         (tuner(FrontEnd::Convolution), Some(supervision())),
         (decision(), None),
         (both(), Some(supervision())),
+        (adapted(), None),
     ]
 }
 

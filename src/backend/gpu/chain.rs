@@ -384,6 +384,7 @@ impl<D: Device, T: Compute> Gpu<D, T> {
                 .parts([places[after], places[1 - after]].map(|start| start..start + len))?;
             let partial = shape.backward_workspace()?;
             let mut workspace = self.floats.lock(device, partial + 1)?;
+            workspace.zero(device, partial..partial + 1)?;
             let [workspace, unused] = workspace
                 .output(device)?
                 .parts([0..partial, partial..partial + 1])?;

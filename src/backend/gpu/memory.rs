@@ -349,6 +349,12 @@ pub(super) struct InUse<'a, D: Device, E: Element> {
 }
 
 impl<D: Device, E: Element> InUse<'_, D, E> {
+    /// Elements of `range` become 0.
+    pub fn zero(&mut self, device: &D, range: Range<usize>) -> Result<()> {
+        let memory = self.memory.as_mut().ok_or(BackendError::NotStaged)?;
+        Ok(device.zero(memory, range)?)
+    }
+
     pub fn output<'a>(&'a mut self, device: &'a D) -> Result<Output<'a, E>> {
         let memory = self.memory.as_mut().ok_or(BackendError::NotStaged)?;
         Ok(device.output(memory, 0..self.len)?)

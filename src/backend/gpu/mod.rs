@@ -48,6 +48,8 @@ pub struct Gpu<D: Device, T: Compute> {
     activations: Scratch<D, T>,
     /// For indices.
     indices: Scratch<D, i32>,
+    /// For dropout masks as bits.
+    bits: Scratch<D, u32>,
 }
 
 /// What attention keeps for its backward pass.
@@ -79,6 +81,7 @@ impl<D: Device, T: Compute> Gpu<D, T> {
             floats: Scratch::default(),
             activations: Scratch::default(),
             indices: Scratch::default(),
+            bits: Scratch::default(),
         }
     }
 
@@ -728,6 +731,7 @@ impl<D: Device, T: Compute> Backend for Gpu<D, T> {
         // Frozen parameters have no place among the gradients: theirs are thrown away.
         let unused = if norm.trainable { 0 } else { 2 * norm.width };
         let mut workspace = self.floats.lock(device, partial + unused)?;
+        workspace.zero(device, partial..partial + unused)?;
         let [workspace, weight_unused, bias_unused] = workspace.output(device)?.parts([
             0..partial,
             partial..partial + unused / 2,

@@ -3,10 +3,11 @@
 use std::ops::Range;
 
 use super::device::{Compute, Device, Factor, Product};
-use super::memory::{Batch, Buffer};
+use super::memory::{Batch, Buffer, InUse};
 use super::{Gpu, elementwise};
-use crate::backend::{Dropped, In, Linear, Out, Result};
+use crate::backend::{Adapter, Dropped, In, Linear, Out, Result};
 use crate::ops::elementwise::{BiasGradient, Dropout};
+use crate::ops::lora_linear;
 
 /// From the first to the last element of `columns` columns.
 pub(super) fn extent(rows: usize, columns: usize, stride: usize, start: usize) -> Range<usize> {
@@ -65,11 +66,14 @@ impl<D: Device, T: Compute> Gpu<D, T> {
         map: &Linear,
         parameters: &Buffer<D, T>,
         x: In<Buffer<D, T>>,
-        _adapted: &mut Buffer<D, T>,
-        _dropout: Option<Dropped<Batch<D, T>>>,
+        adapted: &mut Buffer<D, T>,
+        dropout: Option<Dropped<Batch<D, T>>>,
         y: Out<Buffer<D, T>>,
     ) -> Result<()> {
         let device = &self.device;
+        if !map.adapters.is_empty() {
+            return self.adapted_forward(rows, map, parameters, x, adapted, dropout, y);
+        }
         let product = Product {
             rows,
             columns: map.outputs,
@@ -95,8 +99,8 @@ impl<D: Device, T: Compute> Gpu<D, T> {
         map: &Linear,
         parameters: &Buffer<D, T>,
         x: In<Buffer<D, T>>,
-        _adapted: &Buffer<D, T>,
-        _dropout: Option<Dropped<Batch<D, T>>>,
+        adapted: &Buffer<D, T>,
+        dropout: Option<Dropped<Batch<D, T>>>,
         grad_y: In<Buffer<D, T>>,
         grad_x: Option<Out<Buffer<D, T>>>,
         accumulate: bool,
@@ -106,7 +110,11 @@ impl<D: Device, T: Compute> Gpu<D, T> {
             return Ok(());
         }
         let device = &self.device;
-        if let Some(out) = grad_x {
+        if !map.adapters.is_empty() {
+            self.adapted_backward(
+                rows, map, parameters, x, adapted, dropout, grad_y, grad_x, accumulate, gradients,
+            )?;
+        } else if let Some(out) = grad_x {
             device.multiply(Product {
                 rows,
                 columns: map.inputs,
@@ -161,5 +169,188 @@ impl<D: Device, T: Compute> Gpu<D, T> {
             }
         }
         Ok(())
+    }
+
+    fn adapters(map: &Linear) -> Vec<lora_linear::Adapter> {
+        let adapter = |lora: &Adapter| lora_linear::Adapter {
+            output: lora.output,
+            outputs: lora.outputs,
+            rank: lora.rank,
+            scaling: lora.scaling as f32,
+        };
+        map.adapters.iter().map(adapter).collect()
+    }
+
+    fn factors<'a>(
+        &'a self,
+        map: &Linear,
+        parameters: &'a Buffer<D, T>,
+    ) -> Result<Vec<lora_linear::Factors<'a, T>>> {
+        let factors = |lora: &Adapter| {
+            Ok(lora_linear::Factors {
+                a: parameters.read(&self.device, lora.a.range())?,
+                b: parameters.read(&self.device, lora.b.range())?,
+            })
+        };
+        map.adapters.iter().map(factors).collect()
+    }
+
+    /// The mask of the adapters' input as bits.
+    fn keep(
+        &self,
+        shape: lora_linear::Shape<'_>,
+        dropped: Option<Dropped<Batch<D, T>>>,
+    ) -> Result<Option<(InUse<'_, D, u32>, f32)>> {
+        let Some(dropped) = dropped else {
+            return Ok(None);
+        };
+        let mut bits = self.bits.lock(&self.device, shape.keep_words())?;
+        let scale = dropped.mask.scale() as f32;
+        shape.draw_keep(
+            &self.device,
+            self.mask(dropped)?,
+            bits.output(&self.device)?,
+        )?;
+        Ok(Some((bits, scale)))
+    }
+
+    fn dropout<'a>(
+        &'a self,
+        keep: &'a mut Option<(InUse<'_, D, u32>, f32)>,
+    ) -> Result<Option<lora_linear::Dropout<'a>>> {
+        Ok(match keep {
+            Some((bits, scale)) => Some(lora_linear::Dropout {
+                keep: bits.output(&self.device)?.as_input(),
+                scale: *scale,
+            }),
+            None => None,
+        })
+    }
+
+    fn adapted_forward(
+        &self,
+        rows: usize,
+        map: &Linear,
+        parameters: &Buffer<D, T>,
+        x: In<Buffer<D, T>>,
+        adapted: &mut Buffer<D, T>,
+        dropout: Option<Dropped<Batch<D, T>>>,
+        y: Out<Buffer<D, T>>,
+    ) -> Result<()> {
+        let device = &self.device;
+        let adapters = Self::adapters(map);
+        let shape = adapted_shape(rows, map, &adapters);
+        let mut keep = self.keep(shape, dropout)?;
+        let columns = extent(rows, map.inputs, x.stride, x.start);
+        let [x] = x
+            .buffer
+            .read(device, columns)?
+            .rows(x.stride)
+            .columns([map.inputs]);
+        let columns = extent(rows, map.outputs, y.stride, y.start);
+        let [y] = y
+            .buffer
+            .write(device, columns)?
+            .rows(y.stride)
+            .columns([map.outputs]);
+        let tensors = lora_linear::Forward {
+            x,
+            weight: parameters.read(device, map.weight.range())?,
+            bias: match map.bias {
+                Some(span) => Some(parameters.read(device, span.range())?),
+                None => None,
+            },
+            factors: &self.factors(map, parameters)?,
+            groups: None,
+            dropout: self.dropout(&mut keep)?,
+            y,
+            accumulate: false,
+            kept: adapted.write(device, 0..rows * map.ranks())?,
+        };
+        Ok(shape.forward(device, tensors)?)
+    }
+
+    fn adapted_backward(
+        &self,
+        rows: usize,
+        map: &Linear,
+        parameters: &Buffer<D, T>,
+        x: In<Buffer<D, T>>,
+        adapted: &Buffer<D, T>,
+        dropout: Option<Dropped<Batch<D, T>>>,
+        grad_y: In<Buffer<D, T>>,
+        grad_x: Option<Out<Buffer<D, T>>>,
+        accumulate: bool,
+        gradients: &mut Buffer<D, T>,
+    ) -> Result<()> {
+        let device = &self.device;
+        let adapters = Self::adapters(map);
+        let shape = adapted_shape(rows, map, &adapters);
+        let mut keep = self.keep(shape, dropout)?;
+        let columns = extent(rows, map.inputs, x.stride, x.start);
+        let [x] = x
+            .buffer
+            .read(device, columns)?
+            .rows(x.stride)
+            .columns([map.inputs]);
+        let columns = extent(rows, map.outputs, grad_y.stride, grad_y.start);
+        let dy = grad_y.buffer.read(device, columns)?;
+        let [dy] = dy.rows(grad_y.stride).columns([map.outputs]);
+        let dx = match grad_x {
+            Some(out) => {
+                let columns = extent(rows, map.inputs, out.stride, out.start);
+                let dx = out.buffer.write(device, columns)?;
+                let [dx] = dx.rows(out.stride).columns([map.inputs]);
+                Some(dx)
+            }
+            None => None,
+        };
+        const PARTS: usize = 2 * lora_linear::MAX_ADAPTERS;
+        let ranges: [Range<usize>; PARTS] = std::array::from_fn(|part| {
+            let lora = map.adapters.get(part / 2);
+            lora.map_or(0..0, |lora| [lora.a, lora.b][part % 2].range())
+        });
+        let len = gradients.len;
+        let mut parts = gradients
+            .write_exact(device, 0..len)?
+            .parts(ranges)?
+            .into_iter();
+        let mut of_factors = Vec::with_capacity(adapters.len());
+        while let (Some(a), Some(b)) = (parts.next(), parts.next()) {
+            of_factors.push(lora_linear::FactorGradients { a, b });
+        }
+        of_factors.truncate(adapters.len());
+        let mut workspace = self.floats.lock(device, shape.workspace::<T>()?)?;
+        let mut kept_gradient = self.activations.lock(device, rows * map.ranks())?;
+        let tensors = lora_linear::Backward {
+            x,
+            weight: parameters.read(device, map.weight.range())?,
+            factors: &self.factors(map, parameters)?,
+            groups: None,
+            dropout: self.dropout(&mut keep)?,
+            kept: adapted.read(device, 0..rows * map.ranks())?,
+            dy,
+            dx,
+            accumulate,
+            gradients: &of_factors,
+            kept_gradient: kept_gradient.output(device)?,
+            workspace: workspace.output(device)?,
+        };
+        Ok(shape.backward(device, tensors)?)
+    }
+}
+
+fn adapted_shape<'a>(
+    rows: usize,
+    map: &Linear,
+    adapters: &'a [lora_linear::Adapter],
+) -> lora_linear::Shape<'a> {
+    lora_linear::Shape {
+        rows,
+        inputs: map.inputs,
+        outputs: map.outputs,
+        transposed: map.transposed,
+        adapters,
+        tasks: None,
     }
 }
