@@ -19,7 +19,7 @@ use serde_json::{Map, Value};
 use tracing::info;
 
 use crate::progress::Progress;
-use crate::{Demos, Eval, Train, Verify};
+use crate::{Bench, Demos, Eval, Train, Verify};
 
 type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
 type Fallible<T> = std::result::Result<T, dtmem::train::Error>;
@@ -310,6 +310,19 @@ pub fn verify(arguments: &Verify) -> Result<ExitCode> {
     } else {
         ExitCode::FAILURE
     })
+}
+
+/// `dtmem bench`: a line per row while it runs, and the report in a file.
+pub fn bench(arguments: &Bench) -> Result<ExitCode> {
+    let report = dtmem::bench::run(arguments.device, &arguments.filter, &mut |row| {
+        println!("{row}");
+    })?;
+    if let Some(file) = &arguments.json {
+        let json = serde_json::to_string(&report)? + "\n";
+        std::fs::write(file, json)
+            .map_err(|error| format!("{}: cannot write it: {error}", file.display()))?;
+    }
+    Ok(ExitCode::SUCCESS)
 }
 
 /// `dtmem info`.

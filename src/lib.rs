@@ -2,6 +2,8 @@
 
 pub mod backend;
 pub mod batch;
+#[cfg(feature = "trainer")]
+pub mod bench;
 #[cfg(feature = "cust")]
 pub mod interop;
 pub mod model;

@@ -31,6 +31,8 @@ enum Command {
     Demos(Demos),
     /// Check numbers in fixture files against the reference and the backends
     Verify(Verify),
+    /// Time the operations at named shapes, on the CPU and on a GPU
+    Bench(Bench),
     /// Show version, features, CPU, GPUs and kernel images
     Info,
 }
@@ -127,6 +129,19 @@ struct Verify {
     dtype: DtypeChoice,
 }
 
+#[derive(Debug, Args)]
+struct Bench {
+    /// File to write; scripts/bench-report makes a table and a picture of it
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Where to compute: auto (the CPU, and the first GPU if one works), cpu or cuda:N (and the CPU)
+    #[arg(long, default_value_t)]
+    device: DeviceChoice,
+    /// Only rows whose operation/scale contains this
+    #[arg(long, value_name = "NAME", default_value = "")]
+    filter: String,
+}
+
 fn main() -> ExitCode {
     let cli = Cli::parse();
     match commands::in_pool(cli.threads, || match &cli.command {
@@ -134,6 +149,7 @@ fn main() -> ExitCode {
         Command::Eval(arguments) => commands::eval(arguments),
         Command::Demos(arguments) => commands::demos(arguments),
         Command::Verify(arguments) => commands::verify(arguments),
+        Command::Bench(arguments) => commands::bench(arguments),
         Command::Info => commands::info(),
     }) {
         Ok(code) => code,

@@ -1,0 +1,366 @@
+//! One table of operations at named shapes, and how they are timed, on the CPU and on a GPU.
+//!
+//! `dtmem bench` and the criterion benches visit the same cases ([`each`]). Inputs are random. On a
+//! GPU a case is timed by events around many launches, on several sets of inputs in turn, more than
+//! its L2 holds. What a case must do is set against two ceilings of the same run: the bytes per
+//! second of a large copy, and the operations per second of a large product of matrices.
+
+mod operations;
+mod place;
+mod report;
+mod step;
+
+use std::time::Instant;
+
+use thiserror::Error;
+
+use crate::backend::BackendError;
+use crate::batch::TokenLayout;
+use crate::model::ModelError;
+use crate::train::device::DeviceChoice;
+pub use operations::Operation;
+use place::{CpuPlace, Place};
+pub use report::{Ceilings, Outcome, Report, Row, run};
+
+/// Why something could not be timed.
+#[derive(Debug, Error)]
+pub enum BenchError {
+    /// An operation failed.
+    #[error(transparent)]
+    Backend(#[from] BackendError),
+    /// A model refused a shape of the table.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    /// A batch of the table is not valid.
+    #[error(transparent)]
+    Batch(#[from] crate::batch::BatchError),
+    /// A GPU does not work.
+    #[error("{0}")]
+    Device(String),
+}
+
+/// Result of a timing.
+pub type Result<T> = std::result::Result<T, BenchError>;
+
+/// A batch and the sizes of the model that it is for.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Scale {
+    /// Short name.
+    pub name: &'static str,
+    /// Tokens of a time step.
+    pub layout: TokenLayout,
+    /// Time steps of trajectories, `repeats` times over.
+    pub lengths: &'static [usize],
+    /// How often the lengths occur.
+    pub repeats: usize,
+    /// D.
+    pub width: usize,
+    /// H.
+    pub heads: usize,
+    /// Width of the feed-forward layer.
+    pub feed_forward: usize,
+    /// Blocks.
+    pub layers: usize,
+    /// N, slots of a memory.
+    pub slots: usize,
+    /// Time steps of a segment.
+    pub segment_steps: usize,
+}
+
+/// Steps of eight trajectories as long as the paper's.
+const PAPER_STEPS: &[usize] = &[145, 20, 96, 40, 64, 33, 88, 26];
+
+const PAPER: Scale = Scale {
+    name: "paper",
+    layout: TokenLayout::ObsAction,
+    lengths: PAPER_STEPS,
+    repeats: 8,
+    width: 512,
+    heads: 2,
+    feed_forward: 2048,
+    layers: 4,
+    slots: 64,
+    segment_steps: 28,
+};
+
+/// The named shapes.
+pub const SCALES: [Scale; 5] = [
+    // One time step of a thousand episodes at once.
+    Scale {
+        name: "acting",
+        lengths: &[1],
+        repeats: 1024,
+        ..PAPER
+    },
+    // configs/hallway-quick.toml.
+    Scale {
+        name: "quick",
+        lengths: &[10, 14],
+        repeats: 16,
+        width: 128,
+        feed_forward: 1024,
+        layers: 1,
+        slots: 16,
+        segment_steps: 4,
+        ..PAPER
+    },
+    // AttentionTuner: 64 trajectories.
+    PAPER,
+    // DT-Mem: 8 windows of 28 steps, and the slots of the authors' code.
+    Scale {
+        name: "dt-mem",
+        layout: TokenLayout::ReturnObsAction,
+        lengths: &[28],
+        heads: 8,
+        slots: 1290,
+        ..PAPER
+    },
+    Scale {
+        name: "long",
+        lengths: &[2048],
+        repeats: 4,
+        heads: 8,
+        slots: 256,
+        ..PAPER
+    },
+];
+
+impl Scale {
+    /// Trajectories.
+    pub fn sequences(&self) -> usize {
+        self.lengths.len() * self.repeats
+    }
+
+    /// Time steps of all of them: observations, and actions.
+    pub fn steps(&self) -> usize {
+        self.lengths.iter().sum::<usize>() * self.repeats
+    }
+
+    /// T.
+    pub fn tokens(&self) -> usize {
+        self.steps() * self.layout.tokens_per_step()
+    }
+
+    /// Segments of all trajectories.
+    pub fn segments(&self) -> usize {
+        let of = |steps: &usize| steps.div_ceil(self.segment_steps);
+        self.lengths.iter().map(of).sum::<usize>() * self.repeats
+    }
+
+    /// Pairs of a query and a key that causal attention sees.
+    pub fn visible(&self) -> usize {
+        let of = |steps: &usize| {
+            let tokens = steps * self.layout.tokens_per_step();
+            tokens * (tokens + 1) / 2
+        };
+        self.lengths.iter().map(of).sum::<usize>() * self.repeats
+    }
+
+    /// Weights of the blocks' matrices.
+    pub fn weights(&self) -> usize {
+        self.layers * self.width * (4 * self.width + 2 * self.feed_forward)
+    }
+}
+
+/// What a case must do at least.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Cost {
+    /// Additions and multiplications.
+    pub operations: f64,
+    /// Bytes to and from memory.
+    pub bytes: f64,
+}
+
+/// A case, ready to be timed.
+pub struct Case<'a> {
+    /// What is computed.
+    pub operation: Operation,
+    /// At which shapes.
+    pub scale: &'static Scale,
+    /// `cpu`, or the GPU's name.
+    pub device: &'a str,
+    /// What it computes in.
+    pub precision: &'static str,
+    /// What it must do.
+    pub cost: Cost,
+    /// The ceilings of the device.
+    pub ceilings: Ceilings,
+    time: &'a mut dyn FnMut(u64) -> Result<f64>,
+}
+
+impl Case<'_> {
+    /// `operation/scale`.
+    pub fn name(&self) -> String {
+        format!("{}/{}", self.operation.name(), self.scale.name)
+    }
+
+    /// Seconds that so many runs take, one after another.
+    pub fn time(&mut self, runs: u64) -> Result<f64> {
+        (self.time)(runs)
+    }
+}
+
+/// What [`each`] comes across.
+pub enum Visit<'a> {
+    /// A case to time.
+    Case(Case<'a>),
+    /// A case that this machine, or the time, is not enough for.
+    Skipped {
+        /// What would be computed.
+        operation: Operation,
+        /// At which shapes.
+        scale: &'static Scale,
+        /// Where.
+        device: &'a str,
+        /// Why not.
+        reason: &'a str,
+    },
+}
+
+/// Operations that the CPU takes a moment for.
+const CPU_OPERATIONS: f64 = 1e10;
+
+/// Visits the cases whose name contains `filter`: those that take the CPU a moment on the CPU, and
+/// unless `device` is `cpu` all of them on a GPU. Skips what is left after `seconds`.
+///
+/// # Errors
+/// A GPU that was asked for and does not work; what an operation or the visitor returns.
+pub fn each(
+    device: DeviceChoice,
+    filter: &str,
+    seconds: f64,
+    visit: &mut dyn FnMut(Visit) -> Result<()>,
+) -> Result<()> {
+    let until = Until {
+        start: Instant::now(),
+        seconds,
+    };
+    on(&CpuPlace, filter, until, visit)?;
+    match device {
+        DeviceChoice::Cpu => Ok(()),
+        DeviceChoice::Auto => on_gpu(0, filter, until, visit),
+        DeviceChoice::Cuda(number) => on_gpu(number, filter, until, visit),
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Until {
+    start: Instant,
+    seconds: f64,
+}
+
+/// The cases of the table that a filter leaves.
+fn table(filter: &str) -> impl Iterator<Item = (Operation, &'static Scale)> {
+    Operation::ALL.into_iter().flat_map(move |operation| {
+        let fits = move |scale: &&'static Scale| {
+            operation.has(scale) && format!("{}/{}", operation.name(), scale.name).contains(filter)
+        };
+        SCALES
+            .iter()
+            .filter(fits)
+            .map(move |scale| (operation, scale))
+    })
+}
+
+fn on<P: Place>(
+    place: &P,
+    filter: &str,
+    until: Until,
+    visit: &mut dyn FnMut(Visit) -> Result<()>,
+) -> Result<()> {
+    let device = place.name();
+    let backend = place.backend()?;
+    let ceilings = operations::ceilings(place, &backend)?;
+    for (operation, scale) in table(filter) {
+        let cost = operation.cost(scale, P::ELEMENT_BYTES);
+        let skip = if place.is_cpu() && cost.operations > CPU_OPERATIONS {
+            Some("it takes a CPU too long")
+        } else if until.start.elapsed().as_secs_f64() > until.seconds {
+            Some("no time left")
+        } else {
+            None
+        };
+        if let Some(reason) = skip {
+            visit(Visit::Skipped {
+                operation,
+                scale,
+                device: &device,
+                reason,
+            })?;
+            continue;
+        }
+        let mut case = |time: &mut dyn FnMut(u64) -> Result<f64>| {
+            visit(Visit::Case(Case {
+                operation,
+                scale,
+                device: &device,
+                precision: P::PRECISION,
+                cost,
+                ceilings,
+                time,
+            }))
+        };
+        if operation == Operation::Step {
+            let mut step = step::Step::new(place.backend()?, scale)?;
+            case(&mut |runs| step.time(runs))?;
+            continue;
+        }
+        let copies = (P::CACHE_BYTES / cost.bytes).ceil().clamp(1.0, MOST_COPIES) as usize;
+        let mut runs = (0..copies)
+            .map(|_| operations::prepare(&backend, operation, scale))
+            .collect::<Result<Vec<_>>>()?;
+        let mut next = 0;
+        case(&mut |count| {
+            place.seconds(&backend, &mut || {
+                for _ in 0..count {
+                    runs[next]()?;
+                    next = (next + 1) % copies;
+                }
+                Ok(())
+            })
+        })?;
+    }
+    Ok(())
+}
+
+/// Sets of inputs at most.
+const MOST_COPIES: f64 = 64.0;
+
+#[cfg(feature = "cuda")]
+fn on_gpu(
+    number: usize,
+    filter: &str,
+    until: Until,
+    visit: &mut dyn FnMut(Visit) -> Result<()>,
+) -> Result<()> {
+    match place::CudaPlace::new(number) {
+        Ok(place) => on(&place, filter, until, visit),
+        Err(reason) => no_gpu(&reason, filter, visit),
+    }
+}
+
+#[cfg(not(feature = "cuda"))]
+fn on_gpu(
+    _number: usize,
+    filter: &str,
+    _until: Until,
+    visit: &mut dyn FnMut(Visit) -> Result<()>,
+) -> Result<()> {
+    no_gpu(
+        "this binary was built without the feature `cuda`",
+        filter,
+        visit,
+    )
+}
+
+fn no_gpu(reason: &str, filter: &str, visit: &mut dyn FnMut(Visit) -> Result<()>) -> Result<()> {
+    let reason = format!("no GPU: {reason}");
+    table(filter).try_for_each(|(operation, scale)| {
+        visit(Visit::Skipped {
+            operation,
+            scale,
+            device: "gpu",
+            reason: &reason,
+        })
+    })
+}

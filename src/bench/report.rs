@@ -1,0 +1,195 @@
+//! What `dtmem bench` writes.
+
+use std::fmt;
+
+use serde::Serialize;
+
+use super::{Case, Cost, Operation, Result, Visit, each};
+use crate::train::device::DeviceChoice;
+
+/// What a device reaches in this run.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Ceilings {
+    /// Bytes per second of a large copy, read and written.
+    pub bytes_per_s: f64,
+    /// Operations per second of a large product of matrices.
+    pub operations_per_s: f64,
+}
+
+/// One case on one device.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Row {
+    /// What was computed.
+    pub operation: &'static str,
+    /// Name of the shapes.
+    pub scale: &'static str,
+    /// Tokens of the batch.
+    pub tokens: usize,
+    /// Where.
+    pub device: String,
+    /// The numbers, or why there are none.
+    #[serde(flatten)]
+    pub outcome: Outcome,
+}
+
+/// The numbers of a row.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[serde(untagged)]
+pub enum Outcome {
+    /// It was timed.
+    Timed {
+        /// What was computed in.
+        precision: &'static str,
+        /// Median of one run.
+        seconds: f64,
+        /// What one run must compute.
+        operations: f64,
+        /// What one run must move.
+        bytes: f64,
+        /// Operations per second.
+        tflop_per_s: f64,
+        /// Bytes per second.
+        gb_per_s: f64,
+        /// Tokens per second.
+        tokens_per_s: f64,
+        /// `bytes` or `operations`: what takes longer at the ceilings.
+        bound: &'static str,
+        /// The time that the bound takes at its ceiling, as a share of the median.
+        share: f64,
+    },
+    /// It was not.
+    Skipped {
+        /// Why.
+        skipped: String,
+    },
+}
+
+impl fmt::Display for Row {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        let name = format!("{}/{}", self.operation, self.scale);
+        write!(f, "{name:<32} {:<12} ", self.device)?;
+        match &self.outcome {
+            Outcome::Timed {
+                seconds,
+                tflop_per_s,
+                gb_per_s,
+                bound,
+                share,
+                ..
+            } => write!(
+                f,
+                "{:>11.4} ms {tflop_per_s:>9.3} TFLOP/s {gb_per_s:>8.1} GB/s  {:>5.1} % of {bound}",
+                1e3 * seconds,
+                1e2 * share,
+            ),
+            Outcome::Skipped { skipped } => write!(f, "skipped: {skipped}"),
+        }
+    }
+}
+
+/// Everything that one run measured.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Report {
+    /// Version of this crate.
+    pub version: &'static str,
+    /// Threads of the CPU.
+    pub threads: usize,
+    /// The ceilings of each device.
+    pub ceilings: Vec<(String, Ceilings)>,
+    /// In the order of the table.
+    pub rows: Vec<Row>,
+}
+
+/// Seconds after which nothing new is begun.
+const MOST_SECONDS: f64 = 150.0;
+/// Samples of a case.
+const SAMPLES: usize = 9;
+/// Seconds that the samples of a case take together, where one run takes less.
+const CASE_SECONDS: f64 = 0.3;
+
+/// Times the table, or what of it the filter leaves, and shows each row.
+///
+/// # Errors
+/// As [`each`].
+pub fn run(device: DeviceChoice, filter: &str, show: &mut dyn FnMut(&Row)) -> Result<Report> {
+    let mut report = Report {
+        version: env!("CARGO_PKG_VERSION"),
+        threads: rayon::current_num_threads(),
+        ceilings: Vec::new(),
+        rows: Vec::new(),
+    };
+    each(device, filter, MOST_SECONDS, &mut |visit| {
+        let row = match visit {
+            Visit::Case(case) => {
+                if !report
+                    .ceilings
+                    .iter()
+                    .any(|(device, _)| device == case.device)
+                {
+                    let device = case.device.to_owned();
+                    report.ceilings.push((device, case.ceilings));
+                }
+                measured(case)?
+            }
+            Visit::Skipped {
+                operation,
+                scale,
+                device,
+                reason,
+            } => Row {
+                operation: operation.name(),
+                scale: scale.name,
+                tokens: scale.tokens(),
+                device: device.to_owned(),
+                outcome: Outcome::Skipped {
+                    skipped: reason.to_owned(),
+                },
+            },
+        };
+        show(&row);
+        report.rows.push(row);
+        Ok(())
+    })?;
+    Ok(report)
+}
+
+fn measured(mut case: Case) -> Result<Row> {
+    // The first run loads kernels, the second tells how many make a sample.
+    case.time(1)?;
+    let one = case.time(1)?;
+    let samples = ((CASE_SECONDS / one) as usize).clamp(1, SAMPLES);
+    let runs = (CASE_SECONDS / SAMPLES as f64 / one).clamp(1.0, 1e4) as u64;
+    let mut seconds = (0..samples)
+        .map(|_| Ok(case.time(runs)? / runs as f64))
+        .collect::<Result<Vec<_>>>()?;
+    seconds.sort_by(f64::total_cmp);
+    let seconds = seconds[samples / 2];
+    let Cost { operations, bytes } = case.cost;
+    let least = [
+        ("bytes", bytes / case.ceilings.bytes_per_s),
+        ("operations", operations / case.ceilings.operations_per_s),
+    ];
+    let (bound, least) = if least[0].1 > least[1].1 {
+        least[0]
+    } else {
+        least[1]
+    };
+    let tokens = case.scale.tokens();
+    Ok(Row {
+        operation: Operation::name(case.operation),
+        scale: case.scale.name,
+        tokens,
+        device: case.device.to_owned(),
+        outcome: Outcome::Timed {
+            precision: case.precision,
+            seconds,
+            operations,
+            bytes,
+            tflop_per_s: operations / seconds / 1e12,
+            gb_per_s: bytes / seconds / 1e9,
+            tokens_per_s: tokens as f64 / seconds,
+            bound,
+            share: least / seconds,
+        },
+    })
+}

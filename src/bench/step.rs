@@ -1,0 +1,104 @@
+//! Whole training steps of AttentionTuner and DT-Mem.
+
+use std::time::Instant;
+
+use dtmem_reference::attention::Denominator;
+
+use super::operations::{ACTIONS, CARDINALITIES, VIEW, batch};
+use super::{Result, Scale};
+use crate::backend::Backend;
+use crate::batch::{PackedBatch, TokenLayout};
+use crate::model::{
+    AttentionSpan, Block, Capacity, MemoryConfig, Model, ModelConfig, OptimiserStep, Spaces,
+    SupervisionConfig, Training,
+};
+
+/// Parts of a batch for a CPU's threads.
+const SHARDS: usize = 2;
+
+const OPTIMISER: OptimiserStep = OptimiserStep {
+    learning_rate: 1e-4,
+    beta1: 0.9,
+    beta2: 0.999,
+    epsilon: 1e-8,
+    weight_decay: 0.0,
+    clip: None,
+};
+
+/// A model with its optimiser and a batch.
+pub(super) struct Step<B: Backend> {
+    model: Model<B>,
+    training: Training<B>,
+    batch: PackedBatch,
+    number: u64,
+}
+
+impl<B: Backend<Element = f32>> Step<B> {
+    /// AttentionTuner, or DT-Mem where there are return tokens.
+    pub fn new(backend: B, scale: &Scale) -> Result<Self> {
+        let dt_mem = scale.layout == TokenLayout::ReturnObsAction;
+        let sizes = ModelConfig {
+            layout: scale.layout,
+            width: scale.width,
+            layers: scale.layers,
+            heads: scale.heads,
+            feed_forward: scale.feed_forward,
+            ..ModelConfig::default()
+        };
+        let config = match dt_mem {
+            true => ModelConfig {
+                block: Block::PreLn,
+                attention: AttentionSpan::Segment,
+                segment_steps: scale.segment_steps,
+                memory: Some(MemoryConfig {
+                    slots: scale.slots,
+                    ..MemoryConfig::default()
+                }),
+                ..sizes
+            },
+            false => sizes,
+        };
+        let supervision = (!dt_mem).then(|| SupervisionConfig {
+            lambda: 10.0,
+            layer: 0,
+            heads: vec![0],
+            denominator: Denominator::Square,
+        });
+        let spaces = Spaces {
+            observation: VIEW.to_vec(),
+            cardinalities: CARDINALITIES.to_vec(),
+            actions: ACTIONS,
+            steps: scale.lengths.iter().copied().max().unwrap_or(1),
+        };
+        let shards = backend.shards(SHARDS);
+        let mut model = Model::new(backend, config, spaces, supervision)?;
+        model.initialise(0)?;
+        let batch = batch(scale, model.packer())?;
+        let capacity = Capacity {
+            tokens: batch.tokens(),
+            observations: batch.observation_tokens.len(),
+            sequences: batch.sequences(),
+            segments: batch.segments(),
+        };
+        let training = Training::new(&model, capacity, shards)?;
+        Ok(Self {
+            model,
+            training,
+            batch,
+            number: 0,
+        })
+    }
+
+    /// Seconds of so many steps. Each ends with its metrics on the host, so that a clock there sees
+    /// what a trainer waits for.
+    pub fn time(&mut self, runs: u64) -> Result<f64> {
+        let start = Instant::now();
+        for _ in 0..runs {
+            self.number += 1;
+            let (model, batch) = (&mut self.model, &self.batch);
+            self.training
+                .step(model, batch, 0, self.number, &OPTIMISER)?;
+        }
+        Ok(start.elapsed().as_secs_f64())
+    }
+}
