@@ -105,7 +105,8 @@ def main():
                     qkv = packed()
                     return backward([attend(*qkv, block_mask=blocks)], qkv)
                 peers.case("attention", scale, "flex", dtype, forward, copies, tokens)
-                peers.case("attention_backward", scale, "flex", dtype, gradients, copies, tokens)
+                if peers.on_gpu:  # it has no gradients on a CPU
+                    peers.case("attention_backward", scale, "flex", dtype, gradients, copies, tokens)
             except ImportError as error:
                 print(f"no FlexAttention: {error}")
 
