@@ -838,3 +838,50 @@ fn update<'a, B: Backend<Element = f32>>(
         )?)
     }))
 }
+
+#[cfg(all(test, feature = "host"))]
+mod tests {
+    use half::bf16;
+
+    use super::super::step::Step;
+    use super::*;
+    use crate::backend::gpu::{Gpu, HostDevice};
+
+    /// On a GPU nobody is there to see that a case of the table is refused.
+    #[test]
+    fn every_operation_runs_on_the_gpu_backend() {
+        let tiny = Scale {
+            name: "paper",
+            layout: TokenLayout::ObsAction,
+            lengths: &[3, 2],
+            repeats: 1,
+            width: 32,
+            heads: 2,
+            feed_forward: 32,
+            layers: 1,
+            slots: 8,
+            segment_steps: 2,
+        };
+        let dt_mem = Scale {
+            layout: TokenLayout::ReturnObsAction,
+            ..tiny
+        };
+        let backend = || Gpu::<HostDevice, bf16>::new(HostDevice::default());
+        for scale in [tiny, dt_mem] {
+            for operation in Operation::ALL {
+                let cost = operation.cost(&scale, 2.0);
+                assert!(cost.operations > 0.0 && cost.bytes > 0.0);
+                let result = match operation {
+                    Operation::Step => {
+                        Step::new(backend(), &scale).and_then(|mut step| step.time(2).map(drop))
+                    }
+                    _ => prepare(&backend(), operation, &scale).and_then(|mut run| {
+                        run()?;
+                        run()
+                    }),
+                };
+                result.unwrap_or_else(|error| panic!("{}: {error}", operation.name()));
+            }
+        }
+    }
+}
