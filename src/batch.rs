@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 
+use dtmem_reference::optimiser::AdamW;
 use thiserror::Error;
 
 /// Which tokens stand for one time step (SPEC section 1).
@@ -93,6 +94,8 @@ pub struct TrainingStep {
     pub number: u32,
     /// Weights of the losses.
     pub weights: LossWeights,
+    /// What the optimiser does; nothing where only gradients are wanted.
+    pub optimiser: Option<AdamW>,
 }
 
 /// What each summed loss counts in the gradient.

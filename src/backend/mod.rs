@@ -55,6 +55,9 @@ pub enum BackendError {
     /// A batch that was not staged, or scratch memory that is not there.
     #[error("a batch that was not staged")]
     NotStaged,
+    /// An update without an optimiser's step in the batch.
+    #[error("a batch without a step of the optimiser")]
+    NoStep,
 }
 
 #[cfg(feature = "cuda")]
@@ -433,13 +436,15 @@ impl<Batch> Copy for Dropped<'_, Batch> {}
 
 /// Operations on buffers. All shapes are row-major; `rows` counts packed tokens unless said
 /// otherwise. Input gradients are overwritten, parameter gradients (`gradients`) added to.
-pub trait Backend: Sync {
+pub trait Backend: Send + Sync {
     /// Type of one number as it travels to and from the host.
     type Element: Scalar;
     /// Floating-point memory.
     type Buffer: Debug + Send + Sync;
     /// A batch in the backend's memory.
     type Batch: Default + Debug + Send + Sync;
+    /// Operations that were recorded to be repeated.
+    type Recording: Default + Debug;
     /// What [`Self::attention`] keeps for its backward pass.
     type AttentionState: Debug + Send + Sync;
     /// The memory after each segment, and what else [`Self::memory`] keeps for its backward pass.
@@ -466,6 +471,18 @@ pub trait Backend: Sync {
 
     /// Copies to the host.
     fn download(&self, from: &Self::Buffer, offset: usize, to: &mut [Self::Element]) -> Result<()>;
+
+    /// A number that tells staged batches of different sizes, or in different memory, apart.
+    fn shape(&self, batch: &Self::Batch) -> u64;
+
+    /// Does `work`: operations on always the same buffers and staged batches, the same ones whenever
+    /// `shape` is. A backend may record them, and then repeat what it has recorded.
+    fn repeat<E: From<BackendError>>(
+        &self,
+        recording: &mut Self::Recording,
+        shape: u64,
+        work: impl FnOnce() -> std::result::Result<(), E>,
+    ) -> std::result::Result<(), E>;
 
     /// Brings a batch to the backend, reusing the memory of `to`.
     fn stage(&self, batch: &PackedBatch, to: &mut Self::Batch) -> Result<()>;
@@ -770,11 +787,11 @@ pub trait Backend: Sync {
         metrics: &mut Self::Buffer,
     ) -> Result<()>;
 
-    /// One AdamW step on the start of the four arenas, with gradients ·
+    /// The batch's AdamW step on the start of the four arenas, with gradients ·
     /// [`Metric::GradientScale`]. Where that is NaN nothing changes.
     fn adamw(
         &self,
-        hyper: &AdamW,
+        batch: &Self::Batch,
         trained: Trained,
         metrics: &Self::Buffer,
         gradients: &Self::Buffer,

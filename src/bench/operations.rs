@@ -314,6 +314,15 @@ pub(super) fn batch(scale: &Scale, mut packer: Packer) -> Result<PackedBatch> {
             action: 1.0 / scale.steps() as f64,
             pair: 10.0 / scale.visible() as f64,
         },
+        optimiser: Some(AdamW {
+            learning_rate: 1e-4,
+            beta1: 0.9,
+            beta2: 0.999,
+            epsilon: 1e-8,
+            weight_decay: 1e-4,
+            gradient_scale: 1.0,
+            step: 100,
+        }),
     };
     Ok(batch)
 }
@@ -816,19 +825,11 @@ fn update<'a, B: Backend<Element = f32>>(
     ];
     let squares: Vec<f32> = numbers(len, 1e-3).iter().map(|x| x * x).collect();
     backend.upload(&squares, &mut second, 0)?;
-    let hyper = AdamW {
-        learning_rate: 1e-4,
-        beta1: 0.9,
-        beta2: 0.999,
-        epsilon: 1e-8,
-        weight_decay: 1e-4,
-        gradient_scale: 1.0,
-        step: 100,
-    };
+    let batch = staged(backend, scale)?;
     let trained = Trained { len, decayed: len };
     Ok(Box::new(move || {
         Ok(backend.adamw(
-            &hyper,
+            &batch,
             trained,
             &metrics,
             &gradients,

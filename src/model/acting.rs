@@ -44,7 +44,7 @@ struct Window {
 impl<B: Backend> Actor<B> {
     /// An actor for `episodes` episodes, all at their first step.
     pub fn new(model: &Model<B>, episodes: usize) -> Result<Self, ModelError> {
-        let (backend, config) = (&model.backend, &model.config);
+        let (backend, config) = (&*model.backend, &model.config);
         let per_step = config.layout.tokens_per_step();
         let steps = model.spaces.steps;
         let segment = match (config.segment_steps, &config.memory) {

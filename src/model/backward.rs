@@ -19,7 +19,7 @@ impl<B: Backend> Model<B> {
         gradients: &mut B::Buffer,
     ) -> Result<(), ModelError> {
         let Pass { batch, counts, .. } = pass;
-        let backend = &self.backend;
+        let backend = &*self.backend;
         let network = &self.network;
         let width = self.config.width;
         backend.cross_entropy(
@@ -114,7 +114,7 @@ impl<B: Backend> Model<B> {
         gradients: &mut B::Buffer,
     ) -> Result<(), ModelError> {
         let Pass { batch, counts, .. } = pass;
-        let backend = &self.backend;
+        let backend = &*self.backend;
         let width = self.config.width;
         if let Some(map) = &self.network.return_to_go {
             self.linear_backward(
@@ -195,7 +195,7 @@ impl<B: Backend> Model<B> {
         gradients: &mut B::Buffer,
     ) -> Result<(), ModelError> {
         let rows = pass.counts.tokens;
-        let backend = &self.backend;
+        let backend = &*self.backend;
         let width = self.config.width;
         let stream = acts
             .memory
@@ -247,7 +247,7 @@ impl<B: Backend> Model<B> {
         gradients: &mut B::Buffer,
     ) -> Result<(), ModelError> {
         let rows = pass.counts.tokens;
-        let backend = &self.backend;
+        let backend = &*self.backend;
         let width = self.config.width;
         let stream = acts
             .memory
@@ -300,7 +300,7 @@ impl<B: Backend> Model<B> {
         gradients: &mut B::Buffer,
     ) -> Result<(), ModelError> {
         let rows = pass.counts.tokens;
-        let backend = &self.backend;
+        let backend = &*self.backend;
         let (width, wide) = (self.config.width, block.up.outputs);
         let grad_down = match pass.mask(self.config.dropout, Site::FeedForward(index))? {
             Some(mask) => {
@@ -401,7 +401,7 @@ impl<B: Backend> Model<B> {
         gradients: &mut B::Buffer,
     ) -> Result<(), ModelError> {
         let (batch, rows) = (pass.batch, pass.counts.tokens);
-        let backend = &self.backend;
+        let backend = &*self.backend;
         let width = self.config.width;
         self.linear_backward(
             rows,

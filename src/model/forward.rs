@@ -114,7 +114,7 @@ impl<B: Backend> Model<B> {
         acts: &mut Activations<B>,
     ) -> Result<(), ModelError> {
         let Pass { batch, counts, .. } = pass;
-        let backend = &self.backend;
+        let backend = &*self.backend;
         let network = &self.network;
         let width = self.config.width;
         self.embed(pass, acts)?;
@@ -180,7 +180,7 @@ impl<B: Backend> Model<B> {
 
     fn embed(&self, pass: Pass<B>, acts: &mut Activations<B>) -> Result<(), ModelError> {
         let Pass { batch, counts, .. } = pass;
-        let backend = &self.backend;
+        let backend = &*self.backend;
         let width = self.config.width;
         match &self.network.observation {
             ObservationEmbedding::Linear(map) => backend.one_hot(
@@ -248,7 +248,7 @@ impl<B: Backend> Model<B> {
         acts: &mut Activations<B>,
     ) -> Result<(), ModelError> {
         let (batch, rows) = (pass.batch, pass.counts.tokens);
-        let backend = &self.backend;
+        let backend = &*self.backend;
         let block = &self.network.blocks[index];
         let width = self.config.width;
         let len = rows * width;
@@ -396,7 +396,7 @@ impl<B: Backend> Model<B> {
         none: &mut B::Buffer,
     ) -> Result<(), ModelError> {
         let (batch, rows) = (pass.batch, pass.counts.tokens);
-        let backend = &self.backend;
+        let backend = &*self.backend;
         let width = self.config.width;
         backend.layer_norm(
             rows,

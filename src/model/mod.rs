@@ -10,6 +10,8 @@ mod network;
 mod parameters;
 mod training;
 
+use std::sync::Arc;
+
 use dtmem_reference::Scalar;
 use ndarray::Array2;
 use thiserror::Error;
@@ -81,7 +83,7 @@ impl ModelError {
 /// A model: its parameters on a backend and the operations that use them.
 #[derive(Debug)]
 pub struct Model<B: Backend> {
-    backend: B,
+    backend: Arc<B>,
     config: ModelConfig,
     spaces: Spaces,
     supervision: Option<SupervisionConfig>,
@@ -112,7 +114,7 @@ impl<B: Backend> Model<B> {
         let mut constants = backend.buffer(table.len(), Kind::Parameter)?;
         backend.upload(&table, &mut constants, 0)?;
         Ok(Self {
-            backend,
+            backend: Arc::new(backend),
             config,
             spaces,
             supervision,
@@ -207,7 +209,7 @@ impl<B: Backend> Model<B> {
             segments: batch.segments(),
         };
         self.check(batch, capacity)?;
-        let mut acts = Activations::new(&self.backend, &self.network, &self.config, capacity)?;
+        let mut acts = Activations::new(&*self.backend, &self.network, &self.config, capacity)?;
         let mut staged = B::Batch::default();
         self.backend.stage(batch, &mut staged)?;
         let pass = Pass {

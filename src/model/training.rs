@@ -1,6 +1,7 @@
 //! One optimiser step: forward, backward, clipping, AdamW.
 
 use std::cmp::Reverse;
+use std::sync::Arc;
 
 use dtmem_reference::Scalar;
 
@@ -63,6 +64,8 @@ pub struct Training<B: Backend> {
     shards: Vec<Shard<B>>,
     first_moment: B::Buffer,
     second_moment: B::Buffer,
+    /// Of a whole step.
+    recording: B::Recording,
     /// Sequences of the batch, longest first.
     order: Vec<usize>,
 }
@@ -81,7 +84,7 @@ struct Shard<B: Backend> {
 
 impl<B: Backend> Shard<B> {
     fn new(model: &Model<B>, capacity: Capacity) -> Result<Self, ModelError> {
-        let (backend, network, config) = (&model.backend, &model.network, &model.config);
+        let (backend, network, config) = (&*model.backend, &model.network, &model.config);
         Ok(Self {
             sequences: Vec::with_capacity(capacity.sequences),
             tokens: 0,
@@ -93,21 +96,23 @@ impl<B: Backend> Shard<B> {
         })
     }
 
-    fn run(
+    fn stage(
         &mut self,
-        model: &Model<B>,
+        backend: &B,
         batch: &PackedBatch,
-        seed: u64,
         training: TrainingStep,
     ) -> Result<(), ModelError> {
-        let backend = &model.backend;
         batch.select(&self.sequences, &mut self.part);
         self.part.training = training;
-        backend.stage(&self.part, &mut self.batch)?;
+        Ok(backend.stage(&self.part, &mut self.batch)?)
+    }
+
+    fn run(&mut self, model: &Model<B>, seed: u64) -> Result<(), ModelError> {
+        let backend = &*model.backend;
         let pass = Pass {
             batch: &self.batch,
             counts: Counts::from(&self.part),
-            training: Some((seed, training.number)),
+            training: Some((seed, self.part.training.number)),
         };
         let acts = &mut self.activations;
         backend.zero(&mut self.gradients, model.trained_span())?;
@@ -126,7 +131,7 @@ impl<B: Backend> Shard<B> {
 impl<B: Backend> Training<B> {
     /// Buffers for batches up to `capacity` in `shards` shards, and moments of zero.
     pub fn new(model: &Model<B>, capacity: Capacity, shards: usize) -> Result<Self, ModelError> {
-        let backend = &model.backend;
+        let backend = &*model.backend;
         if shards == 0 {
             return Err(ModelError::setting("shards", shards, "at least 1"));
         }
@@ -149,6 +154,7 @@ impl<B: Backend> Training<B> {
                 .collect::<Result<_, _>>()?,
             first_moment: backend.buffer(trained, Kind::Exact)?,
             second_moment: backend.buffer(trained, Kind::Exact)?,
+            recording: B::Recording::default(),
             order: Vec::with_capacity(capacity.sequences),
         };
         backend.zero(&mut training.first_moment, model.trained_span())?;
@@ -186,29 +192,41 @@ impl<B: Backend> Training<B> {
         seed: u64,
         step: u64,
     ) -> Result<StepMetrics, ModelError> {
-        self.accumulate(model, batch, seed, step, None)?;
+        self.stage(model, batch, step, None)?;
+        self.accumulate(model, seed, None)?;
         self.metrics(model, batch)
     }
 
-    /// Computes gradients, losses and the norm, into the first shard.
-    fn accumulate(
+    /// Divides a batch and brings it to the backend.
+    fn stage(
         &mut self,
         model: &Model<B>,
         batch: &PackedBatch,
-        seed: u64,
         step: u64,
-        clip: Option<f64>,
+        optimiser: Option<AdamW>,
     ) -> Result<(), ModelError> {
         model.check(batch, self.capacity)?;
         self.divide(batch);
         let training = TrainingStep {
             number: step as u32,
             weights: model.loss_weights(batch),
+            optimiser,
         };
-        let backend = &model.backend;
+        let backend = &*model.backend;
         backend.for_each(&mut self.shards, |shard| {
-            shard.run(model, batch, seed, training)
-        })?;
+            shard.stage(backend, batch, training)
+        })
+    }
+
+    /// Computes gradients, losses and the norm, into the first shard.
+    fn accumulate(
+        &mut self,
+        model: &Model<B>,
+        seed: u64,
+        clip: Option<f64>,
+    ) -> Result<(), ModelError> {
+        let backend = &*model.backend;
+        backend.for_each(&mut self.shards, |shard| shard.run(model, seed))?;
         let trained = model.parameters.trained();
         if let [first, rest @ ..] = self.shards.as_mut_slice() {
             let metrics = &mut first.activations.metrics;
@@ -254,7 +272,6 @@ impl<B: Backend> Training<B> {
         step: u64,
         optimiser: &OptimiserStep,
     ) -> Result<StepMetrics, ModelError> {
-        self.accumulate(model, batch, seed, step, optimiser.clip)?;
         let hyper = AdamW {
             learning_rate: optimiser.learning_rate,
             beta1: optimiser.beta1,
@@ -264,20 +281,34 @@ impl<B: Backend> Training<B> {
             gradient_scale: 1.0,
             step,
         };
+        self.stage(model, batch, step, Some(hyper))?;
+        let shape = model.backend.shape(&self.shards[0].batch);
+        let mut recording = std::mem::take(&mut self.recording);
+        let backend = Arc::clone(&model.backend);
+        let done = backend.repeat(&mut recording, shape, || {
+            self.accumulate(model, seed, optimiser.clip)?;
+            self.update(model)
+        });
+        self.recording = recording;
+        done?;
+        self.metrics(model, batch)
+    }
+
+    fn update(&mut self, model: &mut Model<B>) -> Result<(), ModelError> {
         let first = &self.shards[0];
-        model.backend.adamw(
-            &hyper,
-            Trained {
-                len: model.parameters.trained(),
-                decayed: model.parameters.decayed.len,
-            },
+        let trained = Trained {
+            len: model.parameters.trained(),
+            decayed: model.parameters.decayed.len,
+        };
+        Ok(model.backend.adamw(
+            &first.batch,
+            trained,
             &first.activations.metrics,
             &first.gradients,
             &mut model.values,
             &mut self.first_moment,
             &mut self.second_moment,
-        )?;
-        self.metrics(model, batch)
+        )?)
     }
 
     /// First and second moments of the trained part of the arena.

@@ -140,6 +140,9 @@ pub enum Error {
         /// What it said.
         source: cudarc::cublaslt::result::CublasError,
     },
+    /// A capture that gave nothing.
+    #[error("the CUDA stream gave no graph of what it was asked for")]
+    NoGraph,
     /// The driver failed at something else.
     #[error("CUDA driver: {0}")]
     Driver(#[from] cudarc::driver::DriverError),

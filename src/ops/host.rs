@@ -22,11 +22,20 @@ impl Host {
     }
 }
 
-impl Launcher for Host {
-    fn launch(&self, launch: &Launch<'_>) -> Result<()> {
+/// A launch as the executor takes it, which does not hold on to its memory: the executor checks that.
+#[derive(Debug)]
+pub(crate) struct Prepared {
+    kernel: &'static str,
+    shape: dtmem_host::Launch,
+    args: Vec<dtmem_host::Arg>,
+}
+
+impl Host {
+    /// None where there is nothing to launch.
+    pub(crate) fn prepare(launch: &Launch<'_>) -> Result<Option<Prepared>> {
         launch.check_home(Home::HOST)?;
         if launch.is_empty() {
-            return Ok(());
+            return Ok(None);
         }
         let view = |Span { address, bytes }| View { address, bytes };
         let args: Vec<_> = launch
@@ -45,12 +54,29 @@ impl Launcher for Host {
         let mut shape = dtmem_host::Launch::new(launch.grid(), launch.block());
         shape.shared_bytes = launch.shared_bytes();
         shape.cluster = launch.cluster();
+        Ok(Some(Prepared {
+            kernel: launch.kernel(),
+            shape,
+            args,
+        }))
+    }
+
+    pub(crate) fn run(&self, launch: &Prepared) -> Result<()> {
         self.0
-            .launch(launch.kernel(), shape, &args)
+            .launch(launch.kernel, launch.shape, &launch.args)
             .map_err(|source| Error::Launch {
-                kernel: launch.kernel(),
+                kernel: launch.kernel,
                 source: source.into(),
             })
+    }
+}
+
+impl Launcher for Host {
+    fn launch(&self, launch: &Launch<'_>) -> Result<()> {
+        match Self::prepare(launch)? {
+            Some(prepared) => self.run(&prepared),
+            None => Ok(()),
+        }
     }
 
     fn can_launch(&self, _: &Launch<'_>) -> Result<bool> {

@@ -514,6 +514,7 @@ impl<T: Scalar> Backend for Cpu<T> {
     type Element = T;
     type Buffer = Vec<T>;
     type Batch = PackedBatch;
+    type Recording = ();
     /// The log-sum-exp [tokens, heads].
     type AttentionState = Vec<T>;
     /// The memory after each segment [segments, N·D].
@@ -558,6 +559,19 @@ impl<T: Scalar> Backend for Cpu<T> {
         };
         to.copy_from_slice(part("download", from, span)?);
         Ok(())
+    }
+
+    fn shape(&self, _batch: &PackedBatch) -> u64 {
+        0
+    }
+
+    fn repeat<E: From<BackendError>>(
+        &self,
+        _recording: &mut (),
+        _shape: u64,
+        work: impl FnOnce() -> std::result::Result<(), E>,
+    ) -> std::result::Result<(), E> {
+        work()
     }
 
     fn stage(&self, batch: &PackedBatch, to: &mut PackedBatch) -> Result<()> {
@@ -1432,7 +1446,7 @@ impl<T: Scalar> Backend for Cpu<T> {
 
     fn adamw(
         &self,
-        hyper: &AdamW,
+        batch: &PackedBatch,
         trained: Trained,
         metrics: &Vec<T>,
         gradients: &Vec<T>,
@@ -1441,6 +1455,7 @@ impl<T: Scalar> Backend for Cpu<T> {
         second_moment: &mut Vec<T>,
     ) -> Result<()> {
         const NAME: &str = "adamw";
+        let hyper = batch.training.optimiser.ok_or(BackendError::NoStep)?;
         let scale = front(NAME, metrics, METRICS)?[Metric::GradientScale as usize].to_f64();
         if scale.is_nan() {
             return Ok(());
@@ -1457,7 +1472,7 @@ impl<T: Scalar> Backend for Cpu<T> {
             let hyper = AdamW {
                 weight_decay,
                 gradient_scale: scale,
-                ..*hyper
+                ..hyper
             };
             part_mut(NAME, parameters, span)?
                 .par_chunks_mut(ELEMENTS)

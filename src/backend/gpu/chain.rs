@@ -250,27 +250,29 @@ impl<D: Device, T: Compute> Gpu<D, T> {
         let (width, state) = (memory.width, memory.slots * memory.width);
         let sequences = chain.order.len();
         // Where each sequence starts.
-        let (source, rows, from) = match start {
-            MemoryStart::Learned => {
-                let initial = parameters.read(device, memory.initial.range())?;
-                (initial, 1, vec![0; sequences])
-            }
+        match start {
+            MemoryStart::Learned => self.copy_rows(
+                [sequences, 1, sequences],
+                state,
+                (parameters.read(device, memory.initial.range())?, state),
+                Some(batch.ints(device, &batch.int.zeros)?),
+                None,
+                (states.write(device, 0..sequences * state)?, state),
+            )?,
             MemoryStart::State(buffer, slots) => {
                 let slots = chain.order.iter().map(|&sequence| slots[sequence] as i32);
-                let all = buffer.read(device, 0..buffer.len)?;
-                (all, buffer.len / state, slots.collect())
+                let slots: Vec<i32> = slots.collect();
+                let mut slots = self.indices.upload(device, &slots)?;
+                self.copy_rows(
+                    [sequences, buffer.len / state, sequences],
+                    state,
+                    (buffer.read(device, 0..buffer.len)?, state),
+                    Some(slots.output(device)?.as_input()),
+                    None,
+                    (states.write(device, 0..sequences * state)?, state),
+                )?;
             }
-        };
-        let mut from = self.indices.upload(device, &from)?;
-        let from = from.output(device)?;
-        self.copy_rows(
-            [sequences, rows, sequences],
-            state,
-            (source, state),
-            Some(from.as_input()),
-            None,
-            (states.write(device, 0..sequences * state)?, state),
-        )?;
+        }
 
         let size = batch.tokens * width;
         let mut packed = self.activations.lock(device, 4 * size + batch.tokens)?;

@@ -3,11 +3,14 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use cudarc::driver::{CudaSlice, CudaStream};
+use std::fmt;
+
+use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
+use cudarc::driver::{CudaGraph, CudaSlice, CudaStream};
 
 use super::blas::{Blas, Multiply};
 use super::device::{Compute, Device, Element, Product, check_range};
-use crate::ops::{Gpu, Input, Launch, Launcher, Output, Result};
+use crate::ops::{Error, Gpu, Input, Launch, Launcher, Output, Result};
 
 /// One GPU and one stream on it.
 #[derive(Debug)]
@@ -39,6 +42,15 @@ impl CudaDevice {
     }
 }
 
+/// A CUDA graph.
+pub struct Recording(CudaGraph);
+
+impl fmt::Debug for Recording {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a CUDA graph")
+    }
+}
+
 impl Launcher for CudaDevice {
     fn launch(&self, launch: &Launch<'_>) -> Result<()> {
         self.gpu.on(&self.stream)?.launch(launch)
@@ -51,6 +63,28 @@ impl Launcher for CudaDevice {
 
 impl Device for CudaDevice {
     type Memory<T: Element> = CudaSlice<T>;
+
+    type Recording = Recording;
+
+    fn record<E: From<Error>>(
+        &self,
+        work: impl FnOnce() -> std::result::Result<(), E>,
+    ) -> std::result::Result<Recording, E> {
+        let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        self.stream.begin_capture(mode).map_err(Error::from)?;
+        let done = work();
+        // Also after a failure: the stream must not stay in capture.
+        let graph = self.stream.end_capture(CUgraphInstantiate_flags(0));
+        done?;
+        match graph.map_err(Error::from)? {
+            Some(graph) => Ok(Recording(graph)),
+            None => Err(Error::NoGraph.into()),
+        }
+    }
+
+    fn replay(&self, recording: &Recording) -> Result<()> {
+        Ok(recording.0.launch()?)
+    }
 
     fn name(&self) -> &'static str {
         "cuda"

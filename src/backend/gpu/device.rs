@@ -105,6 +105,19 @@ pub trait Device: Launcher + Debug + Send + Sync {
     /// Elements on the device.
     type Memory<T: Element>: Debug + Send + Sync + 'static;
 
+    /// What [`Device::record`] gives.
+    type Recording: Debug;
+
+    /// Does not do what `work` asks for, but keeps it to be done by [`Device::replay`], on the same
+    /// memory. Nothing but launches, products, copies on the device and zeros may be asked for.
+    fn record<E: From<Error>>(
+        &self,
+        work: impl FnOnce() -> std::result::Result<(), E>,
+    ) -> std::result::Result<Self::Recording, E>;
+
+    /// Does what was recorded.
+    fn replay(&self, recording: &Self::Recording) -> Result<()>;
+
     /// Short name for messages: `cuda`.
     fn name(&self) -> &'static str;
 

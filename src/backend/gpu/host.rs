@@ -1,6 +1,8 @@
 //! The host executor as a device: what a GPU would do, on the CPU, every access checked.
 
+use std::fmt;
 use std::ops::Range;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use dtmem_host::{Buffer, Executor, View};
 use ndarray::linalg::general_mat_mul;
@@ -8,39 +10,107 @@ use ndarray::{Array2, ArrayView2, ShapeBuilder};
 
 use super::device::{Compute, Device, Element, Factor, Product, check_range};
 use crate::ops::host::Host;
+use crate::ops::memory::Span;
 use crate::ops::{Error, Input, Launch, Launcher, Output, Result};
 
 /// Kernels run by the executor, products of matrices by the CPU in f32.
 #[derive(Debug, Default)]
-pub struct HostDevice(Host);
+pub struct HostDevice {
+    host: Host,
+    /// Where what is asked for goes instead of being done.
+    recording: Mutex<Option<Recording>>,
+}
+
+/// What the device was asked for.
+#[derive(Default)]
+pub struct Recording(Vec<Command>);
+
+type Command = Box<dyn Fn(&HostDevice) -> Result<()> + Send + Sync>;
+
+impl fmt::Debug for Recording {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} commands", self.0.len())
+    }
+}
 
 impl HostDevice {
     /// A device whose threads take turns in the executor's order.
     pub fn new(executor: Executor) -> Self {
-        Self(Host(executor))
+        Self {
+            host: Host(executor),
+            ..Self::default()
+        }
     }
 
     fn executor(&self) -> &Executor {
-        &self.0.0
+        &self.host.0
     }
 
-    /// The factor as a matrix of f32, not transposed any more.
-    fn factor<T: Compute>(
+    fn recording(&self) -> MutexGuard<'_, Option<Recording>> {
+        self.recording
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Does a command, or records it.
+    fn command(&self, command: impl Fn(&Self) -> Result<()> + Send + Sync + 'static) -> Result<()> {
+        let mut recording = self.recording();
+        match &mut *recording {
+            Some(recording) => recording.0.push(Box::new(command)),
+            None => {
+                drop(recording);
+                command(self)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Fails for what a recording cannot repeat.
+    fn check_not_recording(&self) -> Result<()> {
+        match *self.recording() {
+            Some(_) => Err(failed("a copy from or to the host cannot be recorded")),
+            None => Ok(()),
+        }
+    }
+
+    fn write<T: Element>(&self, view: View, content: &[T]) -> Result<()> {
+        self.executor().write(view, content).map_err(failed)
+    }
+
+    fn read<T: Element>(&self, view: View) -> Result<Vec<T>> {
+        self.executor().read(view).map_err(failed)
+    }
+}
+
+/// A matrix in memory.
+#[derive(Clone, Copy)]
+struct Matrix {
+    view: View,
+    stride: usize,
+    transposed: bool,
+}
+
+impl Matrix {
+    fn new<T>(factor: &Factor<'_, T>) -> Self {
+        Self {
+            view: view_of(factor.elements.span()),
+            stride: factor.stride,
+            transposed: factor.transposed,
+        }
+    }
+
+    /// Its elements as f32, not transposed any more.
+    fn read<T: Compute>(
         &self,
-        factor: &Factor<'_, T>,
+        device: &HostDevice,
         rows: usize,
         columns: usize,
     ) -> Result<Array2<f32>> {
-        let span = factor.elements.span();
-        let view = View {
-            address: span.address,
-            bytes: span.bytes,
-        };
-        let numbers = self.executor().read::<T>(view).map_err(failed)?;
+        let numbers = device.read::<T>(self.view)?;
         let numbers: Vec<f32> = numbers.into_iter().map(Compute::widen).collect();
-        let strides = match factor.transposed {
-            false => (factor.stride, 1),
-            true => (1, factor.stride),
+        let strides = match self.transposed {
+            false => (self.stride, 1),
+            true => (1, self.stride),
         };
         let matrix = ArrayView2::from_shape((rows, columns).strides(strides), &numbers);
         Ok(matrix.map_err(failed)?.to_owned())
@@ -56,16 +126,35 @@ fn failed(source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Error 
 
 impl Launcher for HostDevice {
     fn launch(&self, launch: &Launch<'_>) -> Result<()> {
-        self.0.launch(launch)
+        match Host::prepare(launch)? {
+            Some(prepared) => self.command(move |device| device.host.run(&prepared)),
+            None => Ok(()),
+        }
     }
 
     fn can_launch(&self, launch: &Launch<'_>) -> Result<bool> {
-        self.0.can_launch(launch)
+        self.host.can_launch(launch)
     }
 }
 
 impl Device for HostDevice {
     type Memory<T: Element> = Buffer<T>;
+    type Recording = Recording;
+
+    fn record<E: From<Error>>(
+        &self,
+        work: impl FnOnce() -> std::result::Result<(), E>,
+    ) -> std::result::Result<Recording, E> {
+        *self.recording() = Some(Recording::default());
+        let done = work();
+        let recording = self.recording().take();
+        done?;
+        Ok(recording.unwrap_or_default())
+    }
+
+    fn replay(&self, recording: &Recording) -> Result<()> {
+        recording.0.iter().try_for_each(|command| command(self))
+    }
 
     fn name(&self) -> &'static str {
         "host"
@@ -80,27 +169,30 @@ impl Device for HostDevice {
     }
 
     fn upload<T: Element>(&self, from: &[T], to: &mut Buffer<T>, offset: usize) -> Result<()> {
+        self.check_not_recording()?;
         let range = offset..offset + from.len();
         check_range(&range, to.len())?;
-        self.executor().write(to.slice(range), from).map_err(failed)
+        self.write(to.slice(range), from)
     }
 
     fn download<T: Element>(&self, from: &Buffer<T>, offset: usize, to: &mut [T]) -> Result<()> {
+        self.check_not_recording()?;
         let range = offset..offset + to.len();
         check_range(&range, from.len())?;
-        let content = self.executor().read(from.slice(range)).map_err(failed)?;
-        to.copy_from_slice(&content);
+        to.copy_from_slice(&self.read(from.slice(range))?);
         Ok(())
     }
 
     fn zero<T: Element>(&self, memory: &mut Buffer<T>, range: Range<usize>) -> Result<()> {
-        self.upload(&vec![T::default(); range.len()], memory, range.start)
+        check_range(&range, memory.len())?;
+        let (len, view) = (range.len(), memory.slice(range));
+        self.command(move |device| device.write(view, &vec![T::default(); len]))
     }
 
     fn copy<T: Element>(&self, from: &Buffer<T>, to: &mut Buffer<T>, len: usize) -> Result<()> {
-        let mut content = vec![T::default(); len];
-        self.download(from, 0, &mut content)?;
-        self.upload(&content, to, 0)
+        check_range(&(0..len), from.len().min(to.len()))?;
+        let (from, to) = (from.slice(0..len), to.slice(0..len));
+        self.command(move |device| device.write(to, &device.read::<T>(from)?))
     }
 
     fn input<'a, T: Element>(
@@ -132,43 +224,47 @@ impl Device for HostDevice {
             rows,
             columns,
             inner,
+            stride,
+            accumulate,
             ..
         } = product;
         if rows == 0 || columns == 0 {
             return Ok(());
         }
-        let a = self.factor(&product.a, rows, inner)?;
-        let b = self.factor(&product.b, inner, columns)?;
-        let mut c = Array2::zeros((rows, columns));
-        general_mat_mul(1.0, &a, &b, 0.0, &mut c);
-        if let Some(bias) = &product.bias {
-            let view = view_of(bias.span().address, bias.len() * size_of::<U>());
-            let bias = self.executor().read::<U>(view).map_err(failed)?;
-            for mut row in c.rows_mut() {
-                for (c, bias) in row.iter_mut().zip(&bias) {
-                    *c += bias.widen();
+        let (a, b) = (Matrix::new(&product.a), Matrix::new(&product.b));
+        let bias = product.bias.as_ref().map(|bias| view_of(bias.span()));
+        let first = product.c.span().address;
+        self.command(move |device| {
+            let a = a.read::<T>(device, rows, inner)?;
+            let b = b.read::<T>(device, inner, columns)?;
+            let mut c = Array2::zeros((rows, columns));
+            general_mat_mul(1.0, &a, &b, 0.0, &mut c);
+            if let Some(bias) = bias {
+                let bias = device.read::<U>(bias)?;
+                for mut row in c.rows_mut() {
+                    for (c, bias) in row.iter_mut().zip(&bias) {
+                        *c += bias.widen();
+                    }
                 }
             }
-        }
-        for (index, row) in c.rows().into_iter().enumerate() {
-            let address =
-                product.c.span().address + (index * product.stride * size_of::<U>()) as u64;
-            let view = view_of(address, columns * size_of::<U>());
-            let before = match product.accumulate {
-                true => self.executor().read::<U>(view).map_err(failed)?,
-                false => vec![U::default(); columns],
-            };
-            let after: Vec<U> = before
-                .iter()
-                .zip(row)
-                .map(|(before, &c)| U::narrow(before.widen() + c))
-                .collect();
-            self.executor().write(view, &after).map_err(failed)?;
-        }
-        Ok(())
+            for (index, row) in c.rows().into_iter().enumerate() {
+                let view = View {
+                    address: first + (index * stride * size_of::<U>()) as u64,
+                    bytes: columns * size_of::<U>(),
+                };
+                let before = match accumulate {
+                    true => device.read::<U>(view)?,
+                    false => vec![U::default(); columns],
+                };
+                let sums = before.iter().zip(row);
+                let after: Vec<U> = sums.map(|(x, &c)| U::narrow(x.widen() + c)).collect();
+                device.write(view, &after)?;
+            }
+            Ok(())
+        })
     }
 }
 
-fn view_of(address: u64, bytes: usize) -> View {
+fn view_of(Span { address, bytes }: Span) -> View {
     View { address, bytes }
 }

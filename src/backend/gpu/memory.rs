@@ -1,13 +1,16 @@
 //! Buffers, batches and scratch memory of the GPU backend.
 
 use std::any::Any;
+use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::ops::Range;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::chain::Chain;
 use super::device::{Compute, Device, Element};
 use crate::backend::{BackendError, Kind, Result};
 use crate::batch::PackedBatch;
+use crate::ops::adamw;
 use crate::ops::tokens::by_time_step;
 use crate::ops::{self, Input, Output};
 
@@ -89,6 +92,8 @@ const WRONG_KIND: BackendError = BackendError::Kind;
 struct Upload<D: Device, E: Element> {
     host: Vec<E>,
     memory: Option<D::Memory<E>>,
+    /// How often the memory has been another one.
+    grown: u32,
 }
 
 impl<D: Device, E: Element> Default for Upload<D, E> {
@@ -96,6 +101,7 @@ impl<D: Device, E: Element> Default for Upload<D, E> {
         Self {
             host: Vec::new(),
             memory: None,
+            grown: 0,
         }
     }
 }
@@ -117,6 +123,7 @@ impl<D: Device, E: Element> Upload<D, E> {
             .is_some_and(|memory| device.len(memory) >= self.host.len());
         if !fits {
             self.memory = Some(device.allocate(self.host.len().next_power_of_two())?);
+            self.grown += 1;
         }
         if let Some(memory) = &mut self.memory {
             device.upload(&self.host, memory, 0)?;
@@ -149,6 +156,8 @@ pub(super) struct Ints {
     /// Tokens in the order of their segments, and the offsets of each link: see [`Chain`].
     pub chain_tokens: Range<usize>,
     pub chain_offsets: Range<usize>,
+    /// As many as sequences.
+    pub zeros: Range<usize>,
     /// Of each token, in the batch that dropout is drawn for.
     pub origins: Range<usize>,
 }
@@ -170,6 +179,8 @@ pub(super) struct Floats {
     pub pair_weight: Range<usize>,
     /// The number 1.
     pub one: Range<usize>,
+    /// Of the optimiser's step.
+    pub factors: Option<Range<usize>>,
 }
 
 /// A batch on the device.
@@ -256,10 +267,11 @@ impl<D: Device, T: Compute> Batch<D, T> {
             action_tokens: ints.push(&batch.action_tokens),
             return_tokens: ints.push(&batch.return_tokens),
             pair_offsets: ints.push(&batch.pair_offsets),
-            pair_keys: ints.push(&batch.pair_keys),
             chain_tokens: ints.push(&self.chain.tokens),
             chain_offsets: ints.push(&self.chain.offsets),
+            zeros: ints.push(&vec![0; batch.sequences()]),
             origins: ints.push(&origins),
+            pair_keys: ints.push(&batch.pair_keys),
         };
         let bytes = &mut self.bytes;
         self.byte = Bytes {
@@ -274,6 +286,10 @@ impl<D: Device, T: Compute> Batch<D, T> {
             action_weight: floats.push(&[weights.action as f32]),
             pair_weight: floats.push(&[weights.pair as f32]),
             one: floats.push(&[1.0]),
+            factors: match &batch.training.optimiser {
+                Some(hyper) => Some(floats.push(&adamw::factors(hyper)?)),
+                None => None,
+            },
         };
         let returns: Vec<T> = batch.returns.iter().map(|&x| T::narrow(x)).collect();
         self.returns_at = self.numbers.push(&returns);
@@ -283,6 +299,27 @@ impl<D: Device, T: Compute> Batch<D, T> {
         self.bytes.send(device)?;
         self.floats.send(device)?;
         self.step.send(device)
+    }
+
+    /// Tells batches of other sizes, or in other memory, apart. Where the pairs end does not matter:
+    /// they stand last, and no kernel is told.
+    pub(super) fn shape(&self) -> u64 {
+        let mut hash = DefaultHasher::new();
+        [
+            self.tokens,
+            self.sequences,
+            self.segments,
+            self.observations,
+            self.actions,
+            self.returns,
+            self.steps,
+        ]
+        .hash(&mut hash);
+        self.int.pair_keys.start.hash(&mut hash);
+        self.chain.offsets.hash(&mut hash);
+        let grown = [self.ints.grown, self.bytes.grown, self.floats.grown];
+        (grown, self.numbers.grown, self.step.grown).hash(&mut hash);
+        hash.finish()
     }
 
     pub(super) fn ints<'a>(&'a self, device: &'a D, at: &Range<usize>) -> Result<Input<'a, i32>> {
@@ -311,25 +348,38 @@ impl<D: Device, T: Compute> Batch<D, T> {
 /// Memory for what kernels keep between two launches. It grows to what the largest shape needs and
 /// stays; one operation uses it at a time.
 #[derive(Debug)]
-pub(super) struct Scratch<D: Device, E: Element>(Mutex<Option<D::Memory<E>>>);
+pub(super) struct Scratch<D: Device, E: Element> {
+    memory: Mutex<Option<D::Memory<E>>>,
+    /// How often it has been another one.
+    grown: AtomicU32,
+}
 
 impl<D: Device, E: Element> Default for Scratch<D, E> {
     fn default() -> Self {
-        Self(Mutex::new(None))
+        Self {
+            memory: Mutex::new(None),
+            grown: AtomicU32::new(0),
+        }
     }
 }
 
 impl<D: Device, E: Element> Scratch<D, E> {
     /// At least `len` elements.
     pub fn lock(&self, device: &D, len: usize) -> ops::Result<InUse<'_, D, E>> {
-        let mut memory = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut memory = self.memory.lock().unwrap_or_else(PoisonError::into_inner);
         if memory
             .as_ref()
             .is_none_or(|memory| device.len(memory) < len)
         {
             *memory = Some(device.allocate(len.max(1).next_power_of_two())?);
+            self.grown.fetch_add(1, Ordering::Relaxed);
         }
         Ok(InUse { memory, len })
+    }
+
+    /// How often it has been another memory.
+    pub fn grown(&self) -> u32 {
+        self.grown.load(Ordering::Relaxed)
     }
 
     /// What stands in `content`.

@@ -16,7 +16,10 @@ mod host;
 mod memory;
 mod products;
 
+use std::collections::HashMap;
+use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::ops::Range;
+use std::sync::{Arc, Mutex, PoisonError};
 
 pub use blas::Multiply;
 pub use cuda::CudaDevice;
@@ -28,9 +31,9 @@ pub use memory::{Batch, Buffer};
 use memory::Scratch;
 
 use super::{
-    Activation, AdamW, Attention, Backend, BackendError, Codes, Convolutions, Dropped, In,
-    KeyValueCache, Kind, LayerNorm, Linear, METRICS, Memory, MemoryGradients, MemoryInputs,
-    MemoryStart, Metric, OneHot, Out, Positions, Result, Span, Supervised, Trained,
+    Activation, Attention, Backend, BackendError, Codes, Convolutions, Dropped, In, KeyValueCache,
+    Kind, LayerNorm, Linear, METRICS, Memory, MemoryGradients, MemoryInputs, MemoryStart, Metric,
+    OneHot, Out, Positions, Result, Span, Supervised, Trained,
 };
 use crate::batch::PackedBatch;
 use crate::ops::{
@@ -50,6 +53,28 @@ pub struct Gpu<D: Device, T: Compute> {
     indices: Scratch<D, i32>,
     /// For dropout masks as bits.
     bits: Scratch<D, u32>,
+    /// First inputs of the fields of every one-hot map so far.
+    offsets: Mutex<Known<D>>,
+}
+
+/// Arrays of indices that stay on the device.
+type Known<D> = HashMap<Vec<usize>, Arc<<D as Device>::Memory<i32>>>;
+
+/// A sequence of operations that comes again and again.
+#[derive(Debug)]
+pub struct Repeated<D: Device> {
+    /// Of the batches that it is for.
+    shape: Option<u64>,
+    recording: Option<D::Recording>,
+}
+
+impl<D: Device> Default for Repeated<D> {
+    fn default() -> Self {
+        Self {
+            shape: None,
+            recording: None,
+        }
+    }
 }
 
 /// What attention keeps for its backward pass.
@@ -82,6 +107,7 @@ impl<D: Device, T: Compute> Gpu<D, T> {
             activations: Scratch::default(),
             indices: Scratch::default(),
             bits: Scratch::default(),
+            offsets: Mutex::default(),
         }
     }
 
@@ -132,10 +158,18 @@ impl<D: Device, T: Compute> Gpu<D, T> {
         Ok((shape, batch.bytes(&self.device, at)?))
     }
 
-    /// The first input of each field, on the device.
-    fn offsets(&self, map: &OneHot) -> Result<memory::InUse<'_, D, i32>> {
+    /// The first input of each field, which stays on the device.
+    fn offsets(&self, map: &OneHot) -> Result<Arc<D::Memory<i32>>> {
+        let mut known = self.offsets.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(memory) = known.get(&map.offsets) {
+            return Ok(Arc::clone(memory));
+        }
         let offsets: Vec<i32> = map.offsets.iter().map(|&offset| offset as i32).collect();
-        Ok(self.indices.upload(&self.device, &offsets)?)
+        let mut memory = self.device.allocate(offsets.len())?;
+        self.device.upload(&offsets, &mut memory, 0)?;
+        let memory = Arc::new(memory);
+        known.insert(map.offsets.clone(), Arc::clone(&memory));
+        Ok(memory)
     }
 
     fn convolutions_shape(
@@ -219,6 +253,7 @@ impl<D: Device, T: Compute> Backend for Gpu<D, T> {
     type Element = f32;
     type Buffer = Buffer<D, T>;
     type Batch = Batch<D, T>;
+    type Recording = Repeated<D>;
     type AttentionState = AttentionState<D, T>;
     type MemoryState = Buffer<D, T>;
 
@@ -266,6 +301,53 @@ impl<D: Device, T: Compute> Backend for Gpu<D, T> {
         Ok(())
     }
 
+    fn shape(&self, batch: &Self::Batch) -> u64 {
+        let mut hash = DefaultHasher::new();
+        batch.shape().hash(&mut hash);
+        let of_scratch = [
+            self.floats.grown(),
+            self.activations.grown(),
+            self.indices.grown(),
+            self.bits.grown(),
+        ];
+        of_scratch.hash(&mut hash);
+        hash.finish()
+    }
+
+    /// The first batch of a shape is computed as it comes, which also loads kernels and lets scratch
+    /// memory grow; the second is recorded.
+    fn repeat<E: From<BackendError>>(
+        &self,
+        repeated: &mut Repeated<D>,
+        shape: u64,
+        work: impl FnOnce() -> std::result::Result<(), E>,
+    ) -> std::result::Result<(), E> {
+        if repeated.shape != Some(shape) {
+            *repeated = Repeated {
+                shape: Some(shape),
+                recording: None,
+            };
+            return work();
+        }
+        if repeated.recording.is_none() {
+            let mut failure = None;
+            let recorded = self.device.record(|| {
+                work().map_err(|error| {
+                    failure = Some(error);
+                    ops::Error::NoGraph
+                })
+            });
+            if let Some(failure) = failure {
+                return Err(failure);
+            }
+            repeated.recording = Some(recorded.map_err(BackendError::from)?);
+        }
+        match &repeated.recording {
+            Some(recording) => Ok(self.device.replay(recording).map_err(BackendError::from)?),
+            None => Ok(()),
+        }
+    }
+
     fn stage(&self, batch: &PackedBatch, to: &mut Self::Batch) -> Result<()> {
         Ok(to.stage(&self.device, batch)?)
     }
@@ -295,11 +377,11 @@ impl<D: Device, T: Compute> Backend for Gpu<D, T> {
         out: &mut Self::Buffer,
     ) -> Result<()> {
         let device = &self.device;
-        let mut offsets = self.offsets(map)?;
+        let offsets = self.offsets(map)?;
         let (shape, codes) = self.codes(batch, codes, map)?;
         let tensors = one_hot::Forward {
             codes,
-            offsets: offsets.output(device)?.as_input(),
+            offsets: device.input(&offsets, 0..map.offsets.len())?,
             weight: parameters.read(device, map.weight.range())?,
             bias: parameters.read(device, map.bias.range())?,
             tanh: false,
@@ -320,7 +402,7 @@ impl<D: Device, T: Compute> Backend for Gpu<D, T> {
             return Ok(());
         }
         let device = &self.device;
-        let mut offsets = self.offsets(map)?;
+        let offsets = self.offsets(map)?;
         let (shape, codes) = self.codes(batch, codes, map)?;
         let mut workspace = self.floats.lock(device, shape.workspace()?)?;
         let len = gradients.len;
@@ -329,7 +411,7 @@ impl<D: Device, T: Compute> Backend for Gpu<D, T> {
             .parts([map.weight.range(), map.bias.range()])?;
         let tensors = one_hot::Backward {
             codes,
-            offsets: offsets.output(device)?.as_input(),
+            offsets: device.input(&offsets, 0..map.offsets.len())?,
             y: None,
             dy: grad_out.read(device, 0..shape.rows * shape.width)?,
             dweight,
@@ -1026,7 +1108,7 @@ impl<D: Device, T: Compute> Backend for Gpu<D, T> {
 
     fn adamw(
         &self,
-        hyper: &AdamW,
+        batch: &Self::Batch,
         trained: Trained,
         metrics: &Self::Buffer,
         gradients: &Self::Buffer,
@@ -1036,11 +1118,11 @@ impl<D: Device, T: Compute> Backend for Gpu<D, T> {
     ) -> Result<()> {
         let device = &self.device;
         let all = 0..trained.len;
-        let mut factors = self.floats.upload(device, &adamw::factors(hyper)?)?;
+        let factors = batch.float.factors.as_ref().ok_or(BackendError::NoStep)?;
         let scale = Metric::GradientScale as usize;
         let Buffer { compute, exact, .. } = parameters;
         let tensors = adamw::Step {
-            factors: factors.output(device)?.as_input(),
+            factors: batch.floats(device, factors)?,
             scale: Some(metrics.read_exact(device, scale..scale + 1)?),
             gradient: gradients.read_exact(device, all.clone())?,
             parameter: device.output(exact.as_mut().ok_or(BackendError::Kind)?, all.clone())?,
