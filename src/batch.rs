@@ -107,6 +107,21 @@ pub struct LossWeights {
     pub pair: f64,
 }
 
+/// What [`PackedBatch::fill_up`] fills a batch up to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BatchSize {
+    /// Tokens.
+    pub tokens: usize,
+    /// Rows of each kind of tokens.
+    pub rows: usize,
+    /// Sequences: at least one more than the batch has.
+    pub sequences: usize,
+    /// Segments: as many more as sequences, at least.
+    pub segments: usize,
+    /// Time steps that tokens may have.
+    pub steps: usize,
+}
+
 impl PackedBatch {
     /// Number of packed tokens.
     pub fn tokens(&self) -> usize {
@@ -170,6 +185,39 @@ impl PackedBatch {
             to.cu_seqlens.push(to.tokens() as i32);
             to.annotated.push(self.annotated[sequence]);
             to.origins.push(self.origins[sequence]);
+        }
+    }
+
+    /// Fills the batch up, so that batches have one size: tokens of no kind in a sequence of their
+    /// own, empty sequences, and rows without a token. They take no part in any loss.
+    pub fn fill_up(&mut self, size: BatchSize, fields: usize) {
+        const NO_KIND: u8 = u8::MAX;
+        let (first, end) = (self.tokens() as i32, size.tokens as i32);
+        let pairs = self.pair_keys.len() as i32;
+        self.token_kind.resize(size.tokens, NO_KIND);
+        self.token_row.resize(size.tokens, 0);
+        let last_step = size.steps.saturating_sub(1) as i32;
+        self.token_time.resize(size.tokens, last_step);
+        self.pair_offsets.resize(size.tokens + 1, pairs);
+        self.observations.resize(size.rows * fields, 0);
+        self.targets.resize(size.rows, -1);
+        self.actions.resize(size.rows, 0);
+        self.observation_tokens.resize(size.rows, -1);
+        self.action_tokens.resize(size.rows, -1);
+        if !self.returns.is_empty() {
+            self.returns.resize(size.rows, 0.0);
+            self.return_tokens.resize(size.rows, -1);
+        }
+        for _ in self.sequences()..size.sequences {
+            self.cu_seqlens.push(end);
+            self.segment_offsets.push(end);
+            self.sequence_segments.push(self.segments() as i32);
+            self.annotated.push(0);
+            self.origins.push(first);
+        }
+        self.segment_offsets.resize(size.segments + 1, end);
+        if let Some(last) = self.sequence_segments.last_mut() {
+            *last = size.segments as i32;
         }
     }
 

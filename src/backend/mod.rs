@@ -472,8 +472,12 @@ pub trait Backend: Send + Sync {
     /// Copies to the host.
     fn download(&self, from: &Self::Buffer, offset: usize, to: &mut [Self::Element]) -> Result<()>;
 
-    /// A number that tells staged batches of different sizes, or in different memory, apart.
-    fn shape(&self, batch: &Self::Batch) -> u64;
+    /// Whether batches should be filled up to one size, so that a step can be recorded.
+    fn wants_one_size(&self) -> bool;
+
+    /// A number that tells staged batches of different sizes, or in different memory, apart: for a
+    /// model `with_memory`, also by their segments.
+    fn shape(&self, batch: &Self::Batch, with_memory: bool) -> u64;
 
     /// Does `work`: operations on always the same buffers and staged batches, the same ones whenever
     /// `shape` is. A backend may record them, and then repeat what it has recorded.

@@ -102,6 +102,10 @@ impl Launcher for OnCust<'_> {
     fn launch(&self, launch: &Launch<'_>) -> Result<()> {
         self.gpu.on(&self.stream)?.launch(launch)
     }
+
+    fn can_launch(&self, launch: &Launch<'_>) -> Result<bool> {
+        self.gpu.on(&self.stream)?.can_launch(launch)
+    }
 }
 
 /// Memory of cudarc, as a slice of `cust`. It is freed by its owner, not by this.

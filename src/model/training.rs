@@ -9,7 +9,7 @@ use super::activations::{Activations, Backward};
 use super::forward::{Counts, Pass};
 use super::{Capacity, Model, ModelError};
 use crate::backend::{AdamW, Backend, Kind, METRICS, Metric, Span, Trained};
-use crate::batch::{LossWeights, PackedBatch, TrainingStep};
+use crate::batch::{BatchSize, LossWeights, PackedBatch, TrainingStep};
 
 /// Settings of the optimiser for one step.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -75,6 +75,8 @@ pub struct Training<B: Backend> {
 struct Shard<B: Backend> {
     sequences: Vec<usize>,
     tokens: usize,
+    /// With room for what fills a batch up.
+    size: BatchSize,
     part: PackedBatch,
     batch: B::Batch,
     activations: Activations<B>,
@@ -88,6 +90,13 @@ impl<B: Backend> Shard<B> {
         Ok(Self {
             sequences: Vec::with_capacity(capacity.sequences),
             tokens: 0,
+            size: BatchSize {
+                tokens: capacity.tokens,
+                rows: capacity.observations,
+                sequences: capacity.sequences + 1,
+                segments: capacity.segments + capacity.sequences + 1,
+                steps: model.spaces.steps,
+            },
             part: PackedBatch::default(),
             batch: B::Batch::default(),
             activations: Activations::new(backend, network, config, capacity)?,
@@ -98,12 +107,17 @@ impl<B: Backend> Shard<B> {
 
     fn stage(
         &mut self,
-        backend: &B,
+        model: &Model<B>,
         batch: &PackedBatch,
         training: TrainingStep,
     ) -> Result<(), ModelError> {
+        let backend = &*model.backend;
         batch.select(&self.sequences, &mut self.part);
         self.part.training = training;
+        // The kernels of the memory are launched for the segments that a batch really has.
+        if backend.wants_one_size() && model.config.memory.is_none() {
+            self.part.fill_up(self.size, model.fields());
+        }
         Ok(backend.stage(&self.part, &mut self.batch)?)
     }
 
@@ -214,7 +228,7 @@ impl<B: Backend> Training<B> {
         };
         let backend = &*model.backend;
         backend.for_each(&mut self.shards, |shard| {
-            shard.stage(backend, batch, training)
+            shard.stage(model, batch, training)
         })
     }
 
@@ -282,7 +296,8 @@ impl<B: Backend> Training<B> {
             step,
         };
         self.stage(model, batch, step, Some(hyper))?;
-        let shape = model.backend.shape(&self.shards[0].batch);
+        let with_memory = model.config.memory.is_some();
+        let shape = model.backend.shape(&self.shards[0].batch, with_memory);
         let mut recording = std::mem::take(&mut self.recording);
         let backend = Arc::clone(&model.backend);
         let done = backend.repeat(&mut recording, shape, || {

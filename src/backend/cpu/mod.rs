@@ -561,7 +561,11 @@ impl<T: Scalar> Backend for Cpu<T> {
         Ok(())
     }
 
-    fn shape(&self, _batch: &PackedBatch) -> u64 {
+    fn wants_one_size(&self) -> bool {
+        false
+    }
+
+    fn shape(&self, _batch: &PackedBatch, _with_memory: bool) -> u64 {
         0
     }
 

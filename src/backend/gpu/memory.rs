@@ -316,7 +316,6 @@ impl<D: Device, T: Compute> Batch<D, T> {
         ]
         .hash(&mut hash);
         self.int.pair_keys.start.hash(&mut hash);
-        self.chain.offsets.hash(&mut hash);
         let grown = [self.ints.grown, self.bytes.grown, self.floats.grown];
         (grown, self.numbers.grown, self.step.grown).hash(&mut hash);
         hash.finish()

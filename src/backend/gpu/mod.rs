@@ -301,9 +301,16 @@ impl<D: Device, T: Compute> Backend for Gpu<D, T> {
         Ok(())
     }
 
-    fn shape(&self, batch: &Self::Batch) -> u64 {
+    fn wants_one_size(&self) -> bool {
+        true
+    }
+
+    fn shape(&self, batch: &Self::Batch, with_memory: bool) -> u64 {
         let mut hash = DefaultHasher::new();
         batch.shape().hash(&mut hash);
+        if with_memory {
+            batch.chain.offsets.hash(&mut hash);
+        }
         let of_scratch = [
             self.floats.grown(),
             self.activations.grown(),
