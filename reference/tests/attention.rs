@@ -530,9 +530,19 @@ proptest! {
         check_saturated("lse", &found.lse, &expected.lse);
         check_saturated("loss", &arr0(found.loss), &arr0(expected.loss));
         let (found, expected) = (case.backward(&narrow), case.backward(&wide));
-        check_saturated("dq", &found.dq, &expected.dq);
-        check_saturated("dk", &found.dk, &expected.dk);
         check_saturated("dv", &found.dv, &expected.dv);
+        // Where a row is nearly one-hot, dP − Δ of its peak is a difference of equal numbers, whose rounding alone can be
+        // more than 1e-4 of what is left of dq and dk.
+        let norm = |x: &Array3<f64>| x.iter().map(|x| x * x).sum::<f64>().sqrt();
+        let scores = case.scale * norm(&wide.grad_out) * norm(&wide.v);
+        for (name, found, expected, factor) in [
+            ("dq", &found.dq, &expected.dq, &wide.k),
+            ("dk", &found.dk, &expected.dk, &wide.q),
+        ] {
+            let error = norm(&(&found.mapv(f64::from) - expected));
+            let rounding = f64::from(f32::EPSILON) * scores * norm(factor);
+            prop_assert!(error <= 1e-4 * norm(expected) + rounding, "{name}: error {error}");
+        }
     }
 
     /// A sequence that is not annotated takes no part, whatever its pairs say.

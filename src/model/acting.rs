@@ -21,6 +21,8 @@ pub struct Actor<B: Backend> {
     activations: Activations<B>,
     caches: Vec<KeyValueCache<B::Buffer>>,
     memories: Vec<B::Buffer>,
+    /// Of every observation of the windows.
+    all_logits: Vec<B::Element>,
     logits: Vec<B::Element>,
     actions: Vec<u8>,
     /// Steps since the last commit, for each episode.
@@ -97,6 +99,7 @@ impl<B: Backend> Actor<B> {
             activations: Activations::new(backend, &model.network, config, capacity)?,
             caches,
             memories,
+            all_logits: Vec::new(),
             logits: Vec::new(),
             actions: Vec::new(),
             windows: (0..episodes).map(|_| Window::default()).collect(),
@@ -248,15 +251,17 @@ impl<B: Backend> Actor<B> {
     /// Greedy actions at the last observation of each window.
     fn choose(&mut self, model: &Model<B>, active: &[usize]) -> Result<(), ModelError> {
         let classes = model.spaces.actions;
-        let observations = self.packer.batch().observation_tokens.len() / active.len().max(1);
-        self.logits
-            .resize(active.len() * classes, B::Element::default());
+        let rows = self.packer.batch().observation_tokens.len();
+        let observations = rows / active.len().max(1);
+        self.all_logits
+            .resize(rows * classes, B::Element::default());
+        let all = &mut self.all_logits;
+        model.backend.download(&self.activations.logits, 0, all)?;
+        self.logits.clear();
         self.actions.clear();
-        for (index, logits) in self.logits.chunks_mut(classes).enumerate() {
-            let last = (index + 1) * observations - 1;
-            model
-                .backend
-                .download(&self.activations.logits, last * classes, logits)?;
+        for window in self.all_logits.chunks(observations.max(1) * classes) {
+            let logits = &window[window.len() - classes..];
+            self.logits.extend_from_slice(logits);
             let mut best = 0;
             for (action, logit) in logits.iter().enumerate() {
                 if *logit > logits[best] {

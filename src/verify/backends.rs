@@ -83,7 +83,11 @@ pub(super) type Tensors = BTreeMap<String, ArrayD<f64>>;
 pub(super) enum RunError {
     /// It refused what is in the file.
     Refused(dtmem_reference::Error),
-    /// It failed, or cannot do that.
+    /// It has nothing for such a case.
+    #[cfg(feature = "cuda")]
+    Missing(String),
+    /// It failed.
+    #[cfg(feature = "cuda")]
     Failed(Box<dyn std::error::Error + Send + Sync>),
 }
 
@@ -91,7 +95,7 @@ pub(super) enum RunError {
 impl RunError {
     /// Something that the backend does not have.
     pub fn missing(what: &str) -> Self {
-        Self::Failed(format!("it has no {what}").into())
+        Self::Missing(format!("it has no {what}"))
     }
 }
 
@@ -104,7 +108,10 @@ impl From<dtmem_reference::Error> for RunError {
 #[cfg(feature = "cuda")]
 impl From<crate::ops::Error> for RunError {
     fn from(error: crate::ops::Error) -> Self {
-        Self::Failed(error.into())
+        match error {
+            crate::ops::Error::Value { .. } => Self::Missing(error.to_string()),
+            other => Self::Failed(other.into()),
+        }
     }
 }
 

@@ -135,7 +135,8 @@ impl<T: std::fmt::Display> std::fmt::Display for Choice<T> {
 }
 
 /// Checks `files` one after another and writes a table to `out`: one row for each tensor of each
-/// file, backend and type, and a last line `N passed, M failed`. True if no row failed.
+/// file, backend and type, and a last line `N passed, M failed`. True if no row failed. Where all
+/// backends are asked for, one that has nothing for a case is a row that says so.
 ///
 /// # Errors
 /// A backend that the build lacks, before anything is read. A file that cannot be read or does not
@@ -153,23 +154,45 @@ pub fn run(
     };
     let mut table = Table::new(files, out)?;
     for (n, path) in files.iter().enumerate() {
-        for comparison in check(path, &backends, &dtypes)? {
+        let Checked {
+            comparisons,
+            skipped,
+        } = check(path, &backends, &dtypes, backend == Choice::All)?;
+        for comparison in comparisons {
             table.row(n, &comparison)?;
+        }
+        for (backend, dtype, reason) in skipped {
+            table.skip(n, backend, dtype, &reason)?;
         }
     }
     table.finish()
 }
 
-/// All comparisons of one file.
+/// What became of one file.
+struct Checked {
+    comparisons: Vec<Comparison>,
+    /// What a backend has nothing for, and why.
+    skipped: Vec<(BackendName, Dtype, String)>,
+}
+
+/// All comparisons of one file; `may_skip` those that a backend has nothing for.
 fn check(
     path: &Path,
     backends: &[Box<dyn Backend>],
     dtypes: &[Dtype],
-) -> Result<Vec<Comparison>, VerifyError> {
+    may_skip: bool,
+) -> Result<Checked, VerifyError> {
     let Fixture { case, recorded } = Fixture::open(path)?;
     let refused = |error| Problem::from(error).in_file(path);
     let unfinished = |backend, error| match error {
         RunError::Refused(error) => refused(error),
+        #[cfg(feature = "cuda")]
+        RunError::Missing(reason) => VerifyError::Backend {
+            file: path.to_owned(),
+            backend,
+            source: reason.into(),
+        },
+        #[cfg(feature = "cuda")]
         RunError::Failed(source) => VerifyError::Backend {
             file: path.to_owned(),
             backend,
@@ -177,6 +200,7 @@ fn check(
         },
     };
     let mut comparisons = Vec::new();
+    let mut skipped = Vec::new();
 
     let expected = Expected::new(&case).map_err(refused)?;
     for tensor in &recorded {
@@ -202,15 +226,24 @@ fn check(
         let expected = Expected::new(&case).map_err(refused)?;
         for backend in backends {
             let name = backend.name().to_string();
-            let found = backend
-                .run(&case, dtype)
-                .map_err(|error| unfinished(backend.name(), error))?;
+            let found = match backend.run(&case, dtype) {
+                Ok(found) => found,
+                #[cfg(feature = "cuda")]
+                Err(RunError::Missing(reason)) if may_skip => {
+                    skipped.push((backend.name(), dtype, reason));
+                    continue;
+                }
+                Err(error) => return Err(unfinished(backend.name(), error)),
+            };
             for Recorded { name: tensor, .. } in &recorded {
                 comparisons.push(expected.compare(&name, dtype, tensor, found.get(tensor)));
             }
         }
     }
-    Ok(comparisons)
+    Ok(Checked {
+        comparisons,
+        skipped,
+    })
 }
 
 /// What the reference in f64 says about a case.

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use ndarray::ArrayD;
 
-use super::{Dtype, VerifyError};
+use super::{BackendName, Dtype, VerifyError};
 
 /// One row of the table.
 pub(super) struct Comparison {
@@ -120,6 +120,7 @@ pub(super) struct Table<'a, W> {
     width: usize,
     passed: usize,
     failed: usize,
+    skipped: usize,
     out: &'a mut W,
 }
 
@@ -150,6 +151,7 @@ impl<'a, W: Write> Table<'a, W> {
             width,
             passed: 0,
             failed: 0,
+            skipped: 0,
             out,
         })
     }
@@ -178,8 +180,28 @@ impl<'a, W: Write> Table<'a, W> {
         writeln!(self.out, "{}", line.trim_end())
     }
 
+    /// Writes what a backend has nothing for, and why.
+    pub fn skip(
+        &mut self,
+        file: usize,
+        backend: BackendName,
+        dtype: Dtype,
+        reason: &str,
+    ) -> io::Result<()> {
+        self.skipped += 1;
+        writeln!(
+            self.out,
+            "{:<width$}  {backend:<9}  {dtype:<5}  skipped: {reason}",
+            self.names.get(file).map_or("", String::as_str),
+            width = self.width,
+        )
+    }
+
     /// Writes the counts; true if no row failed.
     pub fn finish(self) -> Result<bool, VerifyError> {
+        if self.skipped > 0 {
+            write!(self.out, "{} skipped, ", self.skipped)?;
+        }
         writeln!(self.out, "{} passed, {} failed", self.passed, self.failed)?;
         Ok(self.failed == 0)
     }
