@@ -80,14 +80,13 @@ pub(super) type Tensors = BTreeMap<String, ArrayD<f64>>;
 
 /// Why a backend gave no results.
 #[derive(Debug)]
+#[cfg_attr(not(feature = "cuda"), expect(dead_code))] // the reference only refuses
 pub(super) enum RunError {
     /// It refused what is in the file.
     Refused(dtmem_reference::Error),
     /// It has nothing for such a case.
-    #[cfg(feature = "cuda")]
     Missing(String),
     /// It failed.
-    #[cfg(feature = "cuda")]
     Failed(Box<dyn std::error::Error + Send + Sync>),
 }
 

@@ -186,13 +186,11 @@ fn check(
     let refused = |error| Problem::from(error).in_file(path);
     let unfinished = |backend, error| match error {
         RunError::Refused(error) => refused(error),
-        #[cfg(feature = "cuda")]
         RunError::Missing(reason) => VerifyError::Backend {
             file: path.to_owned(),
             backend,
             source: reason.into(),
         },
-        #[cfg(feature = "cuda")]
         RunError::Failed(source) => VerifyError::Backend {
             file: path.to_owned(),
             backend,
@@ -228,7 +226,6 @@ fn check(
             let name = backend.name().to_string();
             let found = match backend.run(&case, dtype) {
                 Ok(found) => found,
-                #[cfg(feature = "cuda")]
                 Err(RunError::Missing(reason)) if may_skip => {
                     skipped.push((backend.name(), dtype, reason));
                     continue;
