@@ -116,28 +116,6 @@ impl<D: Device, T: Compute> Gpu<D, T> {
         &self.device
     }
 
-    fn elementwise(
-        &self,
-        shape: elementwise::Shape,
-        x: &Buffer<D, T>,
-        residual: Option<&Buffer<D, T>>,
-        y: &mut Buffer<D, T>,
-    ) -> Result<()> {
-        let (device, all) = (&self.device, 0..shape.rows * shape.width);
-        let tensors = elementwise::Forward {
-            x: x.read(device, all.clone())?,
-            bias: None,
-            activation: None,
-            dropout: None,
-            residual: match residual {
-                Some(residual) => Some(residual.read(device, all.clone())?),
-                None => None,
-            },
-            y: y.write(device, all)?,
-        };
-        Ok(shape.forward(device, tensors)?)
-    }
-
     /// Codes of one kind: shape of the map on them, and the codes.
     fn codes<'a>(
         &'a self,
@@ -720,14 +698,9 @@ impl<D: Device, T: Compute> Backend for Gpu<D, T> {
             rows: batch.tokens,
             width,
         };
-        let x = x.write(device, 0..batch.tokens * width)?;
         let tensors = elementwise::Forward {
-            x: x.as_input(),
-            bias: None,
-            activation: None,
             dropout: Some(self.mask(dropout)?),
-            residual: None,
-            y: x,
+            ..nothing(x.write(device, 0..batch.tokens * width)?)
         };
         Ok(shape.forward(device, tensors)?)
     }
@@ -739,33 +712,27 @@ impl<D: Device, T: Compute> Backend for Gpu<D, T> {
         y: &Self::Buffer,
         out: &mut Self::Buffer,
     ) -> Result<()> {
-        self.elementwise(flat(len), x, Some(y), out)
+        let device = &self.device;
+        let tensors = elementwise::Forward {
+            x: x.read(device, 0..len)?,
+            residual: Some(y.read(device, 0..len)?),
+            ..nothing(out.write(device, 0..len)?)
+        };
+        Ok(flat(len).forward(device, tensors)?)
     }
 
     fn add_assign(&self, len: usize, y: &Self::Buffer, x: &mut Self::Buffer) -> Result<()> {
         let device = &self.device;
-        if x.exact.is_some() {
-            let x = x.write_exact(device, 0..len)?;
-            let tensors = elementwise::Forward {
-                x: x.as_input(),
-                bias: None,
-                activation: None,
-                dropout: None,
-                residual: Some(y.read_exact(device, 0..len)?),
-                y: x,
-            };
-            return Ok(flat(len).forward(device, tensors)?);
+        match x.exact.is_some() {
+            true => {
+                let y = y.read_exact(device, 0..len)?;
+                accumulate(device, len, y, x.write_exact(device, 0..len)?)
+            }
+            false => {
+                let y = y.read(device, 0..len)?;
+                accumulate(device, len, y, x.write(device, 0..len)?)
+            }
         }
-        let x = x.write(device, 0..len)?;
-        let tensors = elementwise::Forward {
-            x: x.as_input(),
-            bias: None,
-            activation: None,
-            dropout: None,
-            residual: Some(y.read(device, 0..len)?),
-            y: x,
-        };
-        Ok(flat(len).forward(device, tensors)?)
     }
 
     fn layer_norm(
@@ -1154,4 +1121,30 @@ fn flat(len: usize) -> elementwise::Shape {
         rows: 1,
         width: len,
     }
+}
+
+/// y = y, to which parts are added.
+fn nothing<S>(y: ops::Output<'_, S>) -> elementwise::Forward<'_, S> {
+    elementwise::Forward {
+        x: y.as_input(),
+        bias: None,
+        activation: None,
+        dropout: None,
+        residual: None,
+        y,
+    }
+}
+
+/// x += y.
+fn accumulate<D: Device, S: Compute>(
+    device: &D,
+    len: usize,
+    y: ops::Input<'_, S>,
+    x: ops::Output<'_, S>,
+) -> Result<()> {
+    let tensors = elementwise::Forward {
+        residual: Some(y),
+        ..nothing(x)
+    };
+    Ok(flat(len).forward(device, tensors)?)
 }

@@ -7,7 +7,7 @@ use super::memory::{Batch, Buffer, InUse};
 use super::{Gpu, elementwise};
 use crate::backend::{Adapter, Dropped, In, Linear, Out, Result};
 use crate::ops::elementwise::{BiasGradient, Dropout};
-use crate::ops::lora_linear;
+use crate::ops::{Input, Rows, lora_linear};
 
 /// From the first to the last element of `columns` columns.
 pub(super) fn extent(rows: usize, columns: usize, stride: usize, start: usize) -> Range<usize> {
@@ -31,6 +31,21 @@ impl<D: Device, T: Compute> Gpu<D, T> {
             stride: x.stride,
             transposed,
         })
+    }
+
+    fn columns<'a>(
+        &'a self,
+        x: In<'a, Buffer<D, T>>,
+        rows: usize,
+        columns: usize,
+    ) -> Result<Rows<Input<'a, T>>> {
+        let range = extent(rows, columns, x.stride, x.start);
+        let [x] = x
+            .buffer
+            .read(&self.device, range)?
+            .rows(x.stride)
+            .columns([columns]);
+        Ok(x)
     }
 
     /// W as the factor of y = x·Wᵀ (`transposed`), or of dx = dy·W.
@@ -152,9 +167,7 @@ impl<D: Device, T: Compute> Gpu<D, T> {
                     width: map.outputs,
                 };
                 let mut workspace = self.floats.lock(device, shape.workspace()?)?;
-                let range = extent(rows, map.outputs, grad_y.stride, grad_y.start);
-                let dy = grad_y.buffer.read(device, range)?.rows(grad_y.stride);
-                let [dy] = dy.columns([map.outputs]);
+                let dy = self.columns(grad_y, rows, map.outputs)?;
                 let tensors = elementwise::Backward {
                     activation: None,
                     dropout: None,
@@ -241,12 +254,7 @@ impl<D: Device, T: Compute> Gpu<D, T> {
         let adapters = Self::adapters(map);
         let shape = adapted_shape(rows, map, &adapters);
         let mut keep = self.keep(shape, dropout)?;
-        let columns = extent(rows, map.inputs, x.stride, x.start);
-        let [x] = x
-            .buffer
-            .read(device, columns)?
-            .rows(x.stride)
-            .columns([map.inputs]);
+        let x = self.columns(x, rows, map.inputs)?;
         let columns = extent(rows, map.outputs, y.stride, y.start);
         let [y] = y
             .buffer
@@ -287,15 +295,8 @@ impl<D: Device, T: Compute> Gpu<D, T> {
         let adapters = Self::adapters(map);
         let shape = adapted_shape(rows, map, &adapters);
         let mut keep = self.keep(shape, dropout)?;
-        let columns = extent(rows, map.inputs, x.stride, x.start);
-        let [x] = x
-            .buffer
-            .read(device, columns)?
-            .rows(x.stride)
-            .columns([map.inputs]);
-        let columns = extent(rows, map.outputs, grad_y.stride, grad_y.start);
-        let dy = grad_y.buffer.read(device, columns)?;
-        let [dy] = dy.rows(grad_y.stride).columns([map.outputs]);
+        let x = self.columns(x, rows, map.inputs)?;
+        let dy = self.columns(grad_y, rows, map.outputs)?;
         let dx = match grad_x {
             Some(out) => {
                 let columns = extent(rows, map.inputs, out.stride, out.start);
