@@ -8,7 +8,7 @@ use std::error::Error;
 use dtmem::ops::attention::{
     Backward, Denominator, Forward, Mask, MemoryLoss, MemoryLossGradient, Pack, Shape, Supervision,
 };
-use dtmem::ops::{Gpu, gpu};
+use dtmem::ops::{self, Gpu};
 use dtmem_reference::attention as reference;
 use half::bf16;
 
@@ -20,18 +20,14 @@ const SCALE: f32 = 0.125;
 const GRAD_LOSS: f32 = 10.0;
 
 fn main() -> Result<(), Box<dyn Error>> {
-    match gpu::count() {
-        Ok(1..) => {}
-        Ok(0) => {
-            println!("no GPU: nothing to show");
+    let gpu = match Gpu::new(0) {
+        Ok(gpu) => gpu,
+        Err(reason @ (ops::Error::NoDriver { .. } | ops::Error::NoGpu { .. })) => {
+            println!("{reason}: nothing to show");
             return Ok(());
         }
-        Err(error) => {
-            println!("{error}: nothing to show");
-            return Ok(());
-        }
-    }
-    let gpu = Gpu::new(0)?;
+        Err(error) => return Err(error.into()),
+    };
     let stream = gpu.context().new_stream()?;
     println!("on {}", gpu.context().name()?);
 

@@ -9,7 +9,7 @@ use cudarc::driver::CudaSlice;
 use dtmem::ops::content_memory::{
     Addressing, Backward, ContentMemory, Erase, Forward, Inputs, Order, Shape, Strength,
 };
-use dtmem::ops::{Gpu, OnStream, gpu};
+use dtmem::ops::{self, Gpu, OnStream};
 use half::bf16;
 
 const SEQUENCES: usize = 2;
@@ -46,18 +46,14 @@ impl Same {
 }
 
 fn main() -> Result<(), Box<dyn Error>> {
-    match gpu::count() {
-        Ok(1..) => {}
-        Ok(0) => {
-            println!("no GPU: nothing to show");
+    let gpu = match Gpu::new(0) {
+        Ok(gpu) => gpu,
+        Err(reason @ (ops::Error::NoDriver { .. } | ops::Error::NoGpu { .. })) => {
+            println!("{reason}: nothing to show");
             return Ok(());
         }
-        Err(error) => {
-            println!("{error}: nothing to show");
-            return Ok(());
-        }
-    }
-    let gpu = Gpu::new(0)?;
+        Err(error) => return Err(error.into()),
+    };
     let stream = gpu.context().new_stream()?;
     println!("on {}", gpu.context().name()?);
 

@@ -4,7 +4,7 @@
 
 use std::error::Error;
 
-use dtmem::ops::{Gpu, convolutions, gpu};
+use dtmem::ops::{self, Gpu, convolutions};
 use dtmem_reference::convolution::Grid;
 use half::bf16;
 
@@ -13,18 +13,14 @@ const MIDDLE: usize = 40;
 const OUT: usize = 80;
 
 fn main() -> Result<(), Box<dyn Error>> {
-    match gpu::count() {
-        Ok(1..) => {}
-        Ok(0) => {
-            println!("no GPU: nothing to show");
+    let gpu = match Gpu::new(0) {
+        Ok(gpu) => gpu,
+        Err(reason @ (ops::Error::NoDriver { .. } | ops::Error::NoGpu { .. })) => {
+            println!("{reason}: nothing to show");
             return Ok(());
         }
-        Err(error) => {
-            println!("{error}: nothing to show");
-            return Ok(());
-        }
-    }
-    let gpu = Gpu::new(0)?;
+        Err(error) => return Err(error.into()),
+    };
     let stream = gpu.context().new_stream()?;
     println!("on {}", gpu.context().name()?);
 

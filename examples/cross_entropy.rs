@@ -6,25 +6,21 @@
 use std::error::Error;
 
 use dtmem::ops::cross_entropy::{Shape, Tensors};
-use dtmem::ops::{Gpu, gpu};
+use dtmem::ops::{self, Gpu};
 
 const CLASSES: usize = 3;
 /// The last row has none.
 const TARGETS: [i32; 3] = [1, 0, -1];
 
 fn main() -> Result<(), Box<dyn Error>> {
-    match gpu::count() {
-        Ok(1..) => {}
-        Ok(0) => {
-            println!("no GPU: nothing to show");
+    let gpu = match Gpu::new(0) {
+        Ok(gpu) => gpu,
+        Err(reason @ (ops::Error::NoDriver { .. } | ops::Error::NoGpu { .. })) => {
+            println!("{reason}: nothing to show");
             return Ok(());
         }
-        Err(error) => {
-            println!("{error}: nothing to show");
-            return Ok(());
-        }
-    }
-    let gpu = Gpu::new(0)?;
+        Err(error) => return Err(error.into()),
+    };
     let stream = gpu.context().new_stream()?;
     println!("on {}", gpu.context().name()?);
 

@@ -4,25 +4,21 @@
 
 use std::error::Error;
 
-use dtmem::ops::{Gpu, gpu, layer_norm};
+use dtmem::ops::{self, Gpu, layer_norm};
 use half::bf16;
 
 const ROWS: usize = 4;
 const WIDTH: usize = 512;
 
 fn main() -> Result<(), Box<dyn Error>> {
-    match gpu::count() {
-        Ok(1..) => {}
-        Ok(0) => {
-            println!("no GPU: nothing to show");
+    let gpu = match Gpu::new(0) {
+        Ok(gpu) => gpu,
+        Err(reason @ (ops::Error::NoDriver { .. } | ops::Error::NoGpu { .. })) => {
+            println!("{reason}: nothing to show");
             return Ok(());
         }
-        Err(error) => {
-            println!("{error}: nothing to show");
-            return Ok(());
-        }
-    }
-    let gpu = Gpu::new(0)?;
+        Err(error) => return Err(error.into()),
+    };
     let stream = gpu.context().new_stream()?;
     println!("on {}", gpu.context().name()?);
 

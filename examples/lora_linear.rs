@@ -8,7 +8,7 @@ use std::error::Error;
 use dtmem::ops::lora_linear::{
     Adapter, Backward, FactorGradients, Factors, Forward, Groups, Merge, Merging, Shape, Tasks,
 };
-use dtmem::ops::{Gpu, gpu};
+use dtmem::ops::{self, Gpu};
 use half::bf16;
 
 const WIDTH: usize = 512;
@@ -19,18 +19,14 @@ const LENGTHS: [usize; 3] = [100, 28, 200];
 const ROWS: usize = 328;
 
 fn main() -> Result<(), Box<dyn Error>> {
-    match gpu::count() {
-        Ok(1..) => {}
-        Ok(0) => {
-            println!("no GPU: nothing to show");
+    let gpu = match Gpu::new(0) {
+        Ok(gpu) => gpu,
+        Err(reason @ (ops::Error::NoDriver { .. } | ops::Error::NoGpu { .. })) => {
+            println!("{reason}: nothing to show");
             return Ok(());
         }
-        Err(error) => {
-            println!("{error}: nothing to show");
-            return Ok(());
-        }
-    }
-    let gpu = Gpu::new(0)?;
+        Err(error) => return Err(error.into()),
+    };
     let stream = gpu.context().new_stream()?;
     println!("on {}", gpu.context().name()?);
 

@@ -5,7 +5,7 @@
 use std::error::Error;
 
 use dtmem::ops::tokens::{Assemble, Part, PositionGradient, Shape, TakeApart, by_time_step};
-use dtmem::ops::{Gpu, gpu};
+use dtmem::ops::{self, Gpu};
 
 const WIDTH: usize = 4;
 const STEPS: usize = 2;
@@ -17,18 +17,14 @@ const OBSERVATION_TOKENS: [i32; 3] = [0, 2, 4];
 const ACTION_TOKENS: [i32; 2] = [1, 3];
 
 fn main() -> Result<(), Box<dyn Error>> {
-    match gpu::count() {
-        Ok(1..) => {}
-        Ok(0) => {
-            println!("no GPU: nothing to show");
+    let gpu = match Gpu::new(0) {
+        Ok(gpu) => gpu,
+        Err(reason @ (ops::Error::NoDriver { .. } | ops::Error::NoGpu { .. })) => {
+            println!("{reason}: nothing to show");
             return Ok(());
         }
-        Err(error) => {
-            println!("{error}: nothing to show");
-            return Ok(());
-        }
-    }
-    let gpu = Gpu::new(0)?;
+        Err(error) => return Err(error.into()),
+    };
     let stream = gpu.context().new_stream()?;
     println!("on {}", gpu.context().name()?);
 
