@@ -7,8 +7,8 @@ use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use dtmem::backend::Cpu;
 use dtmem::batch::{PackedBatch, TokenLayout, Trajectory};
 use dtmem::model::{
-    AttentionSpan, Block, Capacity, FrontEnd, MemoryConfig, Model, ModelConfig, OptimiserStep,
-    Spaces, SupervisionConfig, Training,
+    ActionSpace, AttentionSpan, Block, Capacity, Content, Family, FrontEnd, MemoryConfig, Model,
+    ModelConfig, ObservationSpace, OptimiserStep, Spaces, SupervisionConfig, Training,
 };
 use dtmem_reference::attention::Denominator;
 use dtmem_reference::dropout::philox;
@@ -28,12 +28,8 @@ struct Case {
 }
 
 fn ltmb(steps: usize) -> Spaces {
-    Spaces {
-        observation: vec![7, 7, 3],
-        cardinalities: vec![11, 6, 3],
-        actions: 7,
-        steps,
-    }
+    let observation = ObservationSpace::codes([7, 7, 3], [11, 6, 3]);
+    Spaces::of(observation, ActionSpace::Discrete(7), steps)
 }
 
 fn cases() -> [Case; 3] {
@@ -77,12 +73,11 @@ fn cases() -> [Case; 3] {
                 }),
                 ..ModelConfig::default()
             },
-            spaces: Spaces {
-                observation: vec![2],
-                cardinalities: vec![36, 20],
-                actions: 17,
-                steps: 17,
-            },
+            spaces: Spaces::of(
+                ObservationSpace::codes([2], [36, 20]),
+                ActionSpace::Discrete(17),
+                17,
+            ),
             lengths: vec![17; 64],
             lambda: 0.0,
         },
@@ -91,8 +86,12 @@ fn cases() -> [Case; 3] {
 
 fn pack(model: &Model<Cpu<f32>>, lengths: &[usize]) -> PackedBatch {
     let mut packer = model.packer();
-    let fields = model.fields();
-    let cardinalities = &model.spaces().cardinalities;
+    let Family {
+        observation,
+        action,
+    } = &model.spaces().families[0];
+    let fields = observation.fields();
+    let Content::Codes(cardinalities) = &observation.content;
     for (sequence, &steps) in lengths.iter().enumerate() {
         let draw = |index: usize, limit: usize| {
             (philox([index as u32, sequence as u32, 0, 0], [3, 5])[0] as usize % limit) as u8
@@ -101,7 +100,7 @@ fn pack(model: &Model<Cpu<f32>>, lengths: &[usize]) -> PackedBatch {
             .map(|index| draw(index, cardinalities[index % cardinalities.len()]))
             .collect();
         let actions: Vec<u8> = (0..steps)
-            .map(|step| draw(step, model.spaces().actions))
+            .map(|step| draw(step, action.outputs()))
             .collect();
         let pairs: Vec<(u32, u32)> = (0..steps as u32)
             .flat_map(|step| {
@@ -113,6 +112,7 @@ fn pack(model: &Model<Cpu<f32>>, lengths: &[usize]) -> PackedBatch {
             .collect();
         packer
             .push_trajectory(Trajectory {
+                family: 0,
                 observations: &observations,
                 actions: &actions,
                 returns: &vec![1.0; steps],

@@ -5,6 +5,8 @@ use std::ops::Range;
 use dtmem_reference::optimiser::AdamW;
 use thiserror::Error;
 
+use crate::spaces::Family;
+
 /// Which tokens stand for one time step (SPEC section 1).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -45,7 +47,8 @@ pub enum TokenKind {
 /// Whole or partial trajectories, one after another, without padding.
 ///
 /// Token arrays have one entry per packed token; `observations`, `actions` and `returns` have one
-/// row per token of that kind, in packed order.
+/// row per token of that kind, in packed order. Sequences stand in the order of their families, so
+/// that the rows of a family are neighbours.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct PackedBatch {
     /// Token offsets of the sequences [B + 1].
@@ -60,7 +63,9 @@ pub struct PackedBatch {
     pub token_row: Vec<i32>,
     /// Time step of each token.
     pub token_time: Vec<i32>,
-    /// Observation codes [observations, fields].
+    /// Which rows are whose: one entry for each family of the model.
+    pub families: Vec<FamilyRows>,
+    /// Observation codes of one family after another, each [its observations, its fields].
     pub observations: Vec<u8>,
     /// Packed token of each observation.
     pub observation_tokens: Vec<i32>,
@@ -78,6 +83,8 @@ pub struct PackedBatch {
     pub pair_offsets: Vec<i32>,
     /// Recalled tokens of each token, relative to the start of its sequence, ascending.
     pub pair_keys: Vec<i32>,
+    /// Family of each sequence, never falling.
+    pub sequence_family: Vec<usize>,
     /// For each sequence: 1 takes part in the memory loss, 0 does not.
     pub annotated: Vec<u8>,
     /// First token of each sequence in the batch that it was selected from ([`Self::select`]), so
@@ -85,6 +92,17 @@ pub struct PackedBatch {
     pub origins: Vec<i32>,
     /// What changes from step to step of a training.
     pub training: TrainingStep,
+}
+
+/// The rows of one family.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
+pub struct FamilyRows {
+    /// Among the observations and their targets.
+    pub observations: Range<usize>,
+    /// Among the actions.
+    pub actions: Range<usize>,
+    /// Among the codes of the observations.
+    pub codes: Range<usize>,
 }
 
 /// A step of a training, as far as it concerns its batch.
@@ -145,9 +163,15 @@ impl PackedBatch {
 
     /// Makes `to` the batch of some of these sequences, reusing its memory.
     pub fn select(&self, sequences: &[usize], to: &mut Self) {
-        to.clear();
-        let fields = self.observations.len() / self.observation_tokens.len().max(1);
+        to.clear(self.families.len());
         for &sequence in sequences {
+            let family = self.sequence_family[sequence];
+            let FamilyRows {
+                observations: own,
+                codes,
+                ..
+            } = &self.families[family];
+            let fields = codes.len() / own.len().max(1);
             let tokens = self.tokens_of(sequence);
             let shift = to.tokens() as i32 - tokens.start as i32;
             let segments = [0, 1].map(|next| self.sequence_segments[sequence + next] as usize);
@@ -159,19 +183,14 @@ impl PackedBatch {
                 let row = self.token_row[token] as usize;
                 let new_row = match self.token_kind[token] {
                     kind if kind == TokenKind::Observation as u8 => {
-                        let codes = &self.observations[row * fields..][..fields];
-                        to.observations.extend_from_slice(codes);
-                        to.targets.push(self.targets[row]);
-                        push_row(&mut to.observation_tokens, at)
+                        let first = codes.start + (row - own.start) * fields;
+                        let codes = &self.observations[first..first + fields];
+                        to.add_observation(family, at, codes, self.targets[row])
                     }
                     kind if kind == TokenKind::Action as u8 => {
-                        to.actions.push(self.actions[row]);
-                        push_row(&mut to.action_tokens, at)
+                        to.add_action(family, at, self.actions[row])
                     }
-                    _ => {
-                        to.returns.push(self.returns[row]);
-                        push_row(&mut to.return_tokens, at)
-                    }
+                    _ => to.add_return(at, self.returns[row]),
                 };
                 let pairs = [0, 1].map(|next| self.pair_offsets[token + next] as usize);
                 to.pair_keys
@@ -183,13 +202,43 @@ impl PackedBatch {
             }
             to.sequence_segments.push(to.segments() as i32);
             to.cu_seqlens.push(to.tokens() as i32);
+            to.sequence_family.push(family);
             to.annotated.push(self.annotated[sequence]);
             to.origins.push(self.origins[sequence]);
         }
     }
 
+    /// Adds the row of an observation token, and returns its number.
+    fn add_observation(&mut self, family: usize, token: i32, codes: &[u8], target: i32) -> i32 {
+        let (row, first) = (self.observation_tokens.len(), self.observations.len());
+        self.observations.extend_from_slice(codes);
+        self.targets.push(target);
+        self.observation_tokens.push(token);
+        let rows = &mut self.families[family];
+        grow(&mut rows.observations, row, 1);
+        grow(&mut rows.codes, first, codes.len());
+        row as i32
+    }
+
+    /// Adds the row of an action token, and returns its number.
+    fn add_action(&mut self, family: usize, token: i32, action: u8) -> i32 {
+        let row = self.action_tokens.len();
+        self.actions.push(action);
+        self.action_tokens.push(token);
+        grow(&mut self.families[family].actions, row, 1);
+        row as i32
+    }
+
+    /// Adds the row of a return token, and returns its number.
+    fn add_return(&mut self, token: i32, value: f32) -> i32 {
+        self.returns.push(value);
+        self.return_tokens.push(token);
+        self.return_tokens.len() as i32 - 1
+    }
+
     /// Fills the batch up, so that batches have one size: tokens of no kind in a sequence of their
-    /// own, empty sequences, and rows without a token. They take no part in any loss.
+    /// own, empty sequences, and rows without a token, of the last family, whose observations have
+    /// so many `fields`. They take no part in any loss.
     pub fn fill_up(&mut self, size: BatchSize, fields: usize) {
         const NO_KIND: u8 = u8::MAX;
         let (first, end) = (self.tokens() as i32, size.tokens as i32);
@@ -199,7 +248,15 @@ impl PackedBatch {
         let last_step = size.steps.saturating_sub(1) as i32;
         self.token_time.resize(size.tokens, last_step);
         self.pair_offsets.resize(size.tokens + 1, pairs);
-        self.observations.resize(size.rows * fields, 0);
+        let codes = self.observations.len();
+        let more = size.rows.saturating_sub(self.observation_tokens.len());
+        self.observations.resize(codes + more * fields, 0);
+        if let Some(rows) = self.families.last_mut() {
+            grow(&mut rows.codes, codes, more * fields);
+            grow(&mut rows.observations, self.observation_tokens.len(), more);
+            let more = size.rows.saturating_sub(self.action_tokens.len());
+            grow(&mut rows.actions, self.action_tokens.len(), more);
+        }
         self.targets.resize(size.rows, -1);
         self.actions.resize(size.rows, 0);
         self.observation_tokens.resize(size.rows, -1);
@@ -212,6 +269,8 @@ impl PackedBatch {
             self.cu_seqlens.push(end);
             self.segment_offsets.push(end);
             self.sequence_segments.push(self.segments() as i32);
+            self.sequence_family
+                .push(self.families.len().saturating_sub(1));
             self.annotated.push(0);
             self.origins.push(first);
         }
@@ -221,9 +280,11 @@ impl PackedBatch {
         }
     }
 
-    /// Back to no sequences.
-    fn clear(&mut self) {
+    /// Back to no sequences, of so many families.
+    fn clear(&mut self, of_families: usize) {
         let Self {
+            families,
+            sequence_family,
             cu_seqlens,
             segment_offsets,
             sequence_segments,
@@ -244,6 +305,9 @@ impl PackedBatch {
             training,
         } = self;
         *training = TrainingStep::default();
+        families.clear();
+        families.resize(of_families, FamilyRows::default());
+        sequence_family.clear();
         for offsets in [cu_seqlens, segment_offsets, sequence_segments, pair_offsets] {
             offsets.clear();
             offsets.push(0);
@@ -267,10 +331,12 @@ impl PackedBatch {
     }
 }
 
-/// Appends a token and returns the row that it has among its kind.
-fn push_row(tokens: &mut Vec<i32>, token: i32) -> i32 {
-    tokens.push(token);
-    tokens.len() as i32 - 1
+/// A range that more rows, from `end` on, are added to; they become its first where it is empty.
+fn grow(range: &mut Range<usize>, end: usize, more: usize) {
+    if range.start == range.end {
+        range.start = end;
+    }
+    range.end = end + more;
 }
 
 /// Why a sequence cannot be packed.
@@ -296,6 +362,18 @@ pub enum BatchError {
         /// Length of the sequence.
         steps: usize,
     },
+    /// A sequence of a family that the packer does not know, or after one of a later family.
+    #[error(
+        "a sequence of family {found}, expected {first} to {last}: sequences are packed in the order of their families"
+    )]
+    Family {
+        /// Its number.
+        found: usize,
+        /// Of the sequence before.
+        first: usize,
+        /// Of the last family.
+        last: usize,
+    },
     /// Pairs are not in ascending order, or one stands twice.
     #[error("pairs of a sequence are not strictly ascending")]
     PairOrder,
@@ -314,6 +392,8 @@ pub enum BatchError {
 /// One trajectory as the trainer knows it.
 #[derive(Debug, Clone, Copy)]
 pub struct Trajectory<'a> {
+    /// Number of its family in the model.
+    pub family: usize,
     /// Codes [steps, fields].
     pub observations: &'a [u8],
     /// Actions `[steps]`: input of the action tokens and target of the observations.
@@ -330,21 +410,26 @@ pub struct Trajectory<'a> {
 #[derive(Debug, Clone)]
 pub struct Packer {
     layout: TokenLayout,
-    fields: usize,
+    /// Codes of an observation of each family.
+    fields: Vec<usize>,
     segment_steps: usize,
     batch: PackedBatch,
+    /// Of the current sequence.
+    family: usize,
     segment: Option<i32>,
 }
 
 impl Packer {
-    /// A packer for observations of `fields` codes. `segment_steps` is the length of a segment in
+    /// A packer for trajectories of these families. `segment_steps` is the length of a segment in
     /// time steps; segment boundaries lie at multiples of it. `None`: one segment per sequence.
-    pub fn new(layout: TokenLayout, fields: usize, segment_steps: Option<usize>) -> Self {
+    pub fn new(layout: TokenLayout, families: &[Family], segment_steps: Option<usize>) -> Self {
+        let fields = families.iter().map(|family| family.observation.fields());
         let mut packer = Self {
             layout,
-            fields,
+            fields: fields.collect(),
             segment_steps: segment_steps.unwrap_or(usize::MAX).max(1),
             batch: PackedBatch::default(),
+            family: 0,
             segment: None,
         };
         packer.clear();
@@ -353,8 +438,22 @@ impl Packer {
 
     /// Starts an empty batch.
     pub fn clear(&mut self) {
-        self.batch.clear();
+        self.batch.clear(self.fields.len());
+        self.family = 0;
         self.segment = None;
+    }
+
+    /// From here on sequences are of this family: the same as before, or a later one.
+    pub fn start_family(&mut self, family: usize) -> Result<(), BatchError> {
+        if family < self.family || family >= self.fields.len() {
+            return Err(BatchError::Family {
+                found: family,
+                first: self.family,
+                last: self.fields.len().saturating_sub(1),
+            });
+        }
+        self.family = family;
+        Ok(())
     }
 
     /// The batch so far. Complete after [`Self::end_sequence`] or [`Self::push_trajectory`].
@@ -364,11 +463,12 @@ impl Packer {
 
     /// Appends a whole trajectory, every step of it with its action.
     pub fn push_trajectory(&mut self, trajectory: Trajectory) -> Result<(), BatchError> {
-        let steps = trajectory.actions.len();
-        if trajectory.observations.len() != steps * self.fields {
+        self.start_family(trajectory.family)?;
+        let (steps, fields) = (trajectory.actions.len(), self.fields[self.family]);
+        if trajectory.observations.len() != steps * fields {
             return Err(BatchError::Steps {
                 argument: "observations",
-                found: trajectory.observations.len() / self.fields.max(1),
+                found: trajectory.observations.len() / fields.max(1),
                 expected: steps,
             });
         }
@@ -398,7 +498,7 @@ impl Packer {
             if with_returns {
                 self.push_return(trajectory.returns[step], time);
             }
-            let observation = &trajectory.observations[step * self.fields..][..self.fields];
+            let observation = &trajectory.observations[step * fields..][..fields];
             self.push_observation(observation, time, Some(trajectory.actions[step]))?;
             while let Some(&&(_, key)) = pairs.peek().filter(|pair| pair.0 as usize == step) {
                 self.batch.pair_keys.push(key as i32 * per_step + offset);
@@ -414,11 +514,8 @@ impl Packer {
 
     /// Appends a return-to-go token to the current sequence.
     pub fn push_return(&mut self, value: f32, time: i32) {
-        self.push_token(TokenKind::Return, self.batch.returns.len(), time);
-        self.batch.returns.push(value);
-        self.batch
-            .return_tokens
-            .push(self.batch.tokens() as i32 - 1);
+        let row = self.batch.add_return(self.next_token(), value);
+        self.push_token(TokenKind::Return, row, time);
     }
 
     /// Appends an observation token, with the action to predict there if it is known.
@@ -428,32 +525,27 @@ impl Packer {
         time: i32,
         target: Option<u8>,
     ) -> Result<(), BatchError> {
-        if codes.len() != self.fields {
+        let expected = self.fields.get(self.family).copied().unwrap_or_default();
+        if codes.len() != expected {
             return Err(BatchError::Fields {
                 found: codes.len(),
-                expected: self.fields,
+                expected,
             });
         }
-        self.push_token(
-            TokenKind::Observation,
-            self.batch.observation_tokens.len(),
-            time,
-        );
-        self.batch.observations.extend_from_slice(codes);
-        self.batch
-            .observation_tokens
-            .push(self.batch.tokens() as i32 - 1);
-        self.batch.targets.push(target.map_or(-1, i32::from));
+        let (token, target) = (self.next_token(), target.map_or(-1, i32::from));
+        let row = self
+            .batch
+            .add_observation(self.family, token, codes, target);
+        self.push_token(TokenKind::Observation, row, time);
         Ok(())
     }
 
     /// Appends an action token to the current sequence.
     pub fn push_action(&mut self, action: u8, time: i32) {
-        self.push_token(TokenKind::Action, self.batch.actions.len(), time);
-        self.batch.actions.push(action);
-        self.batch
-            .action_tokens
-            .push(self.batch.tokens() as i32 - 1);
+        let row = self
+            .batch
+            .add_action(self.family, self.next_token(), action);
+        self.push_token(TokenKind::Action, row, time);
     }
 
     /// Ends the current sequence; an empty one is kept as an empty sequence.
@@ -467,17 +559,22 @@ impl Packer {
             .sequence_segments
             .push(self.batch.segments() as i32);
         self.batch.cu_seqlens.push(tokens);
+        self.batch.sequence_family.push(self.family);
         self.batch.annotated.push(u8::from(annotated));
     }
 
-    fn push_token(&mut self, kind: TokenKind, row: usize, time: i32) {
+    fn next_token(&self) -> i32 {
+        self.batch.tokens() as i32
+    }
+
+    fn push_token(&mut self, kind: TokenKind, row: i32, time: i32) {
         let segment = (time as usize / self.segment_steps) as i32;
         if self.segment.is_some_and(|current| current != segment) {
             self.batch.segment_offsets.push(self.batch.tokens() as i32);
         }
         self.segment = Some(segment);
         self.batch.token_kind.push(kind as u8);
-        self.batch.token_row.push(row as i32);
+        self.batch.token_row.push(row);
         self.batch.token_time.push(time);
         self.batch
             .pair_offsets

@@ -11,9 +11,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use dtmem::backend::Backend;
 use dtmem::tasks::{Demonstrations, Task};
 use dtmem::train::checkpoint;
-use dtmem::train::config::Config;
+use dtmem::train::config::{Config, TaskConfig};
 use dtmem::train::device::{Job, run_on};
-use dtmem::train::evaluate::{self, Conditions};
+use dtmem::train::evaluate::{self, Episodes};
 use dtmem::train::run::{self, Event, Folder, Options, Outcome, Start, Summary};
 use serde_json::{Map, Value};
 use tracing::info;
@@ -99,8 +99,9 @@ pub fn train(arguments: &Train) -> Result<ExitCode> {
 struct Evaluating<'a> {
     file: &'a Path,
     bytes: &'a [u8],
-    task: &'a Task,
-    conditions: Conditions,
+    tasks: &'a [TaskConfig],
+    target_returns: &'a [f64],
+    episodes: Episodes,
     stop: &'a AtomicBool,
     progress: Progress,
 }
@@ -111,19 +112,22 @@ impl Job for Evaluating<'_> {
 
     fn run<B: Backend<Element = f32>>(mut self, backend: B) -> Fallible<Option<Summary>> {
         let (model, header) = checkpoint::model_from_bytes(self.file, self.bytes, backend)?;
-        let total = self.conditions.episodes;
-        let watch = |done| self.progress.show(Event::Evaluation { done, total });
-        let result = evaluate::evaluate(&model, self.task, &self.conditions, self.stop, watch)?;
-        Ok(result.map(|result| {
-            info!("{}", run::result_line(self.task, &result));
-            Summary::new(
-                Some(self.task),
-                Some(&result),
-                &model,
-                header.step,
-                result.tokens,
-                result.seconds,
-            )
+        let watch = |done, total| self.progress.show(Event::Evaluation { done, total });
+        let results = evaluate::evaluate_all(
+            &model,
+            self.tasks,
+            self.target_returns,
+            self.episodes,
+            self.stop,
+            watch,
+        )?;
+        Ok(results.map(|results| {
+            for line in run::result_lines(&results) {
+                info!("{line}");
+            }
+            let tokens = results.iter().map(|result| result.evaluation.tokens).sum();
+            let seconds = results.iter().map(|result| result.evaluation.seconds).sum();
+            Summary::new(&results, &model, header.step, tokens, seconds)
         }))
     }
 }
@@ -135,30 +139,34 @@ pub fn eval(arguments: &Eval) -> Result<ExitCode> {
         .map_err(|error| format!("{}: cannot read it: {error}", file.display()))?;
     let header = checkpoint::model_header(&file, &bytes)?;
     let config = &header.config;
-    let Some(task) = &config.task else {
+    let tasks = config.task_list();
+    if tasks.iter().all(|task| task.task.is_none()) {
         return Err(format!(
             "{}: this model was trained on demonstrations of its own and has no task to be \
              evaluated on",
             file.display()
         )
         .into());
-    };
+    }
     if arguments
         .target_return
         .is_some_and(|value| !value.is_finite())
     {
         return Err("--target-return: expected a finite number".into());
     }
+    let target_returns = match arguments.target_return {
+        Some(target) => vec![target; tasks.len()],
+        None => header.target_returns.clone(),
+    };
     let stop = stop_on_interrupt()?;
     let job = Evaluating {
         file: &file,
         bytes: &bytes,
-        task,
-        conditions: Conditions {
-            episodes: arguments.episodes.unwrap_or(config.evaluation.episodes),
+        tasks: &tasks,
+        target_returns: &target_returns,
+        episodes: Episodes {
+            each: arguments.episodes.unwrap_or(config.evaluation.episodes),
             seed: arguments.seed.unwrap_or(config.evaluation.seed),
-            target_return: arguments.target_return.unwrap_or(header.target_return),
-            return_scale: config.data.return_scale,
         },
         stop: &stop,
         progress: Progress::new(),
@@ -233,7 +241,6 @@ fn task(name: &str, arguments: &Demos) -> Result<Task> {
 /// What `--inspect` shows.
 fn describe(set: &Demonstrations) -> Result<String> {
     let mut text = String::new();
-    let space = set.space();
     if let Some(task) = &set.task {
         writeln!(text, "task           {}", serde_json::to_string(task)?)?;
     }
@@ -270,11 +277,7 @@ fn describe(set: &Demonstrations) -> Result<String> {
         set.longest(),
         set.steps() as f64 / count
     )?;
-    writeln!(
-        text,
-        "observations   {:?}, codes below {:?}",
-        space.shape, space.cardinalities
-    )?;
+    writeln!(text, "observations   {}", set.space())?;
     writeln!(
         text,
         "actions        {}, taken {actions:?}",

@@ -9,6 +9,7 @@ pub mod interop;
 pub mod model;
 #[cfg(feature = "cuda")]
 pub mod ops;
+pub mod spaces;
 #[cfg(feature = "trainer")]
 pub mod tasks;
 #[cfg(feature = "trainer")]

@@ -370,3 +370,82 @@ proptest! {
         }
     }
 }
+
+const MANY: &str = r#"
+[[tasks]]
+task = { name = "recall", steps = 6, pairs = 2 }
+[[tasks]]
+share = 0.5
+task = { name = "recall", kind = "delayed" }
+[[tasks]]
+data = { file = "some/walks.safetensors" }
+[model]
+width = 8
+[loss]
+lambda = 0
+[train]
+steps = 10
+"#;
+
+#[test]
+fn tasks_are_a_list_each_with_a_name_of_its_own() {
+    let labels = |config: &Config| -> Vec<String> {
+        config
+            .task_list()
+            .into_iter()
+            .filter_map(|task| task.label)
+            .collect()
+    };
+    let many = |overrides: &[&str]| {
+        let overrides: Vec<String> = overrides.iter().map(|&s| s.to_owned()).collect();
+        Config::parse("many.toml", MANY, &overrides)
+    };
+    let config = many(&[]).unwrap();
+    assert_eq!(labels(&config), ["recall", "recall-2", "walks"]);
+    assert_eq!(config.task_list()[1].share, 0.5);
+    let again = Config::parse("again.toml", &config.to_toml().unwrap(), &[]).unwrap();
+    assert_eq!(again, config);
+    let config = many(&[
+        "tasks.1.label=far",
+        "tasks.1.task.steps=30",
+        "tasks.2.share=0",
+    ])
+    .unwrap();
+    assert_eq!(labels(&config), ["recall", "far", "walks"]);
+    assert!(config.task_list()[2].is_held_out());
+    assert_eq!(
+        labels(&parse(&[]).unwrap()),
+        ["hallway"],
+        "[task] is a list of one"
+    );
+    for (overrides, parts) in [
+        (&["task.name=hallway"][..], &["`task`", "[[tasks]]"][..]),
+        (&["data.episodes=9"], &["`data`", "[[tasks]]"]),
+        (
+            &["evaluation.target_return=1"],
+            &["evaluation.target_return", "target_return"],
+        ),
+        (&["tasks.0.share=-1"], &["tasks.0.share", "-1"]),
+        (
+            &["tasks.0.shares=1"],
+            &["shares", "`share`", "--set tasks.0.shares=1"],
+        ),
+        (&["tasks.1.task.steps=0"], &["tasks.1.task.steps", "0"]),
+        (&["tasks.3.share=1"], &["a list of 3", "`3`"]),
+        (&["tasks.first.share=1"], &["a list of 3", "`first`"]),
+        (&["tasks.2.data="], &["tasks.2.task", "nothing"]),
+        (
+            &["tasks.0.data.return_scale=0"],
+            &["tasks.0.data.return_scale"],
+        ),
+        (
+            &["tasks.0.share=0", "tasks.1.share=0", "tasks.2.share=0"],
+            &["`tasks`", "at least one"],
+        ),
+    ] {
+        let error = many(overrides).unwrap_err().to_string();
+        for part in parts {
+            assert!(error.contains(part), "{part} is missing in: {error}");
+        }
+    }
+}

@@ -7,9 +7,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 
-use dtmem::tasks::{
-    DemonstrationError, Demonstrations, EpisodeView, ObservationSpace, Split, Task,
-};
+use dtmem::spaces::{ActionSpace, Family, ObservationSpace};
+use dtmem::tasks::{DemonstrationError, Demonstrations, EpisodeView, Split, Task};
 use proptest::prelude::*;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde_json::{Value, json};
@@ -21,11 +20,11 @@ fn hallway(episodes: usize, share: f64) -> Demonstrations {
 
 /// A small set of a user's own: two fields, three actions, episodes of 3 and 2 steps.
 fn own() -> Demonstrations {
-    let space = ObservationSpace {
-        shape: vec![2],
-        cardinalities: vec![4, 9],
-    };
-    let mut set = Demonstrations::new(space, 3).unwrap();
+    let mut set = Demonstrations::new(Family {
+        observation: ObservationSpace::codes([2], [4, 9]),
+        action: ActionSpace::Discrete(3),
+    })
+    .unwrap();
     set.push(EpisodeView {
         observations: &[0, 8, 3, 0, 1, 1],
         actions: &[0, 2, 1],

@@ -2,7 +2,7 @@
 
 mod data;
 
-use data::{Data, capacity, grid};
+use data::{Data, capacity, grid, several};
 use dtmem::backend::gpu::{
     Compute, CudaDevice, Device, Factor, Gpu, HostDevice, Multiply, Product,
 };
@@ -313,6 +313,18 @@ fn steps_in_f32_follow_the_cpus() {
 }
 
 #[test]
+fn steps_of_several_families_follow_the_cpus() {
+    for (config, supervision) in [
+        (tuner(FrontEnd::Convolution), Some(supervision())),
+        (decision(), None),
+    ] {
+        let host = HostDevice::default;
+        check_training::<_, f32>(host(), &config, &several(), supervision.clone(), 1e-3);
+        check_training::<_, bf16>(host(), &config, &several(), supervision, 5e-2);
+    }
+}
+
+#[test]
 fn steps_in_bf16_follow_the_cpus() {
     for (config, supervision) in cases() {
         check_training::<_, bf16>(HostDevice::default(), &config, &grid(), supervision, 5e-2);
@@ -338,8 +350,8 @@ fn act<B: Backend<Element = f32>>(backend: B, config: &ModelConfig) -> Vec<Vec<f
     model.initialise(1).unwrap();
     let lengths = [7, 4, 9];
     let data = Data::new(&spaces, &lengths, 4);
-    let fields = model.fields();
-    let mut actor = Actor::new(&model, lengths.len()).unwrap();
+    let fields = spaces.families[0].observation.fields();
+    let mut actor = Actor::new(&model, 0, lengths.len()).unwrap();
     (0..9)
         .map(|time| {
             let active: Vec<usize> = (0..3).filter(|&episode| time < lengths[episode]).collect();

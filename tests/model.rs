@@ -2,13 +2,13 @@
 
 mod data;
 
-use data::{Data, capacity, draw, grid, symbols};
+use data::{Data, capacity, draw, grid, several, symbols};
 use dtmem::backend::Cpu;
-use dtmem::batch::TokenLayout;
+use dtmem::batch::{PackedBatch, TokenLayout};
 use dtmem::model::{
-    Actor, AdapterConfig, AddressingKind, AttentionSpan, Block, Capacity, EraseKind, FrontEnd,
-    MemoryConfig, Model, ModelConfig, OptimiserStep, OrderKind, Spaces, StrengthKind,
-    SupervisionConfig, Training,
+    ActionSpace, Actor, AdapterConfig, AddressingKind, AttentionSpan, Block, Capacity, EraseKind,
+    FrontEnd, MemoryConfig, Model, ModelConfig, ObservationSpace, OptimiserStep, OrderKind, Spaces,
+    StrengthKind, SupervisionConfig, Training,
 };
 use dtmem_reference::Scalar;
 use dtmem_reference::attention::Denominator;
@@ -123,12 +123,8 @@ fn check_gradients(config: &ModelConfig, spaces: &Spaces, supervision: Option<Su
 
 #[test]
 fn the_papers_ltmb_model_has_14_661_919_parameters() {
-    let spaces = Spaces {
-        observation: vec![7, 7, 3],
-        cardinalities: vec![11, 6, 3],
-        actions: 7,
-        steps: 145,
-    };
+    let observation = ObservationSpace::codes([7, 7, 3], [11, 6, 3]);
+    let spaces = Spaces::of(observation, ActionSpace::Discrete(7), 145);
     let model = Model::new(Cpu::<f32>::new(), ModelConfig::default(), spaces, None)
         .expect("the paper's model");
     assert_eq!(model.parameter_count(), 14_661_919);
@@ -153,6 +149,74 @@ fn attention_tuner_gradients_match_with_dropout() {
 #[test]
 fn memory_model_gradients_match_finite_differences() {
     check_gradients(&decision(), &symbols(), None);
+}
+
+#[test]
+fn several_families_have_right_gradients() {
+    check_gradients(&tuner(), &several(), Some(supervision()));
+    let config = ModelConfig {
+        front_end: FrontEnd::Convolution,
+        ..decision()
+    };
+    check_gradients(&config, &several(), None);
+}
+
+#[test]
+fn a_family_learns_the_same_alone_and_beside_others() {
+    // What sequences of other families are in a batch changes a sum, and nothing else.
+    let model = model::<f64>(&tuner(), &several(), None);
+    let data = Data::new(&several(), &[5, 3, 4, 7], 3);
+    let all = data.pack(&model);
+    let mut training = Training::new(&model, capacity(&all), 2).expect("buffers");
+    let mut gradients = |batch: &PackedBatch| {
+        let metrics = training.gradients(&model, batch, 5, 1).expect("gradients");
+        let rows = batch.observation_tokens.len() as f64;
+        let values = training.gradient_values(&model).expect("gradients");
+        let sums: Vec<f64> = values.into_iter().map(|g| g * rows).collect();
+        (metrics.action_loss * rows, sums)
+    };
+    let (loss, together) = gradients(&all);
+    let mut sum = vec![0.0; together.len()];
+    let mut losses = 0.0;
+    for sequence in 0..all.sequences() {
+        let mut alone = PackedBatch::default();
+        all.select(&[sequence], &mut alone);
+        let (loss, own) = gradients(&alone);
+        losses += loss;
+        for (sum, own) in sum.iter_mut().zip(own) {
+            *sum += own;
+        }
+    }
+    assert!(
+        (loss - losses).abs() < 1e-10 * loss,
+        "{loss} against {losses}"
+    );
+    for (a, b) in sum.iter().zip(&together) {
+        assert!((a - b).abs() < 1e-10, "{a} alone, {b} together");
+    }
+}
+
+#[test]
+fn a_model_keeps_its_parameters_when_families_are_added() {
+    let small = model::<f32>(&decision(), &symbols(), None);
+    let config = decision();
+    let large = model::<f32>(&config, &several(), None);
+    for known in small.parameters() {
+        let same = |own: &&dtmem::model::Parameter| own.name == known.name;
+        let own = large.parameters().iter().find(same).expect("the same name");
+        assert_eq!(own.shape, known.shape, "{}", known.name);
+    }
+    assert!(large.parameters().len() > small.parameters().len());
+}
+
+#[test]
+fn sequences_out_of_the_order_of_their_families_are_refused() {
+    let model = model::<f32>(&tuner(), &several(), None);
+    let mut data = Data::new(&several(), &[2, 2, 2], 1);
+    let pack = |data: &Data| std::panic::catch_unwind(|| data.pack(&model).sequences());
+    assert_eq!(pack(&data).expect("in order"), 3);
+    data.families.swap(0, 1);
+    assert!(pack(&data).is_err());
 }
 
 #[test]
@@ -270,11 +334,25 @@ fn optimiser() -> OptimiserStep {
 
 /// Acting step by step gives the logits of the whole episode at once.
 fn check_acting(config: &ModelConfig, spaces: &Spaces) {
+    for family in 0..spaces.families.len() {
+        check_acting_in(config, spaces, family);
+    }
+}
+
+fn check_acting_in(config: &ModelConfig, spaces: &Spaces, family: usize) {
     let model = model::<f64>(config, spaces, None);
     let lengths = [7, 4, 9];
-    let mut data = Data::new(spaces, &lengths, 4);
-    let fields = model.fields();
-    let mut actor = Actor::new(&model, lengths.len()).expect("an actor");
+    let alone = Spaces {
+        families: vec![spaces.families[family].clone()],
+        ..*spaces
+    };
+    let mut data = Data::new(&alone, &lengths, 4);
+    data.families = vec![family; lengths.len()];
+    let (fields, actions) = (
+        alone.families[0].observation.fields(),
+        alone.families[0].action.outputs(),
+    );
+    let mut actor = Actor::new(&model, family, lengths.len()).expect("an actor");
     let mut acted: Vec<Vec<f64>> = vec![Vec::new(); lengths.len()];
     for time in 0..9 {
         let active: Vec<usize> = (0..3).filter(|&episode| time < lengths[episode]).collect();
@@ -286,14 +364,14 @@ fn check_acting(config: &ModelConfig, spaces: &Spaces) {
             .iter()
             .map(|&episode| data.returns[episode][time])
             .collect();
-        let actions = actor
+        let chosen = actor
             .act(&model, &active, &observations, &returns)
             .expect("actions")
             .to_vec();
         for (index, &episode) in active.iter().enumerate() {
-            let logits = &actor.logits()[index * spaces.actions..][..spaces.actions];
+            let logits = &actor.logits()[index * actions..][..actions];
             acted[episode].extend_from_slice(logits);
-            data.actions[episode][time] = actions[index];
+            data.actions[episode][time] = chosen[index];
         }
     }
     let batch = data.pack(&model);
@@ -311,7 +389,9 @@ fn check_acting(config: &ModelConfig, spaces: &Spaces) {
 #[test]
 fn acting_step_by_step_equals_the_whole_episode() {
     check_acting(&tuner(), &grid());
+    check_acting(&tuner(), &several());
     check_acting(&decision(), &symbols());
+    check_acting(&decision(), &several());
     for (attention, segment_steps, memory) in [
         (AttentionSpan::Episode, 3, true),
         (AttentionSpan::Episode, 0, true),
@@ -386,7 +466,11 @@ fn bits_do_not_depend_on_the_number_of_threads() {
         feed_forward: 200,
         ..decision()
     };
-    for (config, spaces) in [(tuner, grid()), (decision, symbols())] {
+    for (config, spaces) in [
+        (tuner.clone(), grid()),
+        (decision, symbols()),
+        (tuner, several()),
+    ] {
         let one = train_bits(1, &config, &spaces);
         for threads in [2, 3, 5] {
             assert!(
@@ -472,8 +556,10 @@ fn the_number_of_shards_changes_rounding_only() {
         ..decision()
     };
     for (config, spaces, supervision) in [
-        (dropout, grid(), Some(supervision())),
-        (memory, symbols(), None),
+        (dropout.clone(), grid(), Some(supervision())),
+        (memory.clone(), symbols(), None),
+        (dropout, several(), Some(supervision())),
+        (memory, several(), None),
     ] {
         let model = model::<f64>(&config, &spaces, supervision);
         let batch = Data::new(&spaces, &[5, 3, 8], 7).pack(&model);

@@ -8,6 +8,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use dtmem::spaces::Content;
 use dtmem::tasks::counting::{Counting, CountingLayout, Room};
 use dtmem::tasks::grid::Object;
 use dtmem::tasks::hallway::{Hallway, HallwayLayout};
@@ -216,6 +217,7 @@ fn short_tasks() -> [Task; 5] {
 fn the_expert_succeeds_within_the_limit_and_stays_within_the_declared_codes() {
     for task in short_tasks() {
         let space = task.observation_space();
+        let Content::Codes(cardinalities) = &space.content;
         for number in 0..200 {
             let episode = task.demonstrate(Split::Demonstration, 1, number).unwrap();
             let steps = episode.actions.len();
@@ -230,7 +232,7 @@ fn the_expert_succeeds_within_the_limit_and_stays_within_the_declared_codes() {
                     .all(|&action| usize::from(action) < task.actions())
             );
             for (index, &code) in episode.observations.iter().enumerate() {
-                assert!(usize::from(code) < space.cardinalities[index % space.cardinalities.len()]);
+                assert!(usize::from(code) < cardinalities[index % cardinalities.len()]);
             }
             assert!(episode.pairs.is_sorted_by(|one, next| one < next));
             assert!(
@@ -428,10 +430,7 @@ fn recall_asks_for_what_exactly_one_earlier_step_said() {
             let shown: Vec<[u8; 2]> = episode.observations.as_chunks().0.to_vec();
             assert_eq!(shown.len(), steps + 1);
             let [query, marker] = shown[steps];
-            assert_eq!(
-                usize::from(marker),
-                task.observation_space().cardinalities[1] - 1
-            );
+            assert_eq!(usize::from(marker), kind.cardinalities()[1] - 1);
             let answer = episode.actions[steps];
             assert!(
                 episode.actions[..steps]

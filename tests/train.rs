@@ -81,6 +81,49 @@ checkpoint_every = 3
 episodes = 6
 "#;
 
+/// DT-Mem on two tasks of different families, with a third one held out.
+const MANY: &str = r#"
+[[tasks]]
+share = 2.0
+task = { name = "recall", steps = 6, pairs = 2 }
+data = { episodes = 30 }
+[[tasks]]
+target_return = 0.9
+task = { name = "hallway", length = 1 }
+data = { episodes = 25, return_scale = 2.0 }
+[[tasks]]
+label = "longer"
+share = 0.0
+task = { name = "recall", steps = 40, pairs = 3 }
+data = { episodes = 20 }
+[model]
+block = "pre_ln"
+layout = "return_obs_action"
+width = 8
+layers = 2
+heads = 2
+feed_forward = 16
+front_end = "linear"
+attention = "segment"
+segment_steps = 2
+dropout = 0.1
+[model.memory]
+slots = 4
+[loss]
+lambda = 0
+[train]
+epochs = 2
+batch_tokens = 100
+optimiser = "adamw"
+weight_decay = 1e-2
+clip = 1.0
+learning_rate = 1e-2
+log_every = 2
+checkpoint_every = 3
+[evaluation]
+episodes = 6
+"#;
+
 fn config(text: &str, overrides: &[&str]) -> Config {
     let overrides: Vec<String> = overrides.iter().map(|&s| s.to_owned()).collect();
     Config::parse("toy.toml", text, &overrides).unwrap()
@@ -182,14 +225,19 @@ fn a_run_leaves_its_files_and_sums_itself_up() {
         assert!(bytes.starts_with(b"\x89PNG"), "{picture}");
     }
     let files = std::fs::read_dir(folder.path()).unwrap().count();
-    assert_eq!(files, 6, "nothing else is left behind");
+    assert_eq!(files, 7, "nothing else is left behind");
     let resolved = Config::load(&folder.path().join("config.toml"), &[]).unwrap();
     assert_eq!(resolved, config(HALLWAY, &[]));
 }
 
 #[test]
 fn stopping_anywhere_and_resuming_gives_the_bits_of_never_stopping() {
-    for config in [config(HALLWAY, &[]), config(RECALL, &[]), adapted().0] {
+    for config in [
+        config(HALLWAY, &[]),
+        config(RECALL, &[]),
+        config(MANY, &["train.steps=9"]),
+        adapted().0,
+    ] {
         let straight = TempDir::new().unwrap();
         let steps = finish(&config, straight.path(), Start::Fresh).steps;
         for stop in 1..=steps {
@@ -213,13 +261,16 @@ fn stopping_anywhere_and_resuming_gives_the_bits_of_never_stopping() {
 
 #[test]
 fn thread_count_does_not_change_a_bit() {
-    for text in [HALLWAY, RECALL] {
-        let bigger = [
-            "data.episodes=200",
-            "train.batch_tokens=1500",
-            "model.width=32",
-        ];
-        let config = config(text, &bigger);
+    for (text, episodes) in [
+        (HALLWAY, &["data.episodes=200"][..]),
+        (RECALL, &["data.episodes=200"]),
+        (
+            MANY,
+            &["tasks.0.data.episodes=200", "tasks.1.data.episodes=200"],
+        ),
+    ] {
+        let bigger = ["train.batch_tokens=1500", "model.width=32"];
+        let config = config(text, &[episodes, &bigger].concat());
         let of = |threads| {
             let folder = TempDir::new().unwrap();
             let pool = rayon::ThreadPoolBuilder::new()
@@ -232,6 +283,95 @@ fn thread_count_does_not_change_a_bit() {
         let one = of(1);
         assert!(one == of(2) && one == of(5));
     }
+}
+
+#[test]
+fn several_tasks_are_reported_one_by_one() {
+    let folder = TempDir::new().unwrap();
+    let config = config(MANY, &[]);
+    let summary = finish(&config, folder.path(), Start::Fresh);
+    assert_eq!((summary.task, summary.episodes), (None, 18));
+    let told: Vec<_> = summary
+        .tasks
+        .iter()
+        .map(|task| {
+            (
+                task.label.as_str(),
+                task.task.as_str(),
+                task.held_out,
+                task.episodes,
+            )
+        })
+        .collect();
+    assert_eq!(
+        told,
+        [
+            ("recall", "recall", false, 6),
+            ("hallway", "hallway", false, 6),
+            ("longer", "recall", true, 6)
+        ]
+    );
+    let rates = summary.tasks.iter().map(|task| task.success_rate);
+    let mean = rates.sum::<f64>() / 3.0;
+    assert!((summary.success_rate.unwrap() - mean).abs() < 1e-12);
+    let saved = std::fs::read_to_string(Folder::new(folder.path()).summary()).unwrap();
+    let saved: serde_json::Value = serde_json::from_str(&saved).unwrap();
+    assert_eq!(saved["tasks"][2]["label"], "longer");
+
+    let (model, header) = load_model(&Folder::new(folder.path()).model(), Cpu::new()).unwrap();
+    assert_eq!(model.spaces().families.len(), 2);
+    assert_eq!(header.target_returns, [1.0, 0.9, 1.0]);
+    // What one task does is the same, whoever else is evaluated.
+    let tasks = header.config.task_list();
+    for (index, reported) in summary.tasks.iter().enumerate() {
+        let conditions = Conditions {
+            episodes: 6,
+            seed: 0,
+            target_return: header.target_returns[index],
+            return_scale: tasks[index].data.return_scale,
+        };
+        let task = tasks[index].task.as_ref().unwrap();
+        let stop = AtomicBool::new(false);
+        let alone = evaluate(&model, task, &conditions, &stop, |_| {})
+            .unwrap()
+            .unwrap();
+        assert_eq!(alone.success_rate(), reported.success_rate);
+        assert_eq!(alone.mean_return, reported.mean_return);
+    }
+    let output = dtmem(
+        folder.path(),
+        &[
+            "eval",
+            &folder.path().display().to_string(),
+            "--episodes",
+            "2",
+        ],
+    );
+    let shown: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(
+        (&shown["episodes"], &shown["tasks"][1]["episodes"]),
+        (&6.into(), &2.into())
+    );
+    assert!(text(&output.stderr).contains("longer (held out): success rate"));
+}
+
+#[test]
+fn a_list_of_one_task_trains_the_bits_of_that_task() {
+    let of = |text: &str| {
+        let folder = TempDir::new().unwrap();
+        finish(&config(text, &[]), folder.path(), Start::Fresh);
+        let (model, _) = load_model(&Folder::new(folder.path()).model(), Cpu::new()).unwrap();
+        let values: Vec<f32> = model.values().unwrap();
+        let parameters = model.parameters().iter();
+        let bits = |span: std::ops::Range<usize>| values[span].iter().map(|x| x.to_bits());
+        parameters
+            .flat_map(|parameter| bits(parameter.span.range()))
+            .collect::<Vec<u32>>()
+    };
+    let listed = RECALL
+        .replace("[task]", "[[tasks]]\n[tasks.task]")
+        .replace("[data]", "[tasks.data]");
+    assert!(of(RECALL) == of(&listed));
 }
 
 #[test]
@@ -473,7 +613,7 @@ fn evaluation_does_not_depend_on_how_many_act_at_once() {
         let conditions = Conditions {
             episodes,
             seed: 3,
-            target_return: header.target_return,
+            target_return: header.target_returns[0],
             return_scale: 1.0,
         };
         let result = evaluate(&model, task, &conditions, &stop, |_| {});
@@ -498,8 +638,8 @@ fn checkpoint_of_another_model_is_refused_by_name() {
     for (from, to, part) in [
         ("\\\"width\\\":8", "\\\"width\\\":4", "tensor"),
         ("\\\"heads\\\":2", "\\\"heads\\\":3", "model.heads"),
-        ("\\\"version\\\":1", "\\\"version\\\":2", "version"),
-        ("\\\"actions\\\":7", "\\\"actions\\\":6", "spaces"),
+        ("\\\"version\\\":2", "\\\"version\\\":1", "version"),
+        ("\\\"discrete\\\":7", "\\\"discrete\\\":6", "spaces"),
         ("\\\"length\\\":1", "\\\"length\\\":9", "spaces"),
         ("\\\"dtmem\\\"", "\\\"dtmen\\\"", ""),
     ] {

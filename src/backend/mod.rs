@@ -96,14 +96,14 @@ impl Span {
     }
 }
 
-/// Rows to read: row r, column c is `buffer[r·stride + start + c]`.
+/// Rows to read: row r, column c is `buffer[start + r·stride + c]`.
 #[derive(Debug)]
 pub struct In<'a, B> {
     /// Where the rows stand.
     pub buffer: &'a B,
     /// Distance of two rows.
     pub stride: usize,
-    /// First column.
+    /// Index of the first number.
     pub start: usize,
 }
 
@@ -118,6 +118,11 @@ impl<'a, B> In<'a, B> {
     /// Rows that fill the buffer.
     pub fn rows(buffer: &'a B, width: usize) -> Self {
         Self::columns(buffer, width, 0)
+    }
+
+    /// Rows of the whole buffer from `row` on.
+    pub fn rows_from(buffer: &'a B, width: usize, row: usize) -> Self {
+        Self::columns(buffer, width, row * width)
     }
 
     /// Columns from `start` of rows that are `stride` wide.
@@ -137,7 +142,7 @@ pub struct Out<'a, B> {
     pub buffer: &'a mut B,
     /// Distance of two rows.
     pub stride: usize,
-    /// First column.
+    /// Index of the first number.
     pub start: usize,
 }
 
@@ -145,6 +150,11 @@ impl<'a, B> Out<'a, B> {
     /// Rows that fill the buffer.
     pub fn rows(buffer: &'a mut B, width: usize) -> Self {
         Self::columns(buffer, width, 0)
+    }
+
+    /// Rows of the whole buffer from `row` on.
+    pub fn rows_from(buffer: &'a mut B, width: usize, row: usize) -> Self {
+        Self::columns(buffer, width, row * width)
     }
 
     /// Columns from `start` of rows that are `stride` wide.
@@ -266,10 +276,10 @@ pub struct Convolutions {
 /// Which codes of a batch a [`OneHot`] reads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Codes {
-    /// One row per observation token.
-    Observations,
-    /// One row per action token, one field.
-    Actions,
+    /// One row per observation token of a family.
+    Observations(usize),
+    /// One row per action token of a family, one field.
+    Actions(usize),
 }
 
 /// What is added to the tokens by their time step.
@@ -497,7 +507,7 @@ pub trait Backend: Send + Sync {
     /// Copies `len` numbers from the start of one buffer to that of another.
     fn copy(&self, from: &Self::Buffer, to: &mut Self::Buffer, len: usize) -> Result<()>;
 
-    /// Sums of weight rows: `out` [rows of that kind, width].
+    /// Sums of weight rows: the family's rows of `out` [rows of that kind, width].
     fn one_hot(
         &self,
         batch: &Self::Batch,
@@ -517,10 +527,12 @@ pub trait Backend: Send + Sync {
         gradients: &mut Self::Buffer,
     ) -> Result<()>;
 
-    /// Both convolutions with their ReLU: `middle` and `out` [observations, channels·positions].
+    /// Both convolutions with their ReLU: `middle` and `out` [the family's observations,
+    /// channels·positions].
     fn convolutions(
         &self,
         batch: &Self::Batch,
+        family: usize,
         front_end: &Convolutions,
         parameters: &Self::Buffer,
         middle: &mut Self::Buffer,
@@ -531,6 +543,7 @@ pub trait Backend: Send + Sync {
     fn convolutions_backward(
         &self,
         batch: &Self::Batch,
+        family: usize,
         front_end: &Convolutions,
         parameters: &Self::Buffer,
         middle: &Self::Buffer,
@@ -770,11 +783,13 @@ pub trait Backend: Send + Sync {
         to: &mut Self::Buffer,
     ) -> Result<()>;
 
-    /// Cross-entropy of the batch's targets: writes [`Metric::ActionLoss`] (the sum),
-    /// [`Metric::Correct`] and dlogits [observations, actions] of the sum · its weight in the batch.
+    /// Cross-entropy of a family's targets: writes [`Metric::ActionLoss`] (the sum),
+    /// [`Metric::Correct`] and dlogits [the family's observations, actions] of the sum · its weight
+    /// in the batch.
     fn cross_entropy(
         &self,
         batch: &Self::Batch,
+        family: usize,
         actions: usize,
         logits: &Self::Buffer,
         grad_logits: &mut Self::Buffer,

@@ -15,13 +15,14 @@ use crate::backend::{
     Span, Supervised, Trained,
 };
 use crate::batch::{LossWeights, PackedBatch, Packer, TokenLayout, TrainingStep, Trajectory};
+use crate::spaces::{ActionSpace, Family, ObservationSpace};
 
 /// The agent's view in LTMB.
-pub(super) const VIEW: [usize; 3] = [7, 7, 3];
+const VIEW: [usize; 3] = [7, 7, 3];
 /// Values of each field of a cell.
-pub(super) const CARDINALITIES: [usize; 3] = [11, 6, 3];
+const CARDINALITIES: [usize; 3] = [11, 6, 3];
 /// Actions of LTMB.
-pub(super) const ACTIONS: usize = 7;
+const ACTIONS: usize = 7;
 
 const FIELDS: usize = VIEW[0] * VIEW[1] * VIEW[2];
 const CELLS: usize = VIEW[0] * VIEW[1];
@@ -282,6 +283,14 @@ fn random<B: Backend<Element = f32>>(
     Ok(buffer)
 }
 
+/// What LTMB's tasks observe and do.
+pub(super) fn family() -> Family {
+    Family {
+        observation: ObservationSpace::codes(VIEW, CARDINALITIES),
+        action: ActionSpace::Discrete(ACTIONS),
+    }
+}
+
 /// Random trajectories of a scale.
 pub(super) fn batch(scale: &Scale, mut packer: Packer) -> Result<PackedBatch> {
     for sequence in 0..scale.sequences() {
@@ -300,6 +309,7 @@ pub(super) fn batch(scale: &Scale, mut packer: Packer) -> Result<PackedBatch> {
             })
             .collect();
         packer.push_trajectory(Trajectory {
+            family: 0,
             observations: &observations,
             actions: &actions,
             returns: &vec![1.0; steps],
@@ -328,7 +338,7 @@ pub(super) fn batch(scale: &Scale, mut packer: Packer) -> Result<PackedBatch> {
 }
 
 fn staged<B: Backend>(backend: &B, scale: &Scale) -> Result<B::Batch> {
-    let packer = Packer::new(scale.layout, FIELDS, Some(scale.segment_steps));
+    let packer = Packer::new(scale.layout, &[family()], Some(scale.segment_steps));
     let mut to = B::Batch::default();
     backend.stage(&batch(scale, packer)?, &mut to)?;
     Ok(to)
@@ -686,14 +696,14 @@ fn one_hot<'a, B: Backend<Element = f32>>(
         let grad_out = random(backend, Kind::Activation, scale.steps() * width, 1.0)?;
         let mut gradients = random(backend, Kind::Exact, arena.0, 1.0)?;
         return Ok(Box::new(move || {
-            let (codes, to) = (Codes::Observations, &mut gradients);
+            let (codes, to) = (Codes::Observations(0), &mut gradients);
             Ok(backend.one_hot_backward(&batch, codes, &map, &grad_out, to)?)
         }));
     }
     let parameters = random(backend, Kind::Parameter, arena.0, 0.05)?;
     let mut out = backend.buffer(scale.steps() * width, Kind::Activation)?;
     Ok(Box::new(move || {
-        Ok(backend.one_hot(&batch, Codes::Observations, &map, &parameters, &mut out)?)
+        Ok(backend.one_hot(&batch, Codes::Observations(0), &map, &parameters, &mut out)?)
     }))
 }
 
@@ -722,10 +732,10 @@ fn convolutions<'a, B: Backend<Element = f32>>(
     let parameters = random(backend, Kind::Parameter, arena.0, 0.05)?;
     let mut middle = backend.buffer(cells * MIDDLE, Kind::Activation)?;
     let mut out = backend.buffer(cells * MAPS, Kind::Activation)?;
-    backend.convolutions(&batch, &front_end, &parameters, &mut middle, &mut out)?;
+    backend.convolutions(&batch, 0, &front_end, &parameters, &mut middle, &mut out)?;
     if !backward {
         return Ok(Box::new(move || {
-            Ok(backend.convolutions(&batch, &front_end, &parameters, &mut middle, &mut out)?)
+            Ok(backend.convolutions(&batch, 0, &front_end, &parameters, &mut middle, &mut out)?)
         }));
     }
     let mut grad_out = random(backend, Kind::Activation, cells * MAPS, 1.0)?;
@@ -734,6 +744,7 @@ fn convolutions<'a, B: Backend<Element = f32>>(
     Ok(Box::new(move || {
         Ok(backend.convolutions_backward(
             &batch,
+            0,
             &front_end,
             &parameters,
             &middle,
@@ -752,7 +763,7 @@ fn cross_entropy<'a, B: Backend<Element = f32>>(backend: &'a B, scale: &Scale) -
     let mut grad = backend.buffer(len, Kind::Activation)?;
     let mut metrics = random(backend, Kind::Exact, METRICS, 1.0)?;
     Ok(Box::new(move || {
-        Ok(backend.cross_entropy(&batch, ACTIONS, &logits, &mut grad, &mut metrics)?)
+        Ok(backend.cross_entropy(&batch, 0, ACTIONS, &logits, &mut grad, &mut metrics)?)
     }))
 }
 

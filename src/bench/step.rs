@@ -4,13 +4,13 @@ use std::time::Instant;
 
 use dtmem_reference::attention::Denominator;
 
-use super::operations::{ACTIONS, CARDINALITIES, VIEW, batch};
+use super::operations::{batch, family};
 use super::{Result, Scale};
 use crate::backend::Backend;
 use crate::batch::{PackedBatch, TokenLayout};
 use crate::model::{
-    AttentionSpan, Block, Capacity, MemoryConfig, Model, ModelConfig, OptimiserStep, Spaces,
-    SupervisionConfig, Training,
+    AttentionSpan, Block, Capacity, Family, MemoryConfig, Model, ModelConfig, OptimiserStep,
+    Spaces, SupervisionConfig, Training,
 };
 
 /// Parts of a batch for a CPU's threads.
@@ -64,12 +64,12 @@ impl<B: Backend<Element = f32>> Step<B> {
             heads: vec![0],
             denominator: Denominator::Square,
         });
-        let spaces = Spaces {
-            observation: VIEW.to_vec(),
-            cardinalities: CARDINALITIES.to_vec(),
-            actions: ACTIONS,
-            steps: scale.lengths.iter().copied().max().unwrap_or(1),
-        };
+        let steps = scale.lengths.iter().copied().max().unwrap_or(1);
+        let Family {
+            observation,
+            action,
+        } = family();
+        let spaces = Spaces::of(observation, action, steps);
         let shards = backend.shards(SHARDS);
         let mut model = Model::new(backend, config, spaces, supervision)?;
         model.initialise(0)?;

@@ -15,6 +15,7 @@ use crate::batch::{Packer, TokenLayout};
 /// inside of segments then needs no cache.
 #[derive(Debug)]
 pub struct Actor<B: Backend> {
+    family: usize,
     packer: Packer,
     batch: B::Batch,
     capacity: Capacity,
@@ -44,8 +45,9 @@ struct Window {
 }
 
 impl<B: Backend> Actor<B> {
-    /// An actor for `episodes` episodes, all at their first step.
-    pub fn new(model: &Model<B>, episodes: usize) -> Result<Self, ModelError> {
+    /// An actor for `episodes` episodes of a family, all at their first step.
+    pub fn new(model: &Model<B>, family: usize, episodes: usize) -> Result<Self, ModelError> {
+        model.family(family)?;
         let (backend, config) = (&*model.backend, &model.config);
         let per_step = config.layout.tokens_per_step();
         let steps = model.spaces.steps;
@@ -93,6 +95,7 @@ impl<B: Backend> Actor<B> {
             memories.push(state);
         }
         Ok(Self {
+            family,
             packer: model.packer(),
             batch: B::Batch::default(),
             capacity,
@@ -120,7 +123,7 @@ impl<B: Backend> Actor<B> {
         observations: &[u8],
         returns: &[f32],
     ) -> Result<&[u8], ModelError> {
-        let fields = model.fields();
+        let fields = model.family(self.family)?.observation.fields();
         let with_returns = model.config.layout == TokenLayout::ReturnObsAction;
         self.check(
             active,
@@ -198,8 +201,9 @@ impl<B: Backend> Actor<B> {
 
     /// Computes the windows of the active episodes; `commit` makes their tokens final.
     fn run(&mut self, model: &Model<B>, active: &[usize], commit: bool) -> Result<(), ModelError> {
-        let fields = model.fields();
+        let fields = model.family(self.family)?.observation.fields();
         self.packer.clear();
+        self.packer.start_family(self.family)?;
         for &episode in active {
             let window = &self.windows[episode];
             let steps = window.observations.len() / fields;
@@ -234,6 +238,7 @@ impl<B: Backend> Actor<B> {
         let pass = Pass {
             batch: &self.batch,
             counts,
+            families: &batch.families,
             training: None,
         };
         model.forward(pass, Some(state), &mut self.activations)?;
@@ -250,13 +255,14 @@ impl<B: Backend> Actor<B> {
 
     /// Greedy actions at the last observation of each window.
     fn choose(&mut self, model: &Model<B>, active: &[usize]) -> Result<(), ModelError> {
-        let classes = model.spaces.actions;
+        let classes = model.family(self.family)?.action.outputs();
         let rows = self.packer.batch().observation_tokens.len();
         let observations = rows / active.len().max(1);
         self.all_logits
             .resize(rows * classes, B::Element::default());
         let all = &mut self.all_logits;
-        model.backend.download(&self.activations.logits, 0, all)?;
+        let logits = &self.activations.families[self.family].logits;
+        model.backend.download(logits, 0, all)?;
         self.logits.clear();
         self.actions.clear();
         for window in self.all_logits.chunks(observations.max(1) * classes) {

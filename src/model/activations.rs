@@ -1,7 +1,7 @@
 //! What a forward pass keeps and a backward pass writes, allocated once for the largest batch.
 
 use super::config::ModelConfig;
-use super::network::{BlockNetwork, MemoryNetwork, Network, ObservationEmbedding};
+use super::network::{BlockNetwork, FamilyNetwork, MemoryNetwork, Network, ObservationEmbedding};
 use crate::backend::{Backend, Kind, METRICS, Result};
 
 /// Upper bounds of the batches that buffers are made for.
@@ -20,8 +20,8 @@ pub struct Capacity {
 /// Results of every operation that a later one reads again.
 #[derive(Debug)]
 pub(super) struct Activations<B: Backend> {
-    pub convolution_middle: B::Buffer,
-    pub convolution_out: B::Buffer,
+    pub families: Vec<FamilyActivations<B>>,
+    /// Of all families.
     pub observation_in: B::Buffer,
     pub observation: B::Buffer,
     pub action_in: B::Buffer,
@@ -37,12 +37,21 @@ pub(super) struct Activations<B: Backend> {
     pub last: B::Buffer,
     pub last_statistics: B::Buffer,
     pub gathered: B::Buffer,
-    pub logits: B::Buffer,
     pub metrics: B::Buffer,
     /// Scratch [tokens, width].
     pub branch: B::Buffer,
     /// What operations without an adapter are given in its place.
     pub none: B::Buffer,
+}
+
+/// The part of one family: rows are those of its observations.
+#[derive(Debug)]
+pub(super) struct FamilyActivations<B: Backend> {
+    pub convolution_middle: B::Buffer,
+    pub convolution_out: B::Buffer,
+    pub logits: B::Buffer,
+    /// Its losses.
+    pub metrics: B::Buffer,
 }
 
 /// The part of one block.
@@ -98,11 +107,13 @@ impl<B: Backend> Activations<B> {
         } = capacity;
         let rows = tokens * config.width;
         let steps = observations * config.width;
-        let (middle, out) = convolution_lens(network, observations);
         let with_returns = usize::from(network.return_to_go.is_some());
         Ok(Self {
-            convolution_middle: backend.buffer(middle, Kind::Activation)?,
-            convolution_out: backend.buffer(out, Kind::Activation)?,
+            families: network
+                .families
+                .iter()
+                .map(|family| FamilyActivations::new(backend, family, observations))
+                .collect::<Result<_>>()?,
             observation_in: backend.buffer(steps, Kind::Activation)?,
             observation: backend.buffer(steps, Kind::Activation)?,
             action_in: backend.buffer(steps, Kind::Activation)?,
@@ -122,10 +133,21 @@ impl<B: Backend> Activations<B> {
             last: backend.buffer(rows, Kind::Activation)?,
             last_statistics: backend.buffer(2 * tokens, Kind::Exact)?,
             gathered: backend.buffer(steps, Kind::Activation)?,
-            logits: backend.buffer(observations * network.head.outputs, Kind::Activation)?,
             metrics: backend.buffer(METRICS, Kind::Exact)?,
             branch: backend.buffer(rows, Kind::Activation)?,
             none: backend.buffer(0, Kind::Activation)?,
+        })
+    }
+}
+
+impl<B: Backend> FamilyActivations<B> {
+    fn new(backend: &B, family: &FamilyNetwork, observations: usize) -> Result<Self> {
+        let (middle, out) = convolution_lens(family, observations);
+        Ok(Self {
+            convolution_middle: backend.buffer(middle, Kind::Activation)?,
+            convolution_out: backend.buffer(out, Kind::Activation)?,
+            logits: backend.buffer(observations * family.head.outputs, Kind::Activation)?,
+            metrics: backend.buffer(METRICS, Kind::Exact)?,
         })
     }
 }
@@ -198,11 +220,17 @@ pub(super) struct Backward<B: Backend> {
     pub keys: B::Buffer,
     pub key_strength: B::Buffer,
     pub states: B::Buffer,
-    pub convolution_middle: B::Buffer,
-    pub convolution_out: B::Buffer,
+    pub families: Vec<FamilyBackward<B>>,
     pub observation: B::Buffer,
     pub action: B::Buffer,
     pub return_to_go: B::Buffer,
+}
+
+/// The part of one family.
+#[derive(Debug)]
+pub(super) struct FamilyBackward<B: Backend> {
+    pub convolution_middle: B::Buffer,
+    pub convolution_out: B::Buffer,
     pub logits: B::Buffer,
 }
 
@@ -223,7 +251,14 @@ impl<B: Backend> Backward<B> {
         let steps = observations * config.width;
         let with_memory = usize::from(config.memory.is_some());
         let slots = config.memory.as_ref().map_or(0, |memory| memory.slots);
-        let (middle, out) = convolution_lens(network, observations);
+        let of_family = |family: &FamilyNetwork| {
+            let (middle, out) = convolution_lens(family, observations);
+            Ok(FamilyBackward {
+                convolution_middle: backend.buffer(middle, Kind::Activation)?,
+                convolution_out: backend.buffer(out, Kind::Activation)?,
+                logits: backend.buffer(observations * family.head.outputs, Kind::Activation)?,
+            })
+        };
         Ok(Self {
             stream: backend.buffer(rows, Kind::Activation)?,
             side: backend.buffer(rows, Kind::Activation)?,
@@ -234,22 +269,24 @@ impl<B: Backend> Backward<B> {
             keys: backend.buffer(2 * rows * with_memory, Kind::Activation)?,
             key_strength: backend.buffer(tokens * with_memory, Kind::Activation)?,
             states: backend.buffer(2 * sequences * slots * config.width, Kind::Activation)?,
-            convolution_middle: backend.buffer(middle, Kind::Activation)?,
-            convolution_out: backend.buffer(out, Kind::Activation)?,
+            families: network
+                .families
+                .iter()
+                .map(of_family)
+                .collect::<Result<_>>()?,
             observation: backend.buffer(steps, Kind::Activation)?,
             action: backend.buffer(steps, Kind::Activation)?,
             return_to_go: backend.buffer(
                 steps * usize::from(network.return_to_go.is_some()),
                 Kind::Activation,
             )?,
-            logits: backend.buffer(observations * network.head.outputs, Kind::Activation)?,
         })
     }
 }
 
 /// Lengths of the two convolutions' outputs; none with the linear front end.
-fn convolution_lens(network: &Network, observations: usize) -> (usize, usize) {
-    match &network.observation {
+fn convolution_lens(family: &FamilyNetwork, observations: usize) -> (usize, usize) {
+    match &family.observation {
         ObservationEmbedding::Convolution(front_end, _) => {
             let cells = observations * front_end.grid.positions();
             (cells * front_end.middle, cells * front_end.out)

@@ -1,13 +1,19 @@
 //! The backward pass of a model, over any backend: [`super::forward`] read from its end.
 
-use super::activations::{Activations, Backward, BlockActivations, MemoryActivations};
+use super::activations::{
+    Activations, Backward, BlockActivations, FamilyBackward, MemoryActivations,
+};
 use super::config::Block;
 use super::forward::{Pass, Site, memory_inputs};
 use super::network::{BlockNetwork, MemoryNetwork, ObservationEmbedding};
 use super::{Model, ModelError};
 use crate::backend::{
-    Activation, Backend, Codes, Dropped, In, Linear, MemoryGradients, Out, Positions,
+    Activation, Backend, Codes, Dropped, In, Linear, MemoryGradients, Metric, Out, Positions,
 };
+
+/// The metrics of a family, which are added up: the first ones.
+const LOSS_METRICS: usize = 2;
+const _: () = assert!(Metric::ActionLoss as usize == 0 && Metric::Correct as usize == 1);
 
 impl<B: Backend> Model<B> {
     /// Adds the gradients of the weighted losses to `gradients`.
@@ -22,24 +28,32 @@ impl<B: Backend> Model<B> {
         let backend = &*self.backend;
         let network = &self.network;
         let width = self.config.width;
-        backend.cross_entropy(
-            batch,
-            network.head.outputs,
-            &acts.logits,
-            &mut grads.logits,
-            &mut acts.metrics,
-        )?;
-        self.linear_backward(
-            counts.observations,
-            &network.head,
-            In::rows(&acts.gathered, width),
-            &acts.none,
-            None,
-            In::rows(&grads.logits, network.head.outputs),
-            Some(Out::rows(&mut grads.observation, width)),
-            false,
-            gradients,
-        )?;
+        for (index, (family, rows)) in pass.families_of(network) {
+            let rows = &rows.observations;
+            let outputs = family.head.outputs;
+            let own = &mut acts.families[index];
+            let grad_logits = &mut grads.families[index].logits;
+            backend.cross_entropy(
+                batch,
+                index,
+                outputs,
+                &own.logits,
+                grad_logits,
+                &mut own.metrics,
+            )?;
+            backend.add_assign(LOSS_METRICS, &own.metrics, &mut acts.metrics)?;
+            self.linear_backward(
+                rows.len(),
+                &family.head,
+                In::rows_from(&acts.gathered, width, rows.start),
+                &acts.none,
+                None,
+                In::rows(grad_logits, outputs),
+                Some(Out::rows_from(&mut grads.observation, width, rows.start)),
+                false,
+                gradients,
+            )?;
+        }
         let scattered = match network.final_norm {
             Some(_) => &mut grads.side,
             None => &mut grads.stream,
@@ -145,38 +159,47 @@ impl<B: Backend> Model<B> {
         ] {
             backend.activation_backward(Activation::Tanh, rows * width, x, y, grad)?;
         }
-        let map = &self.network.action;
-        backend.one_hot_backward(batch, Codes::Actions, map, &grads.action, gradients)?;
-        match &self.network.observation {
-            ObservationEmbedding::Linear(map) => backend.one_hot_backward(
-                batch,
-                Codes::Observations,
-                map,
-                &grads.observation,
-                gradients,
-            )?,
-            ObservationEmbedding::Convolution(front_end, map) => {
-                self.linear_backward(
-                    counts.observations,
-                    map,
-                    In::rows(&acts.convolution_out, map.inputs),
-                    &acts.none,
-                    None,
-                    In::rows(&grads.observation, width),
-                    Some(Out::rows(&mut grads.convolution_out, map.inputs)),
-                    false,
-                    gradients,
-                )?;
-                backend.convolutions_backward(
-                    batch,
-                    front_end,
-                    &self.values,
-                    &acts.convolution_middle,
-                    &acts.convolution_out,
-                    &mut grads.convolution_out,
-                    &mut grads.convolution_middle,
-                    gradients,
-                )?;
+        for (index, (family, rows)) in pass.families_of(&self.network) {
+            if !rows.actions.is_empty() {
+                let (codes, map) = (Codes::Actions(index), &family.action);
+                backend.one_hot_backward(batch, codes, map, &grads.action, gradients)?;
+            }
+            let rows = &rows.observations;
+            let own = &acts.families[index];
+            match &family.observation {
+                ObservationEmbedding::Linear(map) => {
+                    let codes = Codes::Observations(index);
+                    backend.one_hot_backward(batch, codes, map, &grads.observation, gradients)?;
+                }
+                ObservationEmbedding::Convolution(front_end, map) => {
+                    let FamilyBackward {
+                        convolution_middle,
+                        convolution_out,
+                        ..
+                    } = &mut grads.families[index];
+                    self.linear_backward(
+                        rows.len(),
+                        map,
+                        In::rows(&own.convolution_out, map.inputs),
+                        &acts.none,
+                        None,
+                        In::rows_from(&grads.observation, width, rows.start),
+                        Some(Out::rows(convolution_out, map.inputs)),
+                        false,
+                        gradients,
+                    )?;
+                    backend.convolutions_backward(
+                        batch,
+                        index,
+                        front_end,
+                        &self.values,
+                        &own.convolution_middle,
+                        &own.convolution_out,
+                        convolution_out,
+                        convolution_middle,
+                        gradients,
+                    )?;
+                }
             }
         }
         Ok(())

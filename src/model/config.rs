@@ -140,7 +140,7 @@ pub struct ModelConfig {
     pub block: Block,
     /// Token layout.
     pub layout: TokenLayout,
-    /// Observation front end.
+    /// Front end of grids of codes; other codes go through a linear map in any case.
     pub front_end: FrontEnd,
     /// D.
     pub width: usize,
@@ -182,19 +182,6 @@ impl Default for ModelConfig {
             adapter: None,
         }
     }
-}
-
-/// What a task asks of a model.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Spaces {
-    /// Shape of an observation, e.g. [7, 7, 3]; the last axis are the fields of a cell.
-    pub observation: Vec<usize>,
-    /// Number of values of each field of the last axis, e.g. [11, 6, 3].
-    pub cardinalities: Vec<usize>,
-    /// Number of actions.
-    pub actions: usize,
-    /// Longest episode in time steps.
-    pub steps: usize,
 }
 
 /// The memory loss of AttentionTuner.

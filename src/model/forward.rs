@@ -2,15 +2,15 @@
 
 use dtmem_reference::dropout::Mask;
 
-use super::activations::{Activations, MemoryActivations};
+use super::activations::{Activations, FamilyActivations, MemoryActivations};
 use super::config::Block;
-use super::network::{MemoryNetwork, ObservationEmbedding};
+use super::network::{FamilyNetwork, MemoryNetwork, Network, ObservationEmbedding};
 use super::{Model, ModelError};
 use crate::backend::{
     Activation, Backend, Codes, Dropped, In, KeyValueCache, Linear, MemoryInputs, MemoryStart, Out,
     Positions,
 };
-use crate::batch::PackedBatch;
+use crate::batch::{FamilyRows, PackedBatch};
 
 /// Sizes of a batch.
 #[derive(Debug, Clone, Copy)]
@@ -37,6 +37,8 @@ impl From<&PackedBatch> for Counts {
 pub(super) struct Pass<'a, B: Backend> {
     pub batch: &'a B::Batch,
     pub counts: Counts,
+    /// Rows of each family.
+    pub families: &'a [FamilyRows],
     /// Seed and number of the training step, from which dropout is drawn; none outside of training.
     pub training: Option<(u64, u32)>,
 }
@@ -65,6 +67,15 @@ impl Site {
 }
 
 impl<'a, B: Backend> Pass<'a, B> {
+    /// The families that the batch has observations of, with their numbers and rows.
+    pub fn families_of(
+        self,
+        network: &'a Network,
+    ) -> impl Iterator<Item = (usize, (&'a FamilyNetwork, &'a FamilyRows))> {
+        let families = network.families.iter().zip(self.families).enumerate();
+        families.filter(|(_, (_, rows))| !rows.observations.is_empty())
+    }
+
     pub fn mask(
         self,
         probability: f64,
@@ -168,54 +179,69 @@ impl<B: Backend> Model<B> {
             None => stream,
         };
         backend.gather_observations(batch, width, last, &mut acts.gathered)?;
-        self.linear(
-            counts.observations,
-            &network.head,
-            In::rows(&acts.gathered, width),
-            &mut acts.none,
-            None,
-            Out::rows(&mut acts.logits, network.head.outputs),
-        )
+        for (index, (family, rows)) in pass.families_of(network) {
+            let rows = &rows.observations;
+            self.linear(
+                rows.len(),
+                &family.head,
+                In::rows_from(&acts.gathered, width, rows.start),
+                &mut acts.none,
+                None,
+                Out::rows(&mut acts.families[index].logits, family.head.outputs),
+            )?;
+        }
+        Ok(())
     }
 
     fn embed(&self, pass: Pass<B>, acts: &mut Activations<B>) -> Result<(), ModelError> {
         let Pass { batch, counts, .. } = pass;
         let backend = &*self.backend;
         let width = self.config.width;
-        match &self.network.observation {
-            ObservationEmbedding::Linear(map) => backend.one_hot(
-                batch,
-                Codes::Observations,
-                map,
-                &self.values,
-                &mut acts.observation_in,
-            )?,
-            ObservationEmbedding::Convolution(front_end, map) => {
-                backend.convolutions(
+        for (index, (family, rows)) in pass.families_of(&self.network) {
+            let FamilyActivations {
+                convolution_middle,
+                convolution_out,
+                ..
+            } = &mut acts.families[index];
+            match &family.observation {
+                ObservationEmbedding::Linear(map) => backend.one_hot(
                     batch,
-                    front_end,
-                    &self.values,
-                    &mut acts.convolution_middle,
-                    &mut acts.convolution_out,
-                )?;
-                self.linear(
-                    counts.observations,
+                    Codes::Observations(index),
                     map,
-                    In::rows(&acts.convolution_out, map.inputs),
-                    &mut acts.none,
-                    None,
-                    Out::rows(&mut acts.observation_in, width),
-                )?;
+                    &self.values,
+                    &mut acts.observation_in,
+                )?,
+                ObservationEmbedding::Convolution(front_end, map) => {
+                    backend.convolutions(
+                        batch,
+                        index,
+                        front_end,
+                        &self.values,
+                        convolution_middle,
+                        convolution_out,
+                    )?;
+                    let rows = &rows.observations;
+                    self.linear(
+                        rows.len(),
+                        map,
+                        In::rows(convolution_out, map.inputs),
+                        &mut acts.none,
+                        None,
+                        Out::rows_from(&mut acts.observation_in, width, rows.start),
+                    )?;
+                }
             }
+            if rows.actions.is_empty() {
+                continue;
+            }
+            backend.one_hot(
+                batch,
+                Codes::Actions(index),
+                &family.action,
+                &self.values,
+                &mut acts.action_in,
+            )?;
         }
-        let map = &self.network.action;
-        backend.one_hot(
-            batch,
-            Codes::Actions,
-            map,
-            &self.values,
-            &mut acts.action_in,
-        )?;
         for (len, x, y) in [
             (
                 counts.observations,

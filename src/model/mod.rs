@@ -22,6 +22,8 @@ pub use config::*;
 pub use parameters::{Parameter, Parameters, Start};
 pub use training::{OptimiserStep, StepMetrics, Training};
 
+pub use crate::spaces::{ActionSpace, Content, Family, ObservationSpace, SpaceError, Spaces};
+
 use crate::backend::{Backend, BackendError, Kind, Positions};
 use crate::batch::{BatchError, PackedBatch, Packer};
 use activations::Activations;
@@ -59,6 +61,9 @@ pub enum ModelError {
         /// Number of parameters.
         expected: usize,
     },
+    /// Tasks that no model can have.
+    #[error("model spaces: {0}")]
+    Spaces(#[from] SpaceError),
     /// A batch cannot be built.
     #[error(transparent)]
     Batch(#[from] BatchError),
@@ -174,7 +179,7 @@ impl<B: Backend> Model<B> {
         &self.config
     }
 
-    /// What the task asks of it.
+    /// What its tasks ask of it.
     pub fn spaces(&self) -> &Spaces {
         &self.spaces
     }
@@ -182,20 +187,34 @@ impl<B: Backend> Model<B> {
     /// A packer for this model's batches.
     pub fn packer(&self) -> Packer {
         let segment = Some(self.config.segment_steps).filter(|&steps| steps > 0);
-        Packer::new(self.config.layout, self.fields(), segment)
+        Packer::new(self.config.layout, &self.spaces.families, segment)
     }
 
-    /// Codes of one observation.
-    pub fn fields(&self) -> usize {
-        self.spaces.observation.iter().product()
+    /// What a family of tasks observes and does.
+    pub fn family(&self, family: usize) -> Result<&Family, ModelError> {
+        self.spaces.families.get(family).ok_or_else(|| {
+            let expected = format!("below {}", self.spaces.families.len());
+            ModelError::setting("family", family, expected)
+        })
     }
 
-    /// Action logits at every observation of a batch of whole episodes [observations, actions].
+    /// Action logits at every observation of a batch of whole episodes: of one family after another,
+    /// each [its observations, its actions].
     pub fn logits(&self, batch: &PackedBatch) -> Result<Vec<B::Element>, ModelError> {
         let acts = self.evaluate(batch)?;
-        let len = batch.observation_tokens.len() * self.spaces.actions;
-        let mut logits = vec![B::Element::default(); len];
-        self.backend.download(&acts.logits, 0, &mut logits)?;
+        let mut logits = Vec::new();
+        for ((rows, family), acts) in batch
+            .families
+            .iter()
+            .zip(&self.spaces.families)
+            .zip(&acts.families)
+        {
+            let start = logits.len();
+            let len = rows.observations.len() * family.action.outputs();
+            logits.resize(start + len, B::Element::default());
+            self.backend
+                .download(&acts.logits, 0, &mut logits[start..])?;
+        }
         Ok(logits)
     }
 
@@ -215,6 +234,7 @@ impl<B: Backend> Model<B> {
         let pass = Pass {
             batch: &staged,
             counts,
+            families: &batch.families,
             training: None,
         };
         self.forward(pass, None, &mut acts)?;
@@ -290,6 +310,7 @@ impl<B: Backend> Model<B> {
             ("returns", batch.return_tokens.len(), capacity.observations),
             ("sequences", batch.sequences(), capacity.sequences),
             ("segments", batch.segments(), capacity.segments),
+            ("families", batch.families.len(), self.spaces.families.len()),
             (
                 "time steps",
                 batch
@@ -329,7 +350,7 @@ fn sinusoids<T: Scalar>(steps: usize, width: usize) -> Vec<T> {
     table
 }
 
-/// Checks settings against each other and against the task.
+/// Checks settings against each other and against the tasks.
 fn validate(
     config: &ModelConfig,
     spaces: &Spaces,
@@ -340,9 +361,8 @@ fn validate(
         ("layers", config.layers, 1 << 10),
         ("heads", config.heads, 1 << 10),
         ("feed_forward", config.feed_forward, 1 << 20),
-        ("actions", spaces.actions, 256),
+        ("families", spaces.families.len(), 1 << 10),
         ("steps", spaces.steps, 1 << 24),
-        ("observation", spaces.observation.iter().product(), 1 << 24),
     ] {
         if value == 0 || value > limit {
             return Err(ModelError::setting(name, value, format!("1 to {limit}")));
@@ -376,28 +396,12 @@ fn validate(
             "0 or more",
         ));
     }
-    if spaces.cardinalities.is_empty()
-        || spaces
-            .cardinalities
-            .iter()
-            .any(|&count| count == 0 || count > 256)
-        || spaces.observation.last() != Some(&spaces.cardinalities.len())
-    {
-        let expected = format!(
-            "one value from 1 to 256 for each of the last axis of {:?}",
-            spaces.observation
-        );
-        return Err(ModelError::setting(
-            "cardinalities",
-            format!("{:?}", spaces.cardinalities),
-            expected,
-        ));
+    for family in &spaces.families {
+        family.validate()?;
     }
-    if config.front_end == FrontEnd::Convolution && spaces.observation.len() != 3 {
-        let expected = format!(
-            "`linear` for observations of shape {:?}",
-            spaces.observation
-        );
+    let of_grids = spaces.families.iter().any(|f| f.observation.is_grid());
+    if config.front_end == FrontEnd::Convolution && !of_grids {
+        let expected = "`linear`: no task has observations that are a grid of cells";
         return Err(ModelError::setting("front_end", "convolution", expected));
     }
     if config.attention == AttentionSpan::Segment && config.segment_steps == 0 {

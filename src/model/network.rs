@@ -5,7 +5,7 @@ use dtmem_reference::convolution::Grid;
 
 use super::config::{
     AdapterConfig, AddressingKind, AttentionSpan, Block, EraseKind, FrontEnd, MemoryConfig,
-    ModelConfig, OrderKind, Spaces, StrengthKind, SupervisionConfig,
+    ModelConfig, OrderKind, StrengthKind, SupervisionConfig,
 };
 use super::parameters::{Declare, Start};
 use crate::backend::{
@@ -13,6 +13,7 @@ use crate::backend::{
     Positions, Span, Supervised,
 };
 use crate::batch::TokenLayout;
+use crate::spaces::{Content, Family, Spaces};
 
 /// ε of every layer normalisation.
 const LAYER_NORM_EPSILON: f64 = 1e-5;
@@ -26,13 +27,19 @@ const POSITION_DEVIATION: f64 = 0.1;
 /// All operations of a model that have parameters.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Network {
-    pub observation: ObservationEmbedding,
-    pub action: OneHot,
+    pub families: Vec<FamilyNetwork>,
     pub return_to_go: Option<Linear>,
     pub positions: Positions,
     pub embedding_norm: Option<LayerNorm>,
     pub blocks: Vec<BlockNetwork>,
     pub final_norm: Option<LayerNorm>,
+}
+
+/// What a family of tasks has for itself.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct FamilyNetwork {
+    pub observation: ObservationEmbedding,
+    pub action: OneHot,
     pub head: Linear,
 }
 
@@ -111,21 +118,12 @@ impl Network {
             Block::PostLn => Initialisation::PyTorch,
             Block::PreLn => Initialisation::Normal,
         };
-        let observation = declare.within("observation", |declare| {
-            ObservationEmbedding::declare(declare, config, spaces, start)
-        });
-        let action = declare.within("action", |declare| OneHot {
-            weight: declare.weight(
-                "weight",
-                &[spaces.actions, width],
-                embedding_start(start, spaces.actions),
-            ),
-            bias: declare.plain("bias", &[width], start.bias(spaces.actions)),
-            offsets: vec![0],
-            inputs: spaces.actions,
-            width,
-            trainable: declare.trainable(),
-        });
+        // The first family's parameters have no prefix, and later families come last: those of a
+        // model stay the same in one that has more families.
+        let mut families = spaces.families.iter();
+        let first = families
+            .next()
+            .map(|family| FamilyEmbeddings::declare(declare, config, family, start));
         let return_to_go = (config.layout == TokenLayout::ReturnObsAction)
             .then(|| declare.within("return", |declare| linear(declare, 1, width, start)));
         let table = [spaces.steps, width];
@@ -150,17 +148,76 @@ impl Network {
                 })
             })
             .collect();
+        let final_norm = (config.block == Block::PreLn)
+            .then(|| declare.within("final_norm", |declare| norm(declare, width)));
+        let mut all = Vec::with_capacity(spaces.families.len());
+        all.extend(first.map(|first| first.with_head(declare, width, start)));
+        for (index, family) in families.enumerate() {
+            all.push(
+                declare.within(format!("families.{}", index + 1), |declare| {
+                    FamilyEmbeddings::declare(declare, config, family, start)
+                        .with_head(declare, width, start)
+                }),
+            );
+        }
         Self {
-            observation,
-            action,
+            families: all,
             return_to_go,
             positions,
             embedding_norm,
             blocks,
-            final_norm: (config.block == Block::PreLn)
-                .then(|| declare.within("final_norm", |declare| norm(declare, width))),
+            final_norm,
+        }
+    }
+}
+
+/// A family's part before the blocks.
+struct FamilyEmbeddings {
+    observation: ObservationEmbedding,
+    action: OneHot,
+    outputs: usize,
+}
+
+impl FamilyEmbeddings {
+    fn declare(
+        declare: &mut Declare,
+        config: &ModelConfig,
+        family: &Family,
+        start: Initialisation,
+    ) -> Self {
+        let (width, actions) = (config.width, family.action.outputs());
+        Self {
+            observation: declare.within("observation", |declare| {
+                ObservationEmbedding::declare(declare, config, family, start)
+            }),
+            action: declare.within("action", |declare| OneHot {
+                weight: declare.weight(
+                    "weight",
+                    &[actions, width],
+                    embedding_start(start, actions),
+                ),
+                bias: declare.plain("bias", &[width], start.bias(actions)),
+                offsets: vec![0],
+                inputs: actions,
+                width,
+                trainable: declare.trainable(),
+            }),
+            outputs: actions,
+        }
+    }
+
+    /// And its part behind them.
+    fn with_head(
+        self,
+        declare: &mut Declare,
+        width: usize,
+        start: Initialisation,
+    ) -> FamilyNetwork {
+        FamilyNetwork {
+            observation: self.observation,
+            action: self.action,
             head: declare.within("head", |declare| {
-                linear(declare, width, spaces.actions, start)
+                linear(declare, width, self.outputs, start)
             }),
         }
     }
@@ -178,16 +235,18 @@ impl ObservationEmbedding {
     fn declare(
         declare: &mut Declare,
         config: &ModelConfig,
-        spaces: &Spaces,
+        family: &Family,
         start: Initialisation,
     ) -> Self {
         let width = config.width;
-        let fields = spaces.observation.iter().product::<usize>();
+        let space = &family.observation;
+        let Content::Codes(cardinalities) = &space.content;
+        let fields = space.fields();
         let mut offsets = Vec::with_capacity(fields);
         let mut inputs = 0;
         for field in 0..fields {
             offsets.push(inputs);
-            inputs += spaces.cardinalities[field % spaces.cardinalities.len()];
+            inputs += cardinalities[field % cardinalities.len()];
         }
         // A one-hot field has one active input, whatever its cardinality.
         let gain = |default: Start, active: usize| match config.observation_gain {
@@ -195,23 +254,11 @@ impl ObservationEmbedding {
             gain => Start::Normal(gain / (active as f64).sqrt()),
         };
         match config.front_end {
-            FrontEnd::Linear => Self::Linear(OneHot {
-                weight: declare.weight(
-                    "linear.weight",
-                    &[inputs, width],
-                    gain(start.weight(inputs), fields),
-                ),
-                bias: declare.plain("linear.bias", &[width], gain_bias(config, start, inputs)),
-                offsets,
-                inputs,
-                width,
-                trainable: declare.trainable(),
-            }),
-            FrontEnd::Convolution => {
+            FrontEnd::Convolution if space.is_grid() => {
                 let grid = Grid {
-                    width: spaces.observation[0],
-                    height: spaces.observation[1],
-                    cardinalities: spaces.cardinalities.clone(),
+                    width: space.shape[0],
+                    height: space.shape[1],
+                    cardinalities: cardinalities.clone(),
                 };
                 let [middle, out] = CHANNELS;
                 let channels = grid.channels();
@@ -246,6 +293,18 @@ impl ObservationEmbedding {
                     Some(declare.plain("linear.bias", &[width], gain_bias(config, start, flat)));
                 Self::Convolution(convolutions, map)
             }
+            _ => Self::Linear(OneHot {
+                weight: declare.weight(
+                    "linear.weight",
+                    &[inputs, width],
+                    gain(start.weight(inputs), fields),
+                ),
+                bias: declare.plain("linear.bias", &[width], gain_bias(config, start, inputs)),
+                offsets,
+                inputs,
+                width,
+                trainable: declare.trainable(),
+            }),
         }
     }
 }

@@ -114,9 +114,12 @@ impl<B: Backend> Shard<B> {
         let backend = &*model.backend;
         batch.select(&self.sequences, &mut self.part);
         self.part.training = training;
-        // The kernels of the memory are launched for the segments that a batch really has.
-        if backend.wants_one_size() && model.config.memory.is_none() {
-            self.part.fill_up(self.size, model.fields());
+        // The kernels of the memory are launched for the segments that a batch really has, and those
+        // of a family's embeddings and head for its rows.
+        if let ([family], None) = (&model.spaces.families[..], &model.config.memory)
+            && backend.wants_one_size()
+        {
+            self.part.fill_up(self.size, family.observation.fields());
         }
         Ok(backend.stage(&self.part, &mut self.batch)?)
     }
@@ -126,6 +129,7 @@ impl<B: Backend> Shard<B> {
         let pass = Pass {
             batch: &self.batch,
             counts: Counts::from(&self.part),
+            families: &self.part.families,
             training: Some((seed, self.part.training.number)),
         };
         let acts = &mut self.activations;

@@ -6,7 +6,8 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::{Episode, ObservationSpace, Split, Task, TaskError};
+use super::{Episode, Split, Task, TaskError};
+use crate::spaces::{ActionSpace, Content, Family, ObservationSpace, Part, SpaceError};
 
 /// Episodes generated between two reports of progress.
 const CHUNK: u64 = 256;
@@ -14,8 +15,7 @@ const CHUNK: u64 = 256;
 /// A set of recorded episodes, packed one after another.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Demonstrations {
-    space: ObservationSpace,
-    action_count: usize,
+    family: Family,
     /// The task that the episodes come from, if it is one of ours.
     pub task: Option<Task>,
     /// The seed they were generated with.
@@ -103,55 +103,27 @@ impl Invalid {
     }
 }
 
+impl From<SpaceError> for Invalid {
+    /// With the names that a file has for the parts.
+    fn from(error: SpaceError) -> Self {
+        let what = match error.part {
+            Part::Observations => "tensor `observations`",
+            Part::Cardinalities => "`observation_cardinalities`",
+            Part::Actions => "`action_count`",
+        };
+        Self::new(what, error.place, error.found, error.expected)
+    }
+}
+
 impl Demonstrations {
-    /// An empty set.
+    /// An empty set of what a family of tasks observes and does.
     ///
     /// # Errors
-    /// An axis of length 0, a last axis without one cardinality for each of its indices, a cardinality or a number of
-    /// actions outside 1 to 256.
-    pub fn new(space: ObservationSpace, action_count: usize) -> Result<Self, Invalid> {
-        let fields = space
-            .shape
-            .iter()
-            .try_fold(1_usize, |product, &axis| product.checked_mul(axis));
-        if space.shape.is_empty() || fields.is_none_or(|fields| fields == 0) {
-            let found = format!("{:?} per step", space.shape);
-            return Err(Invalid::new(
-                "tensor `observations`",
-                "",
-                found,
-                "one axis or more, none of them empty",
-            ));
-        }
-        if space.shape.last() != Some(&space.cardinalities.len()) {
-            let expected = format!("one for each index of the last axis of {:?}", space.shape);
-            let found = format!("{} cardinalities", space.cardinalities.len());
-            return Err(Invalid::new(
-                "`observation_cardinalities`",
-                "",
-                found,
-                expected,
-            ));
-        }
-        if let Some(index) = space
-            .cardinalities
-            .iter()
-            .position(|cardinality| !(1..=256).contains(cardinality))
-        {
-            let found = space.cardinalities[index];
-            return Err(Invalid::new(
-                "`observation_cardinalities`",
-                format!(", index {index}"),
-                found,
-                "1 to 256",
-            ));
-        }
-        if !(1..=256).contains(&action_count) {
-            return Err(Invalid::new("`action_count`", "", action_count, "1 to 256"));
-        }
+    /// Those of [`Family::validate`].
+    pub fn new(family: Family) -> Result<Self, Invalid> {
+        family.validate()?;
         Ok(Self {
-            space,
-            action_count,
+            family,
             task: None,
             seed: None,
             observations: Vec::new(),
@@ -182,7 +154,7 @@ impl Demonstrations {
             return Err(TaskError::new("episodes", episodes, "1 or more"));
         }
         let unfit = |invalid: Invalid| TaskError::new("task", invalid, "what the task declares");
-        let mut set = Self::new(task.observation_space(), task.actions()).map_err(unfit)?;
+        let mut set = Self::new(task.family()).map_err(unfit)?;
         set.task = Some(task.clone());
         set.seed = Some(seed);
         let episodes = episodes as u64;
@@ -219,7 +191,7 @@ impl Demonstrations {
                 "1 or more, below 2³²",
             ));
         }
-        let fields = self.space.fields();
+        let fields = self.space().fields();
         if steps.checked_mul(fields) != Some(episode.observations.len()) {
             let found = format!("{} codes", episode.observations.len());
             return Err(Invalid::new(
@@ -240,9 +212,9 @@ impl Demonstrations {
         if let Some(step) = episode
             .actions
             .iter()
-            .position(|&action| usize::from(action) >= self.action_count)
+            .position(|&action| usize::from(action) >= self.action_count())
         {
-            let expected = format!("an action below {}", self.action_count);
+            let expected = format!("an action below {}", self.action_count());
             return Err(Invalid::new(
                 "tensor `actions`",
                 at(step),
@@ -250,7 +222,8 @@ impl Demonstrations {
                 expected,
             ));
         }
-        let limits = self.space.cardinalities.iter().cycle();
+        let Content::Codes(cardinalities) = &self.family.observation.content;
+        let limits = cardinalities.iter().cycle();
         if let Some((field, (code, limit))) = iter::zip(episode.observations, limits)
             .enumerate()
             .find(|(_, (code, limit))| usize::from(**code) >= **limit)
@@ -343,14 +316,20 @@ impl Demonstrations {
         self.actions.len()
     }
 
+    /// What is observed and done.
+    pub fn family(&self) -> &Family {
+        &self.family
+    }
+
     /// What the observations look like.
     pub fn space(&self) -> &ObservationSpace {
-        &self.space
+        &self.family.observation
     }
 
     /// Number of actions there are to choose from.
     pub fn action_count(&self) -> usize {
-        self.action_count
+        let ActionSpace::Discrete(count) = self.family.action;
+        count
     }
 
     /// Steps of the longest episode.
@@ -365,7 +344,7 @@ impl Demonstrations {
     pub fn episode(&self, number: usize) -> Option<EpisodeView<'_>> {
         let annotated = *self.annotated.get(number)?;
         let steps = self.offsets[number]..self.offsets[number + 1];
-        let fields = self.space.fields();
+        let fields = self.space().fields();
         Some(EpisodeView {
             observations: &self.observations[steps.start * fields..steps.end * fields],
             actions: &self.actions[steps.clone()],
@@ -459,14 +438,8 @@ impl Demonstrations {
         let total =
             |episode: EpisodeView| episode.rewards.iter().copied().map(f64::from).sum::<f64>();
         line("return", range(&mut self.episodes().map(total)));
-        line(
-            "observation",
-            format!(
-                "{:?}, codes below {:?}",
-                self.space.shape, self.space.cardinalities
-            ),
-        );
-        let mut histogram = vec![0; self.action_count];
+        line("observation", self.space().to_string());
+        let mut histogram = vec![0; self.action_count()];
         self.actions
             .iter()
             .for_each(|&action| histogram[usize::from(action)] += 1);

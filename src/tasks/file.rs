@@ -9,7 +9,8 @@ use std::path::{Path, PathBuf};
 use safetensors::tensor::{Dtype, SafeTensorError, SafeTensors, TensorView};
 use serde::{Deserialize, Serialize};
 
-use super::{Demonstrations, EpisodeView, Invalid, ObservationSpace, Task};
+use super::{Demonstrations, EpisodeView, Invalid, Task};
+use crate::spaces::{ActionSpace, Content, Family, ObservationSpace};
 
 /// The metadata entry that holds the [`Header`] as JSON. One entry only, because the order of several is not fixed and
 /// the same demonstrations shall give the same bytes.
@@ -132,9 +133,10 @@ impl Demonstrations {
     }
 
     fn to_bytes(&self) -> Result<Vec<u8>, SafeTensorError> {
+        let Content::Codes(cardinalities) = &self.space().content;
         let header = Header {
             version: VERSION,
-            observation_cardinalities: self.space().cardinalities.clone(),
+            observation_cardinalities: cardinalities.clone(),
             action_count: self.action_count(),
             task: self.task.clone(),
             seed: self.seed,
@@ -235,23 +237,20 @@ fn read(header: Option<&String>, tensors: &SafeTensors) -> Result<Demonstrations
             "U8",
         ));
     }
-    let space = ObservationSpace {
-        shape: shape.to_vec(),
-        cardinalities: header.observation_cardinalities,
-    };
-    let mut set = Demonstrations::new(space, header.action_count)?;
+    let mut set = Demonstrations::new(Family {
+        observation: ObservationSpace::codes(shape, header.observation_cardinalities),
+        action: ActionSpace::Discrete(header.action_count),
+    })?;
     if let Some(task) = &header.task {
         task.validate()
             .map_err(|error| Invalid::new("metadata `dtmem`", ", `task`", error, "a valid task"))?;
-        let found = (set.space().clone(), set.action_count());
-        let expected = (task.observation_space(), task.actions());
-        if found != expected {
-            let expected = format!("{expected:?}, as {} has", task.name());
+        let expected = task.family();
+        if *set.family() != expected {
             return Err(Invalid::new(
                 "metadata `dtmem`",
                 "",
-                format!("{found:?}"),
-                expected,
+                set.family(),
+                format!("{expected}, as {} has", task.name()),
             ));
         }
     }

@@ -20,6 +20,7 @@ pub use demonstrations::{Demonstrations, EpisodeView, Invalid};
 pub use file::{DemonstrationError, write_beside};
 pub use recall::RecallKind;
 
+use crate::spaces::{ActionSpace, Family, ObservationSpace};
 use counting::{Counting, CountingLayout};
 use hallway::{Hallway, HallwayLayout};
 use ordering::{Ordering, OrderingLayout};
@@ -107,22 +108,6 @@ pub enum Split {
     Demonstration,
     /// Episodes to measure success on.
     Evaluation,
-}
-
-/// What an observation looks like.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ObservationSpace {
-    /// The axes, such as [7, 7, 3].
-    pub shape: Vec<usize>,
-    /// For each index of the last axis, the number of codes there: [11, 6, 3].
-    pub cardinalities: Vec<usize>,
-}
-
-impl ObservationSpace {
-    /// Number of codes of one observation.
-    pub fn fields(&self) -> usize {
-        self.shape.iter().product()
-    }
 }
 
 /// What one step brought.
@@ -285,14 +270,8 @@ impl Task {
     /// What its observations look like.
     pub fn observation_space(&self) -> ObservationSpace {
         match self {
-            Self::Recall { kind, .. } => ObservationSpace {
-                shape: vec![2],
-                cardinalities: kind.cardinalities().to_vec(),
-            },
-            _ => ObservationSpace {
-                shape: vec![grid::VIEW, grid::VIEW, 3],
-                cardinalities: grid::CARDINALITIES.to_vec(),
-            },
+            Self::Recall { kind, .. } => ObservationSpace::codes([2], kind.cardinalities()),
+            _ => ObservationSpace::codes([grid::VIEW, grid::VIEW, 3], grid::CARDINALITIES),
         }
     }
 
@@ -301,6 +280,14 @@ impl Task {
         match self {
             Self::Recall { kind, .. } => kind.answers() + 1,
             _ => grid::ACTIONS,
+        }
+    }
+
+    /// What it has in common with tasks that observe and act in the same way.
+    pub fn family(&self) -> Family {
+        Family {
+            observation: self.observation_space(),
+            action: ActionSpace::Discrete(self.actions()),
         }
     }
 

@@ -12,13 +12,14 @@ use super::Error;
 use super::config::{Config, least_parameters, validate_spaces};
 use super::data::Position;
 use crate::backend::{Backend, Cpu};
-use crate::model::{Model, Spaces};
+use crate::model::Model;
+use crate::spaces::Spaces;
 use crate::tasks::write_beside;
 
 /// The metadata entry that holds a header as JSON: a single one, because the order of several is
 /// not fixed and the same run shall write the same bytes.
 const HEADER: &str = "dtmem";
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 /// Longest episode of a model file.
 const MOST_STEPS: usize = 1 << 17;
 
@@ -32,20 +33,20 @@ pub struct ModelHeader {
     pub step: u64,
     /// What the model observes and does.
     pub spaces: Spaces,
-    /// The return it is asked for, not scaled.
-    pub target_return: f64,
+    /// The return it is asked for in each task of the run, not scaled.
+    pub target_returns: Vec<f64>,
     /// The run.
     pub config: Config,
 }
 
 impl ModelHeader {
     /// The header of a run's parameters after `step` steps.
-    pub fn new(config: &Config, spaces: &Spaces, target_return: f64, step: u64) -> Self {
+    pub fn new(config: &Config, spaces: &Spaces, target_returns: &[f64], step: u64) -> Self {
         Self {
             version: VERSION,
             step,
             spaces: spaces.clone(),
-            target_return,
+            target_returns: target_returns.to_vec(),
             config: config.clone(),
         }
     }
@@ -58,42 +59,30 @@ impl ModelHeader {
         let invalid = |what: &str, found: String, expected: &str| {
             Err(Error::file(path, format!("`{what}`"), found, expected))
         };
-        let axes = &spaces.observation;
-        let cells = axes
-            .iter()
-            .try_fold(1_usize, |product, axis| product.checked_mul(*axis));
-        if cells.is_none_or(|cells| cells == 0 || cells > 1 << 24)
-            || axes.last() != Some(&spaces.cardinalities.len())
-        {
-            return invalid(
-                "spaces.observation",
-                format!("{axes:?}"),
-                "axes above 0, the last one as long as the cardinalities",
-            );
-        }
-        if !spaces.cardinalities.iter().all(|c| (1..=256).contains(c)) {
-            let found = format!("{:?}", spaces.cardinalities);
-            return invalid("spaces.cardinalities", found, "1 to 256 each");
-        }
-        if !(1..=256).contains(&spaces.actions) {
-            return invalid("spaces.actions", spaces.actions.to_string(), "1 to 256");
+        for (index, family) in spaces.families.iter().enumerate() {
+            family.validate().map_err(|error| {
+                let what = format!("`spaces.families.{index}`: {}{}", error.part, error.place);
+                Error::file(path, what, error.found, error.expected)
+            })?;
         }
         if !(1..=MOST_STEPS).contains(&spaces.steps) {
             let expected = format!("1 to {MOST_STEPS}");
             return invalid("spaces.steps", spaces.steps.to_string(), &expected);
         }
-        if !self.target_return.is_finite() {
-            let found = self.target_return.to_string();
-            return invalid("target_return", found, "a finite number");
+        let tasks = self.config.task_list();
+        if self.target_returns.len() != tasks.len()
+            || !self.target_returns.iter().all(|target| target.is_finite())
+        {
+            return invalid(
+                "target_returns",
+                format!("{:?}", self.target_returns),
+                &format!("{} finite numbers, one for each task", tasks.len()),
+            );
         }
         validate_spaces(&self.config.model, spaces)?;
-        if let Some(task) = &self.config.task {
-            let space = task.observation_space();
-            let fits = space.shape == spaces.observation
-                && space.cardinalities == spaces.cardinalities
-                && task.actions() == spaces.actions
-                && task.max_steps() <= spaces.steps;
-            if !fits {
+        for task in tasks.iter().filter_map(|task| task.task.as_ref()) {
+            let known = spaces.position(&task.family()).is_some();
+            if !known || task.max_steps() > spaces.steps {
                 return invalid(
                     "spaces",
                     format!("{spaces:?}"),

@@ -1,6 +1,7 @@
 //! What a run is made of, read from TOML (docs/configuration.md explains every key).
 
 use std::fmt::Display;
+use std::iter;
 use std::path::{Path, PathBuf};
 
 use dtmem_reference::attention;
@@ -10,7 +11,8 @@ use toml::{Table, Value};
 
 use super::device::Precision;
 use crate::batch::TokenLayout;
-use crate::model::{AttentionSpan, FrontEnd, ModelConfig, Spaces, SupervisionConfig};
+use crate::model::{AttentionSpan, FrontEnd, ModelConfig, SupervisionConfig};
+use crate::spaces::{Family, Spaces};
 use crate::tasks::Task;
 
 /// Demonstrations that are generated unless the configuration says how many.
@@ -27,9 +29,12 @@ pub struct Config {
     /// The task; without one `data.file` is needed and nothing is evaluated.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub task: Option<Task>,
-    /// The demonstrations.
+    /// Its demonstrations.
     #[serde(default)]
     pub data: DataConfig,
+    /// Several tasks at once, in place of `task` and `data`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub tasks: Vec<TaskConfig>,
     /// The model.
     #[serde(default)]
     pub model: ModelConfig,
@@ -41,6 +46,93 @@ pub struct Config {
     /// The evaluation after training.
     #[serde(default)]
     pub evaluation: EvaluationConfig,
+}
+
+/// One of the tasks of a run.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct TaskConfig {
+    /// What it is called in results; default: the name of the task or of the file, with a number
+    /// where another task has it as well.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub label: Option<String>,
+    /// Its share of the tokens of training, beside the shares of the others; 0: it is held out, and
+    /// only evaluated.
+    pub share: f64,
+    /// Return to ask for; default: the best one of the demonstrations.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub target_return: Option<f64>,
+    /// The task; without one `data.file` is needed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub task: Option<Task>,
+    /// Its demonstrations.
+    pub data: DataConfig,
+}
+
+impl Default for TaskConfig {
+    fn default() -> Self {
+        Self {
+            label: None,
+            share: 1.0,
+            target_return: None,
+            task: None,
+            data: DataConfig::default(),
+        }
+    }
+}
+
+impl TaskConfig {
+    /// Whether it is not trained on.
+    pub fn is_held_out(&self) -> bool {
+        self.share == 0.0
+    }
+
+    /// `key` is where it stands.
+    fn validate(&self, key: &str) -> Result<()> {
+        match &self.task {
+            Some(task) => task.validate().map_err(|error| {
+                let key = join(key, &format!("task.{}", error.argument));
+                ConfigError::value(key, error.found, error.expected)
+            })?,
+            None if self.data.file.is_none() => {
+                return Err(ConfigError::value(
+                    join(key, "task"),
+                    "nothing",
+                    "a table [task] with a `name`, or demonstrations of your own in `data.file`",
+                ));
+            }
+            None => {}
+        }
+        real(&join(key, "share"), self.share, 0.0, 1e6)?;
+        if self
+            .label
+            .as_deref()
+            .is_some_and(|label| label.trim().is_empty())
+        {
+            return Err(ConfigError::value(
+                join(key, "label"),
+                "nothing",
+                "a name, or no label",
+            ));
+        }
+        self.data.validate(&join(key, "data"))?;
+        match self.target_return {
+            Some(target) => real(&join(key, "target_return"), target, -1e9, 1e9),
+            None => Ok(()),
+        }
+    }
+
+    fn name(&self) -> String {
+        let of_file = || {
+            let stem = self.data.file.as_ref()?.file_stem()?;
+            Some(stem.to_string_lossy().into_owned())
+        };
+        match (&self.label, &self.task) {
+            (Some(label), _) => label.clone(),
+            (None, Some(task)) => task.name().to_owned(),
+            (None, None) => of_file().unwrap_or_else(|| "own demonstrations".to_owned()),
+        }
+    }
 }
 
 /// The demonstrations.
@@ -331,24 +423,7 @@ impl Config {
     /// Checks every value that does not depend on the data.
     pub fn validate(&self) -> Result<()> {
         whole("seed", self.seed, 0, MOST_SEED)?;
-        match &self.task {
-            Some(task) => task.validate().map_err(|error| {
-                ConfigError::value(
-                    format!("task.{}", error.argument),
-                    error.found,
-                    error.expected,
-                )
-            })?,
-            None if self.data.file.is_none() => {
-                return Err(ConfigError::value(
-                    "task",
-                    "nothing",
-                    "a table [task] with a `name`, or demonstrations of your own in `data.file`",
-                ));
-            }
-            None => {}
-        }
-        self.data.validate()?;
+        self.validate_tasks()?;
         validate_model(&self.model)?;
         self.validate_loss()?;
         if self.model.adapter.is_some() && self.train.start_from.is_none() {
@@ -360,6 +435,73 @@ impl Config {
         }
         self.train.validate()?;
         self.evaluation.validate()
+    }
+
+    fn validate_tasks(&self) -> Result<()> {
+        if self.tasks.is_empty() {
+            let [task] = &self.task_list()[..] else {
+                return Ok(());
+            };
+            return task.validate("");
+        }
+        for (key, is_set) in [
+            ("task", self.task.is_some()),
+            ("data", self.data != DataConfig::default()),
+            (
+                "evaluation.target_return",
+                self.evaluation.target_return.is_some(),
+            ),
+        ] {
+            if is_set {
+                return Err(ConfigError::value(
+                    key,
+                    "a value beside [[tasks]]",
+                    "one in each of [[tasks]], which have tables `task` and `data` and a \
+                     `target_return` of their own",
+                ));
+            }
+        }
+        for (index, task) in self.tasks.iter().enumerate() {
+            task.validate(&format!("tasks.{index}"))?;
+        }
+        if self.tasks.iter().all(TaskConfig::is_held_out) {
+            return Err(ConfigError::value(
+                "tasks",
+                "a share of 0 in each",
+                "at least one that is trained on",
+            ));
+        }
+        Ok(())
+    }
+
+    /// The tasks of the run, each by a name of its own: [[tasks]], or [task] as a list of one.
+    pub fn task_list(&self) -> Vec<TaskConfig> {
+        if self.tasks.is_empty() {
+            let task = TaskConfig {
+                target_return: self.evaluation.target_return,
+                task: self.task.clone(),
+                data: self.data.clone(),
+                ..TaskConfig::default()
+            };
+            return vec![TaskConfig {
+                label: Some(task.name()),
+                ..task
+            }];
+        }
+        let mut list: Vec<TaskConfig> = Vec::with_capacity(self.tasks.len());
+        for task in &self.tasks {
+            let name = task.name();
+            let taken =
+                |label: &String| list.iter().any(|other| other.label.as_ref() == Some(label));
+            let label = iter::once(name.clone())
+                .chain((2..).map(|number| format!("{name}-{number}")))
+                .find(|label| !taken(label));
+            list.push(TaskConfig {
+                label,
+                ..task.clone()
+            });
+        }
+        list
     }
 
     fn validate_loss(&self) -> Result<()> {
@@ -469,12 +611,13 @@ fn positive(key: &str, value: f64) -> Result<()> {
 }
 
 impl DataConfig {
-    fn validate(&self) -> Result<()> {
+    /// `key` is where it stands.
+    fn validate(&self, key: &str) -> Result<()> {
         if let Some(episodes) = self.episodes {
-            whole("data.episodes", episodes as u64, 1, 100_000_000)?;
+            whole(&join(key, "episodes"), episodes as u64, 1, 100_000_000)?;
         }
-        real("data.annotated", self.annotated, 0.0, 1.0)?;
-        positive("data.return_scale", self.return_scale)
+        real(&join(key, "annotated"), self.annotated, 0.0, 1.0)?;
+        positive(&join(key, "return_scale"), self.return_scale)
     }
 }
 
@@ -563,13 +706,11 @@ pub fn least_parameters(model: &ModelConfig, spaces: Option<&Spaces>) -> f64 {
         .map_or(0.0, |adapter| adapter.rank as f64 * width);
     let block = 4.0 * width * width + 2.0 * width * model.feed_forward as f64 + memory + adapter;
     let outside = spaces.map_or(0.0, |spaces| {
-        let cells: f64 = spaces
-            .observation
-            .iter()
-            .rev()
-            .skip(1)
-            .map(|&axis| axis as f64)
-            .product();
+        let cells_of = |family: &Family| -> f64 {
+            let axes = family.observation.shape.iter().rev().skip(1);
+            axes.map(|&axis| axis as f64).product()
+        };
+        let cells: f64 = spaces.families.iter().map(cells_of).sum();
         let positions = match model.layout {
             TokenLayout::ObsAction => 0.0,
             TokenLayout::ReturnObsAction => spaces.steps as f64,
@@ -581,13 +722,15 @@ pub fn least_parameters(model: &ModelConfig, spaces: Option<&Spaces>) -> f64 {
 
 /// Checks a model against what it observes and does.
 pub fn validate_spaces(model: &ModelConfig, spaces: &Spaces) -> Result<()> {
-    if model.front_end == FrontEnd::Convolution && spaces.observation.len() != 3 {
+    let of_grids = spaces.families.iter().any(|f| f.observation.is_grid());
+    if model.front_end == FrontEnd::Convolution && !of_grids {
+        let shapes = spaces.families.iter().map(|f| &f.observation.shape);
         return Err(ConfigError::value(
             "model.front_end",
             "\"convolution\"",
             format!(
                 "\"linear\": observations have the shape {:?}, which is no grid of cells",
-                spaces.observation
+                shapes.collect::<Vec<_>>()
             ),
         ));
     }
@@ -679,10 +822,25 @@ fn apply_override(table: &mut Table, argument: &str) -> Result<()> {
         return Err(error(format!("`{path}` is not a dotted key")));
     }
     let mut current = table;
-    for key in tables {
-        current = current
+    let mut tables = tables.iter();
+    while let Some(key) = tables.next() {
+        let mut value = current
             .entry(*key)
-            .or_insert_with(|| Value::Table(Table::new()))
+            .or_insert_with(|| Value::Table(Table::new()));
+        // The tables of a list are counted from 0: `tasks.1.share`.
+        if let Value::Array(list) = value {
+            let (count, number) = (list.len(), tables.next().unwrap_or(last));
+            let place = number
+                .parse()
+                .ok()
+                .and_then(|place: usize| list.get_mut(place));
+            value = place.ok_or_else(|| {
+                error(format!(
+                    "`{key}` is a list of {count}, counted from 0: `{number}` is none of them"
+                ))
+            })?;
+        }
+        current = value
             .as_table_mut()
             .ok_or_else(|| error(format!("`{key}` is a value, not a table")))?;
     }
@@ -712,7 +870,8 @@ fn describe(
     overrides: &[String],
     error: &serde_path_to_error::Error<toml::de::Error>,
 ) -> ConfigError {
-    let path = error.path().to_string();
+    // `tasks[0].share` as `tasks.0.share`, as it is set.
+    let path = error.path().to_string().replace('[', ".").replace(']', "");
     let path = if path == "." { "" } else { &path };
     let message = error.inner().message().trim();
     let origin_of = |key: &str| {

@@ -7,12 +7,119 @@ use rand::rngs::ChaCha8Rng;
 use rand::seq::SliceRandom;
 
 use super::Error;
-use super::config::{Config, ConfigError};
+use super::config::{Config, ConfigError, TaskConfig};
 use crate::batch::{BatchError, PackedBatch, Packer, TokenLayout, Trajectory};
-use crate::model::{Capacity, ModelConfig, Spaces};
+use crate::model::{Capacity, ModelConfig};
+use crate::spaces::Spaces;
 use crate::tasks::{Demonstrations, EpisodeView, Task};
 
-/// Demonstrations and what the model is told about their returns.
+/// The demonstrations of all tasks of a run.
+#[derive(Debug)]
+pub struct Mixture {
+    parts: Vec<Part>,
+    spaces: Spaces,
+}
+
+/// Those of one task.
+#[derive(Debug)]
+struct Part {
+    label: String,
+    share: f64,
+    family: usize,
+    data: TrainingData,
+}
+
+impl Mixture {
+    /// Generates or reads what the configuration asks for, and checks that it fits the tasks.
+    /// `progress` is told how many of how many episodes are there.
+    pub fn prepare(config: &Config, mut progress: impl FnMut(u64, u64)) -> Result<Self, Error> {
+        let tasks = config.task_list();
+        let mut mixture = Self {
+            parts: Vec::with_capacity(tasks.len()),
+            spaces: Spaces {
+                families: Vec::new(),
+                steps: 0,
+            },
+        };
+        let generated = |task: &&TaskConfig| task.data.file.is_none();
+        let total = tasks.iter().filter(generated);
+        let total = total
+            .map(|task| task.data.generated_episodes() as u64)
+            .sum();
+        let mut before = 0;
+        for (index, task) in tasks.into_iter().enumerate() {
+            let key = match config.tasks.is_empty() {
+                true => String::new(),
+                false => format!("tasks.{index}."),
+            };
+            let data = TrainingData::prepare(&task, config.seed, &key, |done| {
+                progress(before + done as u64, total);
+            })?;
+            if generated(&&task) {
+                before += data.episodes() as u64;
+            }
+            let most = task.task.as_ref().map_or(0, Task::max_steps);
+            let steps = data.longest().max(most);
+            let family = data.demonstrations.family().clone();
+            mixture.parts.push(Part {
+                label: task.label.unwrap_or_default(),
+                share: task.share,
+                family: mixture.spaces.include(family, steps),
+                data,
+            });
+        }
+        Ok(mixture)
+    }
+
+    /// What the data asks of a model: the observations and actions of the demonstrations, and
+    /// episodes as long as the longest of the data or of the tasks.
+    pub fn spaces(&self) -> &Spaces {
+        &self.spaces
+    }
+
+    /// For a model that knows other tasks as well: their families come first, in its order.
+    pub fn extend(&mut self, known: &Spaces) {
+        let mut spaces = known.clone();
+        for part in &mut self.parts {
+            let family = part.data.demonstrations.family().clone();
+            part.family = spaces.include(family, self.spaces.steps);
+        }
+        self.spaces = spaces;
+    }
+
+    /// The demonstrations of every task, by its label.
+    pub fn parts(&self) -> impl Iterator<Item = (&str, &TrainingData)> {
+        self.parts
+            .iter()
+            .map(|part| (part.label.as_str(), &part.data))
+    }
+
+    /// The order in which they are learnt from.
+    pub fn order(&self, config: &Config) -> Result<BatchOrder, ConfigError> {
+        let layout = config.model.layout;
+        let streams = self.parts.iter().map(|part| Stream {
+            label: part.label.clone(),
+            share: part.share,
+            token_counts: part.data.token_counts(layout),
+        });
+        BatchOrder::new(streams, config.train.batch_tokens, config.seed)
+    }
+
+    /// One episode as the packer takes it.
+    pub fn trajectory(&self, chosen: Chosen) -> Option<Trajectory<'_>> {
+        let part = self.parts.get(chosen.task)?;
+        Some(Trajectory {
+            family: part.family,
+            ..part.data.trajectory(chosen.episode)?
+        })
+    }
+
+    fn family(&self, chosen: &Chosen) -> usize {
+        self.parts.get(chosen.task).map_or(0, |part| part.family)
+    }
+}
+
+/// The demonstrations of a task, and what the model is told about their returns.
 #[derive(Debug)]
 pub struct TrainingData {
     demonstrations: Demonstrations,
@@ -26,17 +133,22 @@ pub struct TrainingData {
 }
 
 impl TrainingData {
-    /// Generates or reads what the configuration asks for, and checks that it fits the task.
-    /// `progress` is told how many episodes are there.
-    pub fn prepare(config: &Config, progress: impl FnMut(usize)) -> Result<Self, Error> {
+    /// Generates or reads what a task asks for. `progress` is told how many episodes are there; `key`
+    /// is what stands before the task's keys in the configuration.
+    fn prepare(
+        config: &TaskConfig,
+        seed: u64,
+        key: &str,
+        progress: impl FnMut(usize),
+    ) -> Result<Self, Error> {
         let (demonstrations, episodes) = match (&config.data.file, &config.task) {
             (Some(file), task) => {
-                let demonstrations = read(file, config, task.as_ref())?;
+                let demonstrations = read(file, config, key, task.as_ref())?;
                 let available = demonstrations.len();
                 let episodes = config.data.episodes.unwrap_or(available);
                 if episodes > available {
                     return Err(ConfigError::value(
-                        "data.episodes",
+                        format!("{key}data.episodes"),
                         episodes,
                         format!("at most the {available} of {}", file.display()),
                     )
@@ -47,19 +159,21 @@ impl TrainingData {
             (None, Some(task)) => {
                 let episodes = config.data.generated_episodes();
                 let share = config.data.annotated;
-                let demonstrations =
-                    Demonstrations::generate(task, episodes, config.seed, share, progress)
-                        .map_err(|error| {
-                            ConfigError::value(
-                                format!("task.{}", error.argument),
-                                error.found,
-                                error.expected,
-                            )
-                        })?;
+                let demonstrations = Demonstrations::generate(
+                    task, episodes, seed, share, progress,
+                )
+                .map_err(|error| {
+                    ConfigError::value(
+                        format!("{key}task.{}", error.argument),
+                        error.found,
+                        error.expected,
+                    )
+                })?;
                 (demonstrations, episodes)
             }
             (None, None) => {
-                return Err(ConfigError::value("task", "nothing", "a task, or `data.file`").into());
+                let expected = "a task, or `data.file`";
+                return Err(ConfigError::value(format!("{key}task"), "nothing", expected).into());
             }
         };
         Ok(Self::new(
@@ -110,18 +224,6 @@ impl TrainingData {
         self.best_return
     }
 
-    /// What the data asks of a model: the observations and actions of the demonstrations, and
-    /// episodes as long as the longest of the data or of the task.
-    pub fn spaces(&self, task: Option<&Task>) -> Spaces {
-        let space = self.demonstrations.space();
-        Spaces {
-            observation: space.shape.clone(),
-            cardinalities: space.cardinalities.clone(),
-            actions: self.demonstrations.action_count(),
-            steps: self.longest().max(task.map_or(0, Task::max_steps)),
-        }
-    }
-
     /// Time steps of the longest episode in use.
     pub fn longest(&self) -> usize {
         self.views()
@@ -137,11 +239,12 @@ impl TrainingData {
             .collect()
     }
 
-    /// One episode as the packer takes it.
+    /// One episode as the packer takes it, of the model's first family.
     pub fn trajectory(&self, episode: usize) -> Option<Trajectory<'_>> {
         let view = self.demonstrations.episode(episode)?;
         let start = *self.starts.get(episode)?;
         Some(Trajectory {
+            family: 0,
             observations: view.observations,
             actions: view.actions,
             returns: self.returns.get(start..start + view.steps())?,
@@ -156,35 +259,31 @@ impl TrainingData {
 }
 
 /// Reads a demonstration file and checks it against the task.
-fn read(file: &Path, config: &Config, task: Option<&Task>) -> Result<Demonstrations, Error> {
+fn read(
+    file: &Path,
+    config: &TaskConfig,
+    key: &str,
+    task: Option<&Task>,
+) -> Result<Demonstrations, Error> {
     let mut demonstrations = Demonstrations::load(file)?;
     demonstrations
         .limit_annotations(config.data.annotated)
-        .map_err(|error| ConfigError::value("data.annotated", error.found, error.expected))?;
+        .map_err(|error| {
+            let key = format!("{key}data.annotated");
+            ConfigError::value(key, error.found, error.expected)
+        })?;
+    let key = format!("{key}data.file");
     if demonstrations.is_empty() {
-        return Err(
-            ConfigError::value("data.file", "no episode", "a file with episodes in it").into(),
-        );
+        let expected = "a file with episodes in it";
+        return Err(ConfigError::value(key, "no episode", expected).into());
     }
     if let Some(task) = task {
-        let expected = (task.observation_space(), task.actions());
-        let (space, actions) = (demonstrations.space(), demonstrations.action_count());
-        if (space, actions) != (&expected.0, expected.1) {
-            let describe = |shape: &[usize], codes: &[usize], actions: usize| {
-                format!("observations {shape:?} of {codes:?} codes and {actions} actions")
-            };
+        let (found, expected) = (demonstrations.family(), task.family());
+        if *found != expected {
             return Err(ConfigError::value(
-                "data.file",
-                format!(
-                    "{} in {}",
-                    describe(&space.shape, &space.cardinalities, actions),
-                    file.display()
-                ),
-                format!(
-                    "{}, which the task `{}` has",
-                    describe(&expected.0.shape, &expected.0.cardinalities, expected.1),
-                    task.name()
-                ),
+                key,
+                format!("{found} in {}", file.display()),
+                format!("{expected}, which the task `{}` has", task.name()),
             )
             .into());
         }
@@ -192,103 +291,193 @@ fn read(file: &Path, config: &Config, task: Option<&Task>) -> Result<Demonstrati
     Ok(demonstrations)
 }
 
-/// Where in the endless order of the data a batch starts.
+/// Where in the endless order of the data a batch starts: a place for each task.
+#[derive(Debug, Clone, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
+#[serde(transparent)]
+pub struct Position(Vec<Place>);
+
+/// Where the next episode of a task stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
-pub struct Position {
-    /// Pass over the data, from 0.
+#[serde(deny_unknown_fields)]
+pub struct Place {
+    /// Pass over the task's data, from 0.
     pub epoch: u64,
     /// Episodes of this pass that have been used.
     pub cursor: usize,
+    /// Tokens of this task so far.
+    pub tokens: u64,
 }
 
-/// Chooses the episodes of every batch: each epoch is a permutation that depends on (seed, epoch)
-/// only, and batches are filled in that order, without a break at the end of an epoch, until the
+/// What a task gives to the order of the data.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Stream {
+    /// Its name, for errors.
+    pub label: String,
+    /// Its share of the tokens; 0: none of its episodes is used.
+    pub share: f64,
+    /// Tokens of each of its episodes.
+    pub token_counts: Vec<usize>,
+}
+
+/// An episode of a batch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Chosen {
+    /// Number of its task.
+    pub task: usize,
+    /// Its number among the task's.
+    pub episode: usize,
+}
+
+/// Chooses the episodes of every batch. Each comes from the task that has had the fewest tokens for
+/// its share so far. Each pass over a task's episodes is a permutation that depends on (seed, pass,
+/// task) only. Batches are filled in that order, without a break at the end of a pass, until the
 /// next episode would exceed the token budget.
 #[derive(Debug, Clone)]
 pub struct BatchOrder {
-    token_counts: Vec<usize>,
+    lanes: Vec<Lane>,
     budget: usize,
     seed: u64,
-    position: Position,
-    /// The permutation of `position.epoch`.
+}
+
+/// The order of one task.
+#[derive(Debug, Clone)]
+struct Lane {
+    stream: Stream,
+    place: Place,
+    /// The permutation of `place.epoch`.
     order: Vec<u32>,
 }
 
+impl Lane {
+    /// A Fisher–Yates shuffle from the identity.
+    fn shuffle(&mut self, seed: u64, task: usize) {
+        let mut key = [0; 32];
+        key[..8].copy_from_slice(&seed.to_le_bytes());
+        key[8..16].copy_from_slice(&self.place.epoch.to_le_bytes());
+        key[16..24].copy_from_slice(&(task as u64).to_le_bytes());
+        for (index, place) in self.order.iter_mut().zip(0..) {
+            *index = place;
+        }
+        self.order.shuffle(&mut ChaCha8Rng::from_seed(key));
+    }
+}
+
 impl BatchOrder {
-    /// The order of a run. The budget must hold the longest episode, and must not exceed all
-    /// episodes together (so no batch can hold an episode three times).
-    pub fn new(token_counts: Vec<usize>, budget: usize, seed: u64) -> Result<Self, ConfigError> {
-        let longest = token_counts.iter().copied().max().unwrap_or(0);
-        let all: usize = token_counts.iter().sum();
-        if budget < longest {
-            return Err(ConfigError::value(
-                "train.batch_tokens",
-                budget,
-                format!("at least {longest}, the tokens of the longest demonstration"),
-            ));
+    /// The order of a run. The budget must hold the longest episode, and no task's share of it may
+    /// exceed all its episodes together.
+    pub fn new(
+        streams: impl IntoIterator<Item = Stream>,
+        budget: usize,
+        seed: u64,
+    ) -> Result<Self, ConfigError> {
+        let streams: Vec<Stream> = streams.into_iter().collect();
+        let shares: f64 = streams.iter().map(|stream| stream.share).sum();
+        let several = streams.len() > 1;
+        let mut lanes = Vec::with_capacity(streams.len());
+        for (task, stream) in streams.into_iter().enumerate() {
+            let counts = stream.token_counts.iter().copied();
+            let (longest, all) = (counts.clone().max().unwrap_or(0), counts.sum::<usize>());
+            let of_task = match several {
+                true => format!(" of `{}`", stream.label),
+                false => String::new(),
+            };
+            if stream.share > 0.0 && budget < longest {
+                return Err(ConfigError::value(
+                    "train.batch_tokens",
+                    budget,
+                    format!("at least {longest}, the tokens of the longest demonstration{of_task}"),
+                ));
+            }
+            if budget as f64 * stream.share > all as f64 * shares {
+                let most = (all as f64 * shares / stream.share) as usize;
+                let why = match several {
+                    true => format!("which its share of makes the {all} tokens of all"),
+                    false => "the tokens of all".to_owned(),
+                };
+                return Err(ConfigError::value(
+                    "train.batch_tokens",
+                    budget,
+                    format!(
+                        "at most {most}, {why} demonstrations{of_task}; or more demonstrations"
+                    ),
+                ));
+            }
+            let mut lane = Lane {
+                order: (0..stream.token_counts.len() as u32).collect(),
+                place: Place::default(),
+                stream,
+            };
+            lane.shuffle(seed, task);
+            lanes.push(lane);
         }
-        if budget > all {
-            return Err(ConfigError::value(
-                "train.batch_tokens",
-                budget,
-                format!("at most {all}, the tokens of all demonstrations; or more demonstrations"),
-            ));
-        }
-        let order = (0..token_counts.len() as u32).collect();
-        let mut order = Self {
-            token_counts,
+        Ok(Self {
+            lanes,
             budget,
             seed,
-            position: Position::default(),
-            order,
-        };
-        order.shuffle();
-        Ok(order)
+        })
     }
 
     /// Where the next batch starts.
     pub fn position(&self) -> Position {
-        self.position
+        Position(self.lanes.iter().map(|lane| lane.place).collect())
     }
 
     /// Continues from a position that [`Self::position`] gave; false if there is no such position.
-    pub fn seek(&mut self, position: Position) -> bool {
-        if position.cursor >= self.order.len() {
+    pub fn seek(&mut self, position: &Position) -> bool {
+        let fits = |(lane, place): (&Lane, &Place)| place.cursor < lane.order.len();
+        if position.0.len() != self.lanes.len() || !self.lanes.iter().zip(&position.0).all(fits) {
             return false;
         }
-        self.position = position;
-        self.shuffle();
+        for (task, (lane, place)) in self.lanes.iter_mut().zip(&position.0).enumerate() {
+            lane.place = *place;
+            lane.shuffle(self.seed, task);
+        }
         true
     }
 
+    /// The task that has had the fewest tokens for its share; the first of equals.
+    fn next_task(&self) -> Option<usize> {
+        let due = |lane: &Lane| lane.place.tokens as f64 / lane.stream.share;
+        let trained = self.lanes.iter().enumerate();
+        trained
+            .filter(|(_, lane)| lane.stream.share > 0.0 && !lane.order.is_empty())
+            .min_by(|(_, a), (_, b)| due(a).total_cmp(&due(b)))
+            .map(|(task, _)| task)
+    }
+
     /// Puts the next batch's episodes into `episodes`.
-    pub fn next_batch(&mut self, episodes: &mut Vec<usize>) {
+    pub fn next_batch(&mut self, episodes: &mut Vec<Chosen>) {
         episodes.clear();
         let mut tokens = 0;
-        loop {
-            let episode = self.order[self.position.cursor] as usize;
-            tokens += self.token_counts[episode];
+        while let Some(task) = self.next_task() {
+            let lane = &mut self.lanes[task];
+            let episode = lane.order[lane.place.cursor] as usize;
+            let count = lane.stream.token_counts[episode];
+            tokens += count;
             if tokens > self.budget {
                 break;
             }
-            episodes.push(episode);
-            self.position.cursor += 1;
-            if self.position.cursor == self.order.len() {
-                self.position.cursor = 0;
-                self.position.epoch += 1;
-                self.shuffle();
+            episodes.push(Chosen { task, episode });
+            lane.place.tokens += count as u64;
+            lane.place.cursor += 1;
+            if lane.place.cursor == lane.order.len() {
+                lane.place.cursor = 0;
+                lane.place.epoch += 1;
+                lane.shuffle(self.seed, task);
             }
         }
     }
 
-    /// Number of batches until every episode has been used `epochs` times; the last one goes on
-    /// into the next epoch.
+    /// Number of batches until every episode of every task that has a share has been used `epochs`
+    /// times; the last one goes on into the next epoch.
     pub fn steps_of(&self, epochs: u64) -> u64 {
         let mut order = self.clone();
-        order.seek(Position::default());
+        let start = Position(vec![Place::default(); order.lanes.len()]);
+        order.seek(&start);
         let mut episodes = Vec::new();
         let mut steps = 0;
-        while order.position.epoch < epochs {
+        let unfinished = |lane: &Lane| lane.stream.share > 0.0 && lane.place.epoch < epochs;
+        while order.lanes.iter().any(unfinished) {
             order.next_batch(&mut episodes);
             steps += 1;
         }
@@ -298,7 +487,9 @@ impl BatchOrder {
     /// Upper bounds of every batch.
     pub fn capacity(&self, model: &ModelConfig) -> Capacity {
         let per_step = model.layout.tokens_per_step();
-        let shortest = self.token_counts.iter().copied().min().unwrap_or(1).max(1);
+        let lanes = self.lanes.iter().filter(|lane| lane.stream.share > 0.0);
+        let counts = lanes.flat_map(|lane| lane.stream.token_counts.iter().copied());
+        let shortest = counts.min().unwrap_or(1).max(1);
         let observations = self.budget / per_step;
         let sequences = self.budget / shortest;
         let segments = match model.segment_steps {
@@ -313,31 +504,20 @@ impl BatchOrder {
             segments,
         }
     }
-
-    /// The permutation of the current epoch: a Fisher–Yates shuffle from the identity.
-    fn shuffle(&mut self) {
-        let mut key = [0; 32];
-        key[..8].copy_from_slice(&self.seed.to_le_bytes());
-        key[8..16].copy_from_slice(&self.position.epoch.to_le_bytes());
-        for (index, place) in self.order.iter_mut().zip(0..) {
-            *index = place;
-        }
-        self.order.shuffle(&mut ChaCha8Rng::from_seed(key));
-    }
 }
 
 /// Draws batches in order. Nothing is allocated once the buffers have grown to a batch's size.
 #[derive(Debug)]
 pub struct Batches<'a> {
-    data: &'a TrainingData,
+    data: &'a Mixture,
     order: BatchOrder,
     packer: Packer,
-    episodes: Vec<usize>,
+    episodes: Vec<Chosen>,
 }
 
 impl<'a> Batches<'a> {
     /// Batches of `data` in an order, packed by the model's packer.
-    pub fn new(data: &'a TrainingData, order: BatchOrder, packer: Packer) -> Self {
+    pub fn new(data: &'a Mixture, order: BatchOrder, packer: Packer) -> Self {
         Self {
             data,
             order,
@@ -352,19 +532,17 @@ impl<'a> Batches<'a> {
     }
 
     /// Continues from a position; false if there is no such position.
-    pub fn seek(&mut self, position: Position) -> bool {
+    pub fn seek(&mut self, position: &Position) -> bool {
         self.order.seek(position)
     }
 
-    /// The next batch.
+    /// The next batch: its episodes in the order of their families.
     pub fn next_batch(&mut self) -> Result<&PackedBatch, BatchError> {
         self.order.next_batch(&mut self.episodes);
+        self.episodes.sort_by_key(|chosen| self.data.family(chosen));
         self.packer.clear();
-        let trajectories = self
-            .episodes
-            .iter()
-            .filter_map(|&e| self.data.trajectory(e));
-        for trajectory in trajectories {
+        let chosen = self.episodes.iter();
+        for trajectory in chosen.filter_map(|&chosen| self.data.trajectory(chosen)) {
             self.packer.push_trajectory(trajectory)?;
         }
         Ok(self.packer.batch())
@@ -379,6 +557,11 @@ mod tests {
 
     /// The episodes of the first batches, and how many of them each batch has.
     fn take(order: &mut BatchOrder, batches: usize) -> (Vec<usize>, Vec<usize>) {
+        let (chosen, sizes) = take_of_all(order, batches);
+        (chosen.iter().map(|chosen| chosen.episode).collect(), sizes)
+    }
+
+    fn take_of_all(order: &mut BatchOrder, batches: usize) -> (Vec<Chosen>, Vec<usize>) {
         let (mut all, mut sizes, mut batch) = (Vec::new(), Vec::new(), Vec::new());
         for _ in 0..batches {
             order.next_batch(&mut batch);
@@ -386,6 +569,23 @@ mod tests {
             sizes.push(batch.len());
         }
         (all, sizes)
+    }
+
+    fn stream(share: f64, token_counts: Vec<usize>) -> Stream {
+        Stream {
+            label: format!("share {share}"),
+            share,
+            token_counts,
+        }
+    }
+
+    /// The order of one task.
+    fn order_of(
+        token_counts: Vec<usize>,
+        budget: usize,
+        seed: u64,
+    ) -> Result<BatchOrder, ConfigError> {
+        BatchOrder::new([stream(1.0, token_counts)], budget, seed)
     }
 
     proptest! {
@@ -398,7 +598,7 @@ mod tests {
             let all: usize = counts.iter().sum();
             let longest = counts.iter().copied().max().unwrap();
             let budget = (longest + extra).min(all);
-            let mut order = BatchOrder::new(counts.clone(), budget, seed).unwrap();
+            let mut order = order_of(counts.clone(), budget, seed).unwrap();
             let (episodes, sizes) = take(&mut order, 3 * counts.len());
             for epoch in episodes.chunks_exact(counts.len()) {
                 let mut sorted = epoch.to_vec();
@@ -423,11 +623,45 @@ mod tests {
             seed: u64,
         ) {
             let budget = counts.iter().sum::<usize>().min(16);
-            let mut straight = BatchOrder::new(counts.clone(), budget, seed).unwrap();
+            let mut straight = order_of(counts.clone(), budget, seed).unwrap();
             take(&mut straight, done);
-            let mut resumed = BatchOrder::new(counts, budget, seed).unwrap();
-            prop_assert!(resumed.seek(straight.position()));
+            let mut resumed = order_of(counts, budget, seed).unwrap();
+            prop_assert!(resumed.seek(&straight.position()));
             prop_assert_eq!(take(&mut straight, 10), take(&mut resumed, 10));
+        }
+
+        #[test]
+        fn tasks_get_their_shares_of_the_tokens_and_continue_from_any_position(
+            tasks in prop::collection::vec((1_u32..9, prop::collection::vec(1_usize..9, 1..20)), 1..5),
+            held_out: bool,
+            done in 0_usize..30,
+            seed: u64,
+        ) {
+            let mut streams: Vec<Stream> = tasks
+                .iter()
+                .map(|(share, counts)| stream(f64::from(*share), counts.clone()))
+                .collect();
+            if held_out {
+                // Longer than any batch, and still no hindrance.
+                streams.insert(0, stream(0.0, vec![1000]));
+            }
+            let shares: f64 = streams.iter().map(|stream| stream.share).sum();
+            let budget = 9;
+            let Ok(mut order) = BatchOrder::new(streams.clone(), budget, seed) else {
+                return Ok(());
+            };
+            take_of_all(&mut order, done);
+            let mut resumed = BatchOrder::new(streams.clone(), budget, seed).unwrap();
+            prop_assert!(resumed.seek(&order.position()));
+            prop_assert_eq!(take_of_all(&mut order, 20), take_of_all(&mut resumed, 20));
+            let all: u64 = order.lanes.iter().map(|lane| lane.place.tokens).sum();
+            for lane in &order.lanes {
+                // Never further from its share than the longest episode of each task.
+                let due = all as f64 * lane.stream.share / shares;
+                let longest = 8.0 * streams.len() as f64;
+                prop_assert!((lane.place.tokens as f64 - due).abs() <= longest);
+                prop_assert!(lane.stream.share > 0.0 || lane.place.tokens == 0);
+            }
         }
 
         #[test]
@@ -436,7 +670,7 @@ mod tests {
             epochs in 1_u64..5,
         ) {
             let budget = counts.iter().copied().max().unwrap();
-            let mut order = BatchOrder::new(counts.clone(), budget, 0).unwrap();
+            let mut order = order_of(counts.clone(), budget, 0).unwrap();
             let steps = order.steps_of(epochs) as usize;
             let wanted = counts.len() * epochs as usize;
             prop_assert!(take(&mut order.clone(), steps).0.len() >= wanted);
@@ -446,7 +680,7 @@ mod tests {
 
     #[test]
     fn seeds_and_epochs_give_different_orders() {
-        let order = |seed| take(&mut BatchOrder::new(vec![1; 50], 50, seed).unwrap(), 2).0;
+        let order = |seed| take(&mut order_of(vec![1; 50], 50, seed).unwrap(), 2).0;
         let (a, b) = (order(0), order(1));
         assert_ne!(a, b);
         assert_ne!(a[..50], a[50..]);
@@ -455,7 +689,7 @@ mod tests {
     #[test]
     fn budget_that_does_not_fit_the_data_says_what_would() {
         let error = |budget| {
-            let order = BatchOrder::new(vec![4, 6], budget, 0);
+            let order = order_of(vec![4, 6], budget, 0);
             order.unwrap_err().to_string()
         };
         assert!(error(5).contains("at least 6"), "{}", error(5));
@@ -464,18 +698,19 @@ mod tests {
 
     #[test]
     fn position_outside_of_the_data_is_refused() {
-        let mut order = BatchOrder::new(vec![1, 1], 1, 0).unwrap();
-        assert!(!order.seek(Position {
-            epoch: 0,
-            cursor: 2
-        }));
+        let mut order = order_of(vec![1, 1], 1, 0).unwrap();
+        let beyond = Place {
+            cursor: 2,
+            ..Place::default()
+        };
+        assert!(!order.seek(&Position(vec![beyond])));
+        assert!(!order.seek(&Position(vec![Place::default(); 2])));
     }
 
     #[test]
     fn returns_to_go_sum_what_is_left_and_are_scaled() {
         let task: Task = serde_json::from_str(r#"{"name":"recall","steps":3,"pairs":2}"#).unwrap();
-        let space = task.observation_space();
-        let mut set = Demonstrations::new(space, task.actions()).unwrap();
+        let mut set = Demonstrations::new(task.family()).unwrap();
         for rewards in [[1.0, 0.0, 4.0], [0.0, 0.0, 2.0]] {
             set.push(EpisodeView {
                 observations: &[0; 6],

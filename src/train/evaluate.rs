@@ -4,8 +4,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use super::Error;
+use super::config::{ConfigError, TaskConfig};
 use crate::backend::Backend;
-use crate::model::{Actor, Model, ModelConfig, Spaces};
+use crate::model::{Actor, Model, ModelConfig};
+use crate::spaces::Spaces;
 use crate::tasks::{Split, Task};
 
 /// Most episodes that act in lockstep.
@@ -55,6 +57,67 @@ impl Evaluation {
     }
 }
 
+/// What one of the tasks of a run came to.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TaskResult {
+    /// The task's name among those of the run.
+    pub label: String,
+    /// The task.
+    pub task: Task,
+    /// Whether it was not trained on.
+    pub held_out: bool,
+    /// What the model did.
+    pub evaluation: Evaluation,
+}
+
+/// Which episodes of all tasks.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Episodes {
+    /// How many of each task.
+    pub each: u64,
+    /// Their seed, in [`Split::Evaluation`].
+    pub seed: u64,
+}
+
+/// [`evaluate`] on each of the tasks that are more than a file. `target_returns` has one for each
+/// of `tasks`; `progress` is told how many of how many episodes are done.
+pub fn evaluate_all<B: Backend<Element = f32>>(
+    model: &Model<B>,
+    tasks: &[TaskConfig],
+    target_returns: &[f64],
+    episodes: Episodes,
+    stop: &AtomicBool,
+    mut progress: impl FnMut(u64, u64),
+) -> Result<Option<Vec<TaskResult>>, Error> {
+    let played: Vec<_> = tasks
+        .iter()
+        .zip(target_returns)
+        .filter_map(|(config, target)| Some((config, config.task.as_ref()?, target)))
+        .collect();
+    let total = episodes.each * played.len() as u64;
+    let mut results = Vec::with_capacity(played.len());
+    for (config, task, &target_return) in played {
+        let conditions = Conditions {
+            episodes: episodes.each,
+            seed: episodes.seed,
+            target_return,
+            return_scale: config.data.return_scale,
+        };
+        let before = results.len() as u64 * episodes.each;
+        let watch = |done| progress(before + done, total);
+        let Some(evaluation) = evaluate(model, task, &conditions, stop, watch)? else {
+            return Ok(None);
+        };
+        results.push(TaskResult {
+            label: config.label.clone().unwrap_or_default(),
+            task: task.clone(),
+            held_out: config.is_held_out(),
+            evaluation,
+        });
+    }
+    Ok(Some(results))
+}
+
 /// Wilson's 95 % interval of a share.
 pub fn wilson(successes: u64, episodes: u64) -> [f64; 2] {
     if episodes == 0 {
@@ -85,6 +148,14 @@ pub fn evaluate<B: Backend<Element = f32>>(
     mut progress: impl FnMut(u64),
 ) -> Result<Option<Evaluation>, Error> {
     let start = Instant::now();
+    let family = model.spaces().position(&task.family()).ok_or_else(|| {
+        let found = format!("{}, with {}", task.name(), task.family());
+        ConfigError::value(
+            "task",
+            found,
+            "a task that observes and acts as the model does",
+        )
+    })?;
     let batch = lockstep(model.config(), model.spaces()) as u64;
     let mut result = Evaluation {
         episodes: 0,
@@ -97,7 +168,8 @@ pub fn evaluate<B: Backend<Element = f32>>(
     while result.episodes < conditions.episodes {
         let first = result.episodes;
         let count = batch.min(conditions.episodes - first);
-        let done = play(model, task, conditions, first..first + count, stop)?;
+        let episodes = first..first + count;
+        let done = play(model, family, task, conditions, episodes, stop)?;
         let Some(done) = done else { return Ok(None) };
         result.episodes += count;
         result.successes += done.successes;
@@ -118,6 +190,7 @@ struct Played {
 
 fn play<B: Backend<Element = f32>>(
     model: &Model<B>,
+    family: usize,
     task: &Task,
     conditions: &Conditions,
     episodes: std::ops::Range<u64>,
@@ -126,7 +199,7 @@ fn play<B: Backend<Element = f32>>(
     let mut environments = episodes
         .map(|episode| task.reset(Split::Evaluation, conditions.seed, episode))
         .collect::<Result<Vec<_>, _>>()?;
-    let mut actor = Actor::new(model, environments.len())?;
+    let mut actor = Actor::new(model, family, environments.len())?;
     let fields = task.observation_space().fields();
     let per_step = model.config().layout.tokens_per_step();
     let mut active: Vec<usize> = (0..environments.len()).collect();

@@ -11,10 +11,10 @@ use plotters::style::text_anchor::{HPos, Pos, VPos};
 use plotters::style::{FontStyle, register_font};
 
 use super::Error;
-use super::evaluate::Evaluation;
+use super::evaluate::TaskResult;
 use super::metrics::Line;
 use crate::batch::PackedBatch;
-use crate::tasks::{Task, write_beside};
+use crate::tasks::write_beside;
 
 const FONT: &str = "sans-serif";
 const INK: RGBColor = RGBColor(40, 44, 52);
@@ -22,6 +22,8 @@ const GRID: RGBColor = RGBColor(226, 229, 234);
 const BLUE: RGBColor = RGBColor(31, 105, 193);
 const ORANGE: RGBColor = RGBColor(222, 113, 22);
 const GREEN: RGBColor = RGBColor(34, 139, 84);
+const PURPLE: RGBColor = RGBColor(124, 77, 170);
+const RED: RGBColor = RGBColor(191, 54, 54);
 const GREY: RGBColor = RGBColor(130, 136, 145);
 
 type Drawing<'a> = DrawingArea<BitMapBackend<'a>, Shift>;
@@ -33,15 +35,10 @@ pub fn curves(
     path: &Path,
     title: &str,
     lines: &[Line],
-    result: Option<(&Task, &Evaluation)>,
+    results: &[TaskResult],
 ) -> Result<(), Error> {
-    let result = result.map(|(task, evaluation)| SuccessMark {
-        rate: evaluation.success_rate(),
-        interval: evaluation.interval(),
-        chance: task.chance(),
-    });
     picture(path, (1280, 960), |area| {
-        draw_curves(area, title, lines, result)
+        draw_curves(area, title, lines, results)
     })
 }
 
@@ -78,14 +75,10 @@ fn target(batch: &PackedBatch, tokens: usize) -> Array2<f64> {
     target
 }
 
-/// The result of an evaluation, as it is drawn.
-struct SuccessMark {
-    rate: f64,
-    interval: [f64; 2],
-    chance: f64,
-}
+/// Colours of the tasks' results, again from the first where there are more tasks.
+const OF_TASKS: [RGBColor; 4] = [GREEN, ORANGE, PURPLE, RED];
 
-fn draw_curves(area: &Drawing, title: &str, lines: &[Line], result: Option<SuccessMark>) -> Drawn {
+fn draw_curves(area: &Drawing, title: &str, lines: &[Line], results: &[TaskResult]) -> Drawn {
     let area = area.margin(10, 0, 10, 0).titled(title, text(28))?;
     let most_tokens = lines.last().map_or(1.0, |line| line.tokens as f64).max(1.0);
     // A little room at the right for the success rate.
@@ -165,25 +158,33 @@ fn draw_curves(area: &Drawing, title: &str, lines: &[Line], result: Option<Succe
         ))?
         .label("actions predicted right (training)")
         .legend(|at| swatch(at, BLUE));
-    if let Some(mark) = result {
-        let whole = [(0.0, mark.chance), (most_tokens * 1.04, mark.chance)];
+    for (index, result) in results.iter().enumerate() {
+        let colour = OF_TASKS[index % OF_TASKS.len()];
+        let (of_task, without) = match results.len() {
+            1 => (String::new(), GREY),
+            _ => (format!("{}: ", result.label), colour),
+        };
+        let chance = result.task.chance();
+        let whole = [(0.0, chance), (most_tokens * 1.04, chance)];
         chart
-            .draw_series([DashedPathElement::new(whole, 8, 6, GREY.stroke_width(2))])?
-            .label(format!("success without memory, about {:.2}", mark.chance))
-            .legend(|at| swatch(at, GREY));
-        let [low, high] = mark.interval;
-        let at = most_tokens * 1.02;
-        chart
-            .draw_series([PathElement::new(
-                [(at, low), (at, high)],
-                GREEN.stroke_width(3),
-            )])?
+            .draw_series([DashedPathElement::new(whole, 8, 6, without.stroke_width(2))])?
             .label(format!(
-                "success on unseen episodes, {:.3} ({low:.3} to {high:.3})",
-                mark.rate
+                "{of_task}success without memory, about {chance:.2}"
             ))
-            .legend(|at| swatch(at, GREEN));
-        chart.draw_series([Circle::new((at, mark.rate), 6, GREEN.filled())])?;
+            .legend(move |at| swatch(at, without));
+        let rate = result.evaluation.success_rate();
+        let [low, high] = result.evaluation.interval();
+        // Side by side in the room at the right.
+        let place = (index + 1) as f64 / (results.len() + 1) as f64;
+        let at = most_tokens * (1.0 + 0.04 * place);
+        let interval = [(at, low), (at, high)];
+        chart
+            .draw_series([PathElement::new(interval, colour.stroke_width(3))])?
+            .label(format!(
+                "{of_task}success on unseen episodes, {rate:.3} ({low:.3} to {high:.3})"
+            ))
+            .legend(move |at| swatch(at, colour));
+        chart.draw_series([Circle::new((at, rate), 6, colour.filled())])?;
     }
     legend(&mut chart)?;
 

@@ -9,12 +9,13 @@ use tracing::info;
 
 use super::checkpoint::{self, ModelHeader, State, StateHeader};
 use super::config::{Config, OptimiserKind, TrainConfig, validate_spaces};
-use super::data::{BatchOrder, Batches, TrainingData};
-use super::evaluate::{self, Conditions, Evaluation};
+use super::data::{Batches, Chosen, Mixture, TrainingData};
+use super::evaluate::{self, Episodes, TaskResult, wilson};
 use super::metrics::{MetricsFile, Window, per_second};
 use super::schedule::Schedule;
 use super::{Error, plots};
 use crate::backend::Backend;
+use crate::batch::Trajectory;
 use crate::model::{Model, OptimiserStep, StepMetrics, Training};
 use crate::tasks::{Demonstrations, Split, Task, write_beside};
 
@@ -58,13 +59,18 @@ impl Folder {
         self.0.join("curves.png")
     }
 
+    /// The last line on stdout.
+    pub fn summary(&self) -> PathBuf {
+        self.0.join("summary.json")
+    }
+
     /// One head beside its target.
     pub fn attention(&self) -> PathBuf {
         self.0.join("attention.png")
     }
 
     /// All of them; the state first, so that it never outlives what it belongs to.
-    fn files(&self) -> [PathBuf; 6] {
+    fn files(&self) -> [PathBuf; 7] {
         [
             self.state(),
             self.model(),
@@ -72,6 +78,7 @@ impl Folder {
             self.config(),
             self.curves(),
             self.attention(),
+            self.summary(),
         ]
     }
 }
@@ -144,14 +151,17 @@ pub enum Outcome {
 /// The last line on stdout.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Summary {
-    /// Name of the task; none for demonstrations of one's own.
+    /// Name of the task; none for demonstrations of one's own, and for several tasks.
     pub task: Option<String>,
-    /// Share of the episodes that ended in success.
+    /// Share of the episodes of all tasks that ended in success.
     pub success_rate: Option<f64>,
     /// Its 95 % interval.
     pub interval: Option<[f64; 2]>,
     /// Unseen episodes played.
     pub episodes: u64,
+    /// Each of several tasks.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub tasks: Vec<TaskSummary>,
     /// Optimiser steps behind the model.
     pub steps: u64,
     /// Seconds of training (`train`) or of acting (`eval`).
@@ -164,21 +174,66 @@ pub struct Summary {
     pub trained_parameters: usize,
 }
 
+/// What one of several tasks came to.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct TaskSummary {
+    /// Its name among the tasks of the run.
+    pub label: String,
+    /// Name of the task.
+    pub task: String,
+    /// Whether it was not trained on.
+    pub held_out: bool,
+    /// Share of its episodes that ended in success.
+    pub success_rate: f64,
+    /// Its 95 % interval.
+    pub interval: [f64; 2],
+    /// About the success rate without memory.
+    pub without_memory: f64,
+    /// Mean return of its episodes.
+    pub mean_return: f64,
+    /// Unseen episodes played.
+    pub episodes: u64,
+}
+
+impl From<&TaskResult> for TaskSummary {
+    fn from(result: &TaskResult) -> Self {
+        let evaluation = &result.evaluation;
+        Self {
+            label: result.label.clone(),
+            task: result.task.name().to_owned(),
+            held_out: result.held_out,
+            success_rate: evaluation.success_rate(),
+            interval: evaluation.interval(),
+            without_memory: result.task.chance(),
+            mean_return: evaluation.mean_return,
+            episodes: evaluation.episodes,
+        }
+    }
+}
+
 impl Summary {
     /// The summary of a model that was trained or only evaluated for `seconds`, over `tokens`.
     pub fn new<B: Backend<Element = f32>>(
-        task: Option<&Task>,
-        evaluation: Option<&Evaluation>,
+        results: &[TaskResult],
         model: &Model<B>,
         steps: u64,
         tokens: u64,
         seconds: f64,
     ) -> Self {
+        let sum = |of: fn(&TaskResult) -> u64| results.iter().map(of).sum::<u64>();
+        let episodes = sum(|result| result.evaluation.episodes);
+        let successes = sum(|result| result.evaluation.successes);
+        let (task, tasks) = match results {
+            [] => (None, Vec::new()),
+            [only] => (Some(only.task.name().to_owned()), Vec::new()),
+            several => (None, several.iter().map(TaskSummary::from).collect()),
+        };
         Self {
-            task: task.map(|task| task.name().to_owned()),
-            success_rate: evaluation.map(Evaluation::success_rate),
-            interval: evaluation.map(Evaluation::interval),
-            episodes: evaluation.map_or(0, |evaluation| evaluation.episodes),
+            task,
+            success_rate: (episodes > 0).then(|| successes as f64 / episodes as f64),
+            interval: (episodes > 0).then(|| wilson(successes, episodes)),
+            episodes,
+            tasks,
             steps,
             seconds,
             real_tokens_per_s: per_second(tokens, seconds),
@@ -204,13 +259,9 @@ pub fn train<B: Backend<Element = f32>>(
     config.validate()?;
     let saved = open_folder(folder, start, config)?;
     let data = prepare_data(config, watch)?;
-    let spaces = data.spaces(config.task.as_ref());
+    let spaces = data.spaces().clone();
     validate_spaces(&config.model, &spaces)?;
-    let order = BatchOrder::new(
-        data.token_counts(config.model.layout),
-        config.train.batch_tokens,
-        config.seed,
-    )?;
+    let order = data.order(config)?;
     let capacity = order.capacity(&config.model);
     let steps = match (config.train.steps, config.train.epochs) {
         (Some(steps), _) => steps,
@@ -243,10 +294,11 @@ pub fn train<B: Backend<Element = f32>>(
     let mut run = Run {
         config,
         folder,
-        target_return: config
-            .evaluation
-            .target_return
-            .unwrap_or_else(|| data.best_return()),
+        target_returns: data
+            .parts()
+            .zip(config.task_list())
+            .map(|((_, data), task)| task.target_return.unwrap_or_else(|| data.best_return()))
+            .collect(),
         steps,
         metrics: MetricsFile::open(&folder.metrics(), state.step)?,
         saved_step: (state.step > 0).then_some(state.step),
@@ -303,27 +355,44 @@ fn open_folder(folder: &Folder, start: Start, config: &Config) -> Result<Option<
     Ok(saved)
 }
 
-fn prepare_data(config: &Config, watch: &mut dyn FnMut(Event)) -> Result<TrainingData, Error> {
-    if let Some(task) = &config.task {
-        info!("task: {}; {}", describe(task)?, without_memory(task));
+fn prepare_data(config: &Config, watch: &mut dyn FnMut(Event)) -> Result<Mixture, Error> {
+    let tasks = config.task_list();
+    let called = |label: &str| match tasks.len() {
+        1 => String::new(),
+        _ => format!("{label}: "),
+    };
+    for task in &tasks {
+        let called = called(task.label.as_deref().unwrap_or_default());
+        if let Some(task) = &task.task {
+            info!(
+                "{called}task: {}; {}",
+                describe(task)?,
+                without_memory(task)
+            );
+        }
+        if task.is_held_out() {
+            info!("{called}held out: evaluated, not trained on");
+        }
+        match &task.data.file {
+            Some(file) => info!("{called}reading demonstrations from {}", file.display()),
+            None => info!(
+                "{called}generating {} demonstrations",
+                task.data.generated_episodes()
+            ),
+        }
     }
-    let total = config.data.generated_episodes() as u64;
-    match &config.data.file {
-        Some(file) => info!("reading demonstrations from {}", file.display()),
-        None => info!("generating {total} demonstrations"),
-    }
-    let data = TrainingData::prepare(config, |done| {
-        watch(Event::Demonstrations {
-            done: done as u64,
-            total,
-        });
+    let data = Mixture::prepare(config, |done, total| {
+        watch(Event::Demonstrations { done, total });
     })?;
-    info!(
-        "{} demonstrations, {} of them annotated, the longest of {} steps",
-        data.episodes(),
-        data.annotated(),
-        data.longest()
-    );
+    for (label, data) in data.parts() {
+        info!(
+            "{}{} demonstrations, {} of them annotated, the longest of {} steps",
+            called(label),
+            data.episodes(),
+            data.annotated(),
+            data.longest()
+        );
+    }
     Ok(data)
 }
 
@@ -359,12 +428,12 @@ fn restore<B: Backend<Element = f32>>(
     let state = checkpoint::state_from_bytes(&file, bytes, model.arena())?;
     model.set_values(&state.parameters)?;
     training.set_moments(model, &state.first_moment, &state.second_moment)?;
-    let position = state.header.position;
+    let position = &state.header.position;
     if !batches.seek(position) {
         return Err(Error::file(
             &file,
             "`position`",
-            format!("episode {} of an epoch", position.cursor),
+            format!("{position:?}"),
             "one that the demonstrations have",
         ));
     }
@@ -376,7 +445,8 @@ fn restore<B: Backend<Element = f32>>(
 struct Run<'a, B: Backend> {
     config: &'a Config,
     folder: &'a Folder,
-    target_return: f64,
+    /// Of each task.
+    target_returns: Vec<f64>,
     steps: u64,
     metrics: MetricsFile,
     saved_step: Option<u64>,
@@ -480,7 +550,7 @@ impl<B: Backend<Element = f32>> Run<'_, B> {
         let header = ModelHeader::new(
             self.config,
             self.model.spaces(),
-            self.target_return,
+            &self.target_returns,
             self.state.step,
         );
         checkpoint::save_model(&self.folder.model(), &self.model, &header)
@@ -489,73 +559,88 @@ impl<B: Backend<Element = f32>> Run<'_, B> {
     /// Evaluates, draws and sums up.
     fn finish(
         self,
-        data: &TrainingData,
+        data: &Mixture,
         stop: &AtomicBool,
         watch: &mut dyn FnMut(Event),
     ) -> Result<Outcome, Error> {
         let Self { config, folder, .. } = self;
         // A resumed run may have been killed before this.
         self.save_model()?;
-        let mut evaluation = None;
-        if let Some(task) = &config.task {
-            let conditions = Conditions {
-                episodes: config.evaluation.episodes,
-                seed: config.evaluation.seed,
-                target_return: self.target_return,
-                return_scale: config.data.return_scale,
-            };
-            let total = conditions.episodes;
-            info!("evaluating on {total} unseen episodes");
-            let result = evaluate::evaluate(&self.model, task, &conditions, stop, |done| {
-                watch(Event::Evaluation { done, total });
-            })?;
-            let Some(result) = result else {
-                return Ok(Outcome::Stopped {
-                    step: self.state.step,
-                });
-            };
-            info!("{}", result_line(task, &result));
-            evaluation = Some(result);
+        let tasks = config.task_list();
+        let episodes = Episodes {
+            each: config.evaluation.episodes,
+            seed: config.evaluation.seed,
+        };
+        let (model, targets) = (&self.model, &self.target_returns);
+        let watch = |done, total| watch(Event::Evaluation { done, total });
+        let results = evaluate::evaluate_all(model, &tasks, targets, episodes, stop, watch)?;
+        let Some(results) = results else {
+            return Ok(Outcome::Stopped {
+                step: self.state.step,
+            });
+        };
+        for line in result_lines(&results) {
+            info!("{line}");
         }
         let title = format!(
             "{}, {} parameters, {} steps",
-            config
-                .task
-                .as_ref()
-                .map_or("own demonstrations", Task::name),
+            title_of(config),
             self.model.parameter_count(),
             self.steps
         );
-        plots::curves(
-            &folder.curves(),
-            &title,
-            self.metrics.lines(),
-            config.task.as_ref().zip(evaluation.as_ref()),
-        )?;
+        plots::curves(&folder.curves(), &title, self.metrics.lines(), &results)?;
         draw_attention(config, &self.model, data, &folder.attention())?;
-        info!("the run is in {}", folder.path().display());
-        Ok(Outcome::Finished(Summary::new(
-            config.task.as_ref(),
-            evaluation.as_ref(),
+        let summary = Summary::new(
+            &results,
             &self.model,
             self.state.step,
             self.state.tokens,
             self.state.seconds,
-        )))
+        );
+        save_summary(&folder.summary(), &summary)?;
+        info!("the run is in {}", folder.path().display());
+        Ok(Outcome::Finished(summary))
     }
 }
 
-/// A success rate with its interval and what it is to be compared with.
-pub fn result_line(task: &Task, result: &Evaluation) -> String {
-    let [low, high] = result.interval();
-    format!(
-        "success rate {:.1} % (95 % interval {:.1} to {:.1}) on {} unseen episodes; {}",
-        100.0 * result.success_rate(),
-        100.0 * low,
-        100.0 * high,
-        result.episodes,
-        without_memory(task)
-    )
+fn save_summary(path: &Path, summary: &Summary) -> Result<(), Error> {
+    let mut text = serde_json::to_string(summary)
+        .map_err(|error| Error::file(path, "contents", error, "numbers"))?;
+    text.push('\n');
+    write_beside(path, text.as_bytes()).map_err(Error::io("write it", path))
+}
+
+/// What a picture of a run is called.
+fn title_of(config: &Config) -> String {
+    match (&config.task, &config.tasks[..]) {
+        (Some(task), _) => task.name().to_owned(),
+        (None, []) => "own demonstrations".to_owned(),
+        (None, tasks) => format!("{} tasks", tasks.len()),
+    }
+}
+
+/// Success rates, each with its interval and what it is to be compared with.
+pub fn result_lines(results: &[TaskResult]) -> Vec<String> {
+    let line = |result: &TaskResult| {
+        let evaluation = &result.evaluation;
+        let [low, high] = evaluation.interval();
+        let called = match (results.len(), result.held_out) {
+            (1, _) => String::new(),
+            (_, false) => format!("{}: ", result.label),
+            (_, true) => format!("{} (held out): ", result.label),
+        };
+        format!(
+            "{called}success rate {:.1} % (95 % interval {:.1} to {:.1}), mean return {:.3}, on {} \
+             unseen episodes; {}",
+            100.0 * evaluation.success_rate(),
+            100.0 * low,
+            100.0 * high,
+            evaluation.mean_return,
+            evaluation.episodes,
+            without_memory(&result.task)
+        )
+    };
+    results.iter().map(line).collect()
 }
 
 /// The optimiser's numbers at one step (SPEC section 6).
@@ -577,29 +662,41 @@ fn optimiser_step(train: &TrainConfig, learning_rate: f64) -> OptimiserStep {
 const MOST_DRAWN: usize = 2048;
 
 /// Draws the first supervised head (or the first of all) beside its target, for the first unseen
-/// episode, or for the first demonstration if there is no task.
+/// episode of the first task, or for its first demonstration if it is only a file.
 fn draw_attention<B: Backend>(
     config: &Config,
     model: &Model<B>,
-    data: &TrainingData,
+    data: &Mixture,
     path: &Path,
 ) -> Result<(), Error> {
+    let first = config.task_list().into_iter().next().unwrap_or_default();
     let unseen;
-    let (data, episode) = match &config.task {
+    let (trajectory, episode) = match &first.task {
         Some(task) => {
             let episode = task.demonstrate(Split::Evaluation, config.evaluation.seed, 0)?;
             let damaged = |error| Error::file(path, "an unseen episode", error, "a whole episode");
-            let mut set =
-                Demonstrations::new(task.observation_space(), task.actions()).map_err(damaged)?;
+            let mut set = Demonstrations::new(task.family()).map_err(damaged)?;
             set.push((&episode).into()).map_err(damaged)?;
-            unseen = TrainingData::new(set, 1, config.data.return_scale);
-            (&unseen, "an unseen episode")
+            unseen = TrainingData::new(set, 1, first.data.return_scale);
+            let family = model.spaces().position(&task.family()).unwrap_or_default();
+            let trajectory = unseen.trajectory(0);
+            let of_family = |trajectory| Trajectory {
+                family,
+                ..trajectory
+            };
+            (trajectory.map(of_family), "an unseen episode")
         }
-        None => (data, "the first demonstration"),
+        None => (
+            data.trajectory(Chosen {
+                task: 0,
+                episode: 0,
+            }),
+            "the first demonstration",
+        ),
     };
     let mut packer = model.packer();
     packer.clear();
-    if let Some(trajectory) = data.trajectory(0) {
+    if let Some(trajectory) = trajectory {
         packer.push_trajectory(trajectory)?;
     }
     let tokens = packer.batch().tokens();
@@ -615,13 +712,7 @@ fn draw_attention<B: Backend>(
         None => (0, 0),
     };
     let map = model.attention_map(packer.batch(), layer, head)?;
-    let title = format!(
-        "{}: {episode}",
-        config
-            .task
-            .as_ref()
-            .map_or("own demonstrations", Task::name)
-    );
+    let title = format!("{}: {episode}", first.label.unwrap_or_default());
     plots::attention(
         path,
         &title,

@@ -3,7 +3,7 @@
 
 use dtmem::backend::Backend;
 use dtmem::batch::{PackedBatch, Trajectory};
-use dtmem::model::{Capacity, Model, Spaces};
+use dtmem::model::{ActionSpace, Capacity, Content, Family, Model, ObservationSpace, Spaces};
 use dtmem_reference::dropout::philox;
 
 /// Uniform integers below `limit`, a pure function of the arguments.
@@ -12,25 +12,36 @@ pub fn draw(seed: u32, index: usize, limit: usize) -> usize {
 }
 
 pub fn grid() -> Spaces {
-    Spaces {
-        observation: vec![3, 2, 2],
-        cardinalities: vec![4, 3],
-        actions: 5,
-        steps: 9,
-    }
+    let observation = ObservationSpace::codes([3, 2, 2], [4, 3]);
+    Spaces::of(observation, ActionSpace::Discrete(5), 9)
 }
 
 pub fn symbols() -> Spaces {
-    Spaces {
-        observation: vec![2],
-        cardinalities: vec![6, 4],
-        ..grid()
-    }
+    let observation = ObservationSpace::codes([2], [6, 4]);
+    Spaces::of(observation, ActionSpace::Discrete(5), 9)
+}
+
+/// Three families: other observations, another number of actions, and no sequence of the second in
+/// some shards.
+pub fn several() -> Spaces {
+    let mut spaces = symbols();
+    spaces.include(grid().families.remove(0), 9);
+    let observation = ObservationSpace::codes([3], [3, 7, 2]);
+    let action = ActionSpace::Discrete(9);
+    spaces.include(
+        Family {
+            observation,
+            action,
+        },
+        9,
+    );
+    spaces
 }
 
 /// Random trajectories of the given lengths.
 pub struct Data {
     pub lengths: Vec<usize>,
+    pub families: Vec<usize>,
     pub observations: Vec<Vec<u8>>,
     pub actions: Vec<Vec<u8>>,
     pub returns: Vec<Vec<f32>>,
@@ -39,17 +50,24 @@ pub struct Data {
 
 impl Data {
     pub fn new(spaces: &Spaces, lengths: &[usize], seed: u32) -> Self {
-        let fields: usize = spaces.observation.iter().product();
+        // The first families have more sequences than the last ones, and each has one at least.
+        let count = spaces.families.len();
+        let families: Vec<usize> = (0..lengths.len())
+            .map(|sequence| (count + sequence).saturating_sub(lengths.len()))
+            .collect();
+        let of_sequence = |sequence: usize| &spaces.families[families[sequence]];
         let of = |sequence: usize, salt: u32| seed * 100 + sequence as u32 * 10 + salt;
         let sequences = || lengths.iter().copied().enumerate();
         Self {
             lengths: lengths.to_vec(),
             observations: sequences()
                 .map(|(sequence, steps)| {
-                    (0..steps * fields)
+                    let space = &of_sequence(sequence).observation;
+                    let Content::Codes(codes) = &space.content;
+                    (0..steps * space.fields())
                         .map(|index| {
-                            let field = index % spaces.cardinalities.len();
-                            draw(of(sequence, 1), index, spaces.cardinalities[field]) as u8
+                            let count = codes[index % codes.len()];
+                            draw(of(sequence, 1), index, count) as u8
                         })
                         .collect()
                 })
@@ -57,7 +75,10 @@ impl Data {
             actions: sequences()
                 .map(|(sequence, steps)| {
                     (0..steps)
-                        .map(|index| draw(of(sequence, 2), index, spaces.actions) as u8)
+                        .map(|index| {
+                            let actions = of_sequence(sequence).action.outputs();
+                            draw(of(sequence, 2), index, actions) as u8
+                        })
                         .collect()
                 })
                 .collect(),
@@ -81,6 +102,7 @@ impl Data {
                         .collect()
                 })
                 .collect(),
+            families,
         }
     }
 
@@ -89,6 +111,7 @@ impl Data {
         for sequence in 0..self.lengths.len() {
             packer
                 .push_trajectory(Trajectory {
+                    family: self.families[sequence],
                     observations: &self.observations[sequence],
                     actions: &self.actions[sequence],
                     returns: &self.returns[sequence],

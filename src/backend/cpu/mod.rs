@@ -7,6 +7,7 @@
 mod attention;
 mod memory;
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -26,7 +27,7 @@ use super::{
     KeyValueCache, Kind, LayerNorm, Linear, METRICS, Memory, MemoryGradients, MemoryInputs,
     MemoryStart, Metric, OneHot, Out, Positions, Result, Span, Trained,
 };
-use crate::batch::{PackedBatch, TokenKind};
+use crate::batch::{FamilyRows, PackedBatch, TokenKind};
 
 /// Numbers that one task of an element-wise operation touches.
 const ELEMENTS: usize = 1 << 14;
@@ -222,15 +223,16 @@ struct ConvolutionShapes<'a> {
 }
 
 impl<'a> ConvolutionShapes<'a> {
-    fn new(batch: &'a PackedBatch, front_end: &Convolutions) -> Result<Self> {
-        let rows = batch.observation_tokens.len();
+    fn new(batch: &'a PackedBatch, family: usize, front_end: &Convolutions) -> Result<Self> {
+        const NAME: &str = "convolutions";
+        let rows = rows_of(NAME, batch, family)?.observations.len();
         let positions = front_end.grid.positions();
         let fields = positions * front_end.grid.cardinalities.len();
         Ok(Self {
             rows,
             middle: front_end.middle * positions,
             out: front_end.out * positions,
-            codes: matrix("convolutions", &batch.observations, rows, fields)?,
+            codes: matrix(NAME, observation_codes(NAME, batch, family)?, rows, fields)?,
         })
     }
 
@@ -331,15 +333,17 @@ fn columns<'a, T>(
     rows: usize,
     columns: usize,
 ) -> Result<ArrayView2<'a, T>> {
-    let all = matrix(operation, x.buffer, rows, x.stride)?;
-    if x.start + columns > x.stride {
+    let (row, column) = (x.start / x.stride, x.start % x.stride);
+    let all = part(operation, x.buffer, rows_from(row, rows, x.stride))?;
+    let all = matrix(operation, all, rows, x.stride)?;
+    if column + columns > x.stride {
         return Err(BackendError::Buffer {
             operation,
             found: x.stride,
-            expected: x.start + columns,
+            expected: column + columns,
         });
     }
-    Ok(all.slice_move(s![.., x.start..x.start + columns]))
+    Ok(all.slice_move(s![.., column..column + columns]))
 }
 
 /// [`columns`] to write.
@@ -349,15 +353,17 @@ fn columns_mut<'a, T>(
     rows: usize,
     columns: usize,
 ) -> Result<ArrayViewMut2<'a, T>> {
-    let all = matrix_mut(operation, x.buffer, rows, x.stride)?;
-    if x.start + columns > x.stride {
+    let (row, column) = (x.start / x.stride, x.start % x.stride);
+    let all = part_mut(operation, x.buffer, rows_from(row, rows, x.stride))?;
+    let all = matrix_mut(operation, all, rows, x.stride)?;
+    if column + columns > x.stride {
         return Err(BackendError::Buffer {
             operation,
             found: x.stride,
-            expected: x.start + columns,
+            expected: column + columns,
         });
     }
-    Ok(all.slice_move(s![.., x.start..x.start + columns]))
+    Ok(all.slice_move(s![.., column..column + columns]))
 }
 
 fn sum_of_squares<T: Scalar>(x: &[T]) -> f64 {
@@ -409,17 +415,62 @@ fn gather<T: Scalar>(
         })
 }
 
-/// The codes that a one-hot map reads [rows, fields].
+/// The codes that a one-hot map reads [rows, fields], and which rows of their kind these are.
 fn code_matrix<'a>(
     batch: &'a PackedBatch,
     codes: Codes,
     map: &OneHot,
-) -> Result<ArrayView2<'a, u8>> {
+) -> Result<(ArrayView2<'a, u8>, Span)> {
+    const NAME: &str = "one_hot";
     let (codes, rows) = match codes {
-        Codes::Observations => (&batch.observations, batch.observation_tokens.len()),
-        Codes::Actions => (&batch.actions, batch.action_tokens.len()),
+        Codes::Observations(family) => (
+            observation_codes(NAME, batch, family)?,
+            &rows_of(NAME, batch, family)?.observations,
+        ),
+        Codes::Actions(family) => {
+            let rows = &rows_of(NAME, batch, family)?.actions;
+            (part(NAME, &batch.actions, span(rows))?, rows)
+        }
     };
-    matrix("one_hot", codes, rows, map.offsets.len())
+    let codes = matrix(NAME, codes, rows.len(), map.offsets.len())?;
+    Ok((codes, span(rows)))
+}
+
+fn span(range: &Range<usize>) -> Span {
+    Span {
+        offset: range.start,
+        len: range.len(),
+    }
+}
+
+fn rows_of<'a>(
+    operation: &'static str,
+    batch: &'a PackedBatch,
+    family: usize,
+) -> Result<&'a FamilyRows> {
+    batch.families.get(family).ok_or(BackendError::Buffer {
+        operation,
+        found: batch.families.len(),
+        expected: family + 1,
+    })
+}
+
+/// The codes of a family's observations.
+fn observation_codes<'a>(
+    operation: &'static str,
+    batch: &'a PackedBatch,
+    family: usize,
+) -> Result<&'a [u8]> {
+    let codes = &rows_of(operation, batch, family)?.codes;
+    part(operation, &batch.observations, span(codes))
+}
+
+/// Numbers of `rows` rows from `first` on.
+fn rows_from(first: usize, rows: usize, width: usize) -> Span {
+    Span {
+        offset: first * width,
+        len: rows * width,
+    }
 }
 
 /// Drops elements of rows `first ..` of a batch's tokens.
@@ -607,7 +658,7 @@ impl<T: Scalar> Backend for Cpu<T> {
         out: &mut Vec<T>,
     ) -> Result<()> {
         const NAME: &str = "one_hot";
-        let codes = code_matrix(batch, codes, map)?;
+        let (codes, rows) = code_matrix(batch, codes, map)?;
         let weight = matrix(
             NAME,
             part(NAME, parameters, map.weight)?,
@@ -615,8 +666,9 @@ impl<T: Scalar> Backend for Cpu<T> {
             map.width,
         )?;
         let bias = ArrayView1::from(part(NAME, parameters, map.bias)?);
-        let mut out = matrix_mut(NAME, out, codes.nrows(), map.width)?;
-        let piece = self.piece(codes.nrows());
+        let out = part_mut(NAME, out, rows_from(rows.offset, rows.len, map.width))?;
+        let mut out = matrix_mut(NAME, out, rows.len, map.width)?;
+        let piece = self.piece(rows.len);
         out.axis_chunks_iter_mut(Axis(0), piece)
             .into_par_iter()
             .zip(codes.axis_chunks_iter(Axis(0), piece))
@@ -640,8 +692,9 @@ impl<T: Scalar> Backend for Cpu<T> {
         if !map.trainable {
             return Ok(());
         }
-        let codes = code_matrix(batch, codes, map)?;
-        let grad_out = matrix(NAME, grad_out, codes.nrows(), map.width)?;
+        let (codes, rows) = code_matrix(batch, codes, map)?;
+        let grad_out = part(NAME, grad_out, rows_from(rows.offset, rows.len, map.width))?;
+        let grad_out = matrix(NAME, grad_out, rows.len, map.width)?;
         let (weight, bias) = two_parts(NAME, gradients, map.weight, map.bias)?;
         let mut weight = matrix_mut(NAME, weight, map.inputs, map.width)?;
         let mut bias = ArrayViewMut1::from(bias);
@@ -662,13 +715,14 @@ impl<T: Scalar> Backend for Cpu<T> {
     fn convolutions(
         &self,
         batch: &PackedBatch,
+        family: usize,
         front_end: &Convolutions,
         parameters: &Vec<T>,
         middle: &mut Vec<T>,
         out: &mut Vec<T>,
     ) -> Result<()> {
         const NAME: &str = "convolutions";
-        let shapes = ConvolutionShapes::new(batch, front_end)?;
+        let shapes = ConvolutionShapes::new(batch, family, front_end)?;
         let weights = shapes.weights(NAME, front_end, parameters)?;
         let bias1 = ArrayView1::from(part(NAME, parameters, front_end.bias1)?);
         let bias2 = ArrayView1::from(part(NAME, parameters, front_end.bias2)?);
@@ -705,6 +759,7 @@ impl<T: Scalar> Backend for Cpu<T> {
     fn convolutions_backward(
         &self,
         batch: &PackedBatch,
+        family: usize,
         front_end: &Convolutions,
         parameters: &Vec<T>,
         middle: &Vec<T>,
@@ -717,7 +772,7 @@ impl<T: Scalar> Backend for Cpu<T> {
         if !front_end.trainable {
             return Ok(());
         }
-        let shapes = ConvolutionShapes::new(batch, front_end)?;
+        let shapes = ConvolutionShapes::new(batch, family, front_end)?;
         let weights = shapes.weights(NAME, front_end, parameters)?;
         let middle = matrix(NAME, middle, shapes.rows, shapes.middle)?;
         let out = matrix(NAME, out, shapes.rows, shapes.out)?;
@@ -1404,20 +1459,22 @@ impl<T: Scalar> Backend for Cpu<T> {
     fn cross_entropy(
         &self,
         batch: &PackedBatch,
+        family: usize,
         actions: usize,
         logits: &Vec<T>,
         grad_logits: &mut Vec<T>,
         metrics: &mut Vec<T>,
     ) -> Result<()> {
         const NAME: &str = "cross_entropy";
-        let rows = batch.targets.len();
-        let logits = matrix(NAME, logits, rows, actions)?;
-        let grad_logits = matrix_mut(NAME, grad_logits, rows, actions)?;
+        let rows = &rows_of(NAME, batch, family)?.observations;
+        let targets = part(NAME, &batch.targets, span(rows))?;
+        let logits = matrix(NAME, logits, rows.len(), actions)?;
+        let grad_logits = matrix_mut(NAME, grad_logits, rows.len(), actions)?;
         let sums = named(
             NAME,
             cross_entropy::forward_backward(
                 logits,
-                &batch.targets,
+                targets,
                 T::from_f64(batch.training.weights.action),
                 grad_logits,
             ),

@@ -9,7 +9,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use super::chain::Chain;
 use super::device::{Compute, Device, Element};
 use crate::backend::{BackendError, Kind, Result};
-use crate::batch::PackedBatch;
+use crate::batch::{FamilyRows, PackedBatch};
 use crate::ops::adamw;
 use crate::ops::tokens::by_time_step;
 use crate::ops::{self, Input, Output};
@@ -202,6 +202,7 @@ pub struct Batch<D: Device, T: Compute> {
     pub(super) observations: usize,
     pub(super) actions: usize,
     pub(super) returns: usize,
+    families: Vec<FamilyRows>,
     /// Time steps that tokens have, from 0.
     pub(super) steps: usize,
     /// Tokens of each sequence [sequences + 1].
@@ -228,6 +229,7 @@ impl<D: Device, T: Compute> Default for Batch<D, T> {
             observations: 0,
             actions: 0,
             returns: 0,
+            families: Vec::new(),
             steps: 0,
             cu_seqlens: Vec::new(),
             chain: Chain::default(),
@@ -243,6 +245,7 @@ impl<D: Device, T: Compute> Batch<D, T> {
         self.observations = batch.observation_tokens.len();
         self.actions = batch.action_tokens.len();
         self.returns = batch.return_tokens.len();
+        self.families.clone_from(&batch.families);
         let last = batch.token_time.iter().max();
         self.steps = last.map_or(0, |&time| usize::try_from(time).unwrap_or(0) + 1);
         self.cu_seqlens.clone_from(&batch.cu_seqlens);
@@ -315,6 +318,7 @@ impl<D: Device, T: Compute> Batch<D, T> {
             self.steps,
         ]
         .hash(&mut hash);
+        self.families.hash(&mut hash);
         self.int.pair_keys.start.hash(&mut hash);
         let grown = [self.ints.grown, self.bytes.grown, self.floats.grown];
         (grown, self.numbers.grown, self.step.grown).hash(&mut hash);
@@ -331,6 +335,21 @@ impl<D: Device, T: Compute> Batch<D, T> {
 
     pub(super) fn floats<'a>(&'a self, device: &'a D, at: &Range<usize>) -> Result<Input<'a, f32>> {
         self.floats.input(device, at)
+    }
+
+    /// The rows of a family.
+    pub(super) fn rows_of(&self, family: usize) -> Result<&FamilyRows> {
+        self.families.get(family).ok_or(BackendError::NotStaged)
+    }
+
+    /// Codes of a family's observations.
+    pub(super) fn observation_codes<'a>(
+        &'a self,
+        device: &'a D,
+        family: usize,
+    ) -> Result<Input<'a, u8>> {
+        let all = self.bytes(device, &self.byte.observations)?;
+        Ok(all.slice(self.rows_of(family)?.codes.clone())?)
     }
 
     /// Returns to go.

@@ -116,24 +116,33 @@ impl<D: Device, T: Compute> Gpu<D, T> {
         &self.device
     }
 
-    /// Codes of one kind: shape of the map on them, and the codes.
+    /// Codes of one kind: shape of the map on them, the codes, and where their rows are.
     fn codes<'a>(
         &'a self,
         batch: &'a Batch<D, T>,
         codes: Codes,
         map: &OneHot,
-    ) -> Result<(one_hot::Shape, ops::Input<'a, u8>)> {
-        let (rows, at) = match codes {
-            Codes::Observations => (batch.observations, &batch.byte.observations),
-            Codes::Actions => (batch.actions, &batch.byte.actions),
+    ) -> Result<(one_hot::Shape, ops::Input<'a, u8>, Range<usize>)> {
+        let device = &self.device;
+        let (rows, codes) = match codes {
+            Codes::Observations(family) => (
+                &batch.rows_of(family)?.observations,
+                batch.observation_codes(device, family)?,
+            ),
+            Codes::Actions(family) => {
+                let rows = &batch.rows_of(family)?.actions;
+                let all = batch.bytes(device, &batch.byte.actions)?;
+                (rows, all.slice(rows.clone())?)
+            }
         };
         let shape = one_hot::Shape {
-            rows,
+            rows: rows.len(),
             fields: map.offsets.len(),
             inputs: map.inputs,
             width: map.width,
         };
-        Ok((shape, batch.bytes(&self.device, at)?))
+        let numbers = rows.start * map.width..rows.end * map.width;
+        Ok((shape, codes, numbers))
     }
 
     /// The first input of each field, which stays on the device.
@@ -153,14 +162,15 @@ impl<D: Device, T: Compute> Gpu<D, T> {
     fn convolutions_shape(
         &self,
         batch: &Batch<D, T>,
+        family: usize,
         front_end: &Convolutions,
-    ) -> convolutions::Shape {
-        convolutions::Shape {
-            rows: batch.observations,
+    ) -> Result<convolutions::Shape> {
+        Ok(convolutions::Shape {
+            rows: batch.rows_of(family)?.observations.len(),
             grid: front_end.grid.clone(),
             middle: front_end.middle,
             out: front_end.out,
-        }
+        })
     }
 
     fn tokens_shape(&self, batch: &Batch<D, T>, width: usize) -> tokens::Shape {
@@ -363,14 +373,14 @@ impl<D: Device, T: Compute> Backend for Gpu<D, T> {
     ) -> Result<()> {
         let device = &self.device;
         let offsets = self.offsets(map)?;
-        let (shape, codes) = self.codes(batch, codes, map)?;
+        let (shape, codes, numbers) = self.codes(batch, codes, map)?;
         let tensors = one_hot::Forward {
             codes,
             offsets: device.input(&offsets, 0..map.offsets.len())?,
             weight: parameters.read(device, map.weight.range())?,
             bias: parameters.read(device, map.bias.range())?,
             tanh: false,
-            y: out.write(device, 0..shape.rows * shape.width)?,
+            y: out.write(device, numbers)?,
         };
         Ok(shape.forward(device, tensors)?)
     }
@@ -388,7 +398,7 @@ impl<D: Device, T: Compute> Backend for Gpu<D, T> {
         }
         let device = &self.device;
         let offsets = self.offsets(map)?;
-        let (shape, codes) = self.codes(batch, codes, map)?;
+        let (shape, codes, numbers) = self.codes(batch, codes, map)?;
         let mut workspace = self.floats.lock(device, shape.workspace()?)?;
         let len = gradients.len;
         let [dweight, dbias] = gradients
@@ -398,7 +408,7 @@ impl<D: Device, T: Compute> Backend for Gpu<D, T> {
             codes,
             offsets: device.input(&offsets, 0..map.offsets.len())?,
             y: None,
-            dy: grad_out.read(device, 0..shape.rows * shape.width)?,
+            dy: grad_out.read(device, numbers)?,
             dweight,
             dbias,
             workspace: workspace.output(device)?,
@@ -409,16 +419,17 @@ impl<D: Device, T: Compute> Backend for Gpu<D, T> {
     fn convolutions(
         &self,
         batch: &Self::Batch,
+        family: usize,
         front_end: &Convolutions,
         parameters: &Self::Buffer,
         middle: &mut Self::Buffer,
         out: &mut Self::Buffer,
     ) -> Result<()> {
         let device = &self.device;
-        let shape = self.convolutions_shape(batch, front_end);
+        let shape = self.convolutions_shape(batch, family, front_end)?;
         let cells = shape.rows * shape.grid.positions();
         let tensors = convolutions::Forward {
-            codes: batch.bytes(device, &batch.byte.observations)?,
+            codes: batch.observation_codes(device, family)?,
             weight1: parameters.read(device, front_end.weight1.range())?,
             bias1: parameters.read(device, front_end.bias1.range())?,
             weight2: parameters.read(device, front_end.weight2.range())?,
@@ -432,6 +443,7 @@ impl<D: Device, T: Compute> Backend for Gpu<D, T> {
     fn convolutions_backward(
         &self,
         batch: &Self::Batch,
+        family: usize,
         front_end: &Convolutions,
         parameters: &Self::Buffer,
         middle: &Self::Buffer,
@@ -444,7 +456,7 @@ impl<D: Device, T: Compute> Backend for Gpu<D, T> {
             return Ok(());
         }
         let device = &self.device;
-        let shape = self.convolutions_shape(batch, front_end);
+        let shape = self.convolutions_shape(batch, family, front_end)?;
         let cells = shape.rows * shape.grid.positions();
         let mut workspace = self.floats.lock(device, shape.workspace::<T>()?)?;
         let len = gradients.len;
@@ -456,7 +468,7 @@ impl<D: Device, T: Compute> Backend for Gpu<D, T> {
                 front_end.bias2.range(),
             ])?;
         let tensors = convolutions::Backward {
-            codes: batch.bytes(device, &batch.byte.observations)?,
+            codes: batch.observation_codes(device, family)?,
             weight2: parameters.read(device, front_end.weight2.range())?,
             middle: middle.read(device, 0..cells * shape.middle)?,
             out: out.read(device, 0..cells * shape.out)?,
@@ -1036,21 +1048,25 @@ impl<D: Device, T: Compute> Backend for Gpu<D, T> {
     fn cross_entropy(
         &self,
         batch: &Self::Batch,
+        family: usize,
         actions: usize,
         logits: &Self::Buffer,
         grad_logits: &mut Self::Buffer,
         metrics: &mut Self::Buffer,
     ) -> Result<()> {
         let device = &self.device;
+        let rows = &batch.rows_of(family)?.observations;
         let shape = cross_entropy::Shape {
-            rows: batch.observations,
+            rows: rows.len(),
             classes: actions,
         };
         let mut workspace = self.floats.lock(device, shape.workspace()?)?;
         const { assert!(Metric::ActionLoss as usize == 0 && Metric::Correct as usize == 1) };
         let tensors = cross_entropy::Tensors {
             logits: logits.read(device, 0..shape.rows * actions)?,
-            targets: batch.ints(device, &batch.int.targets)?,
+            targets: batch
+                .ints(device, &batch.int.targets)?
+                .slice(rows.clone())?,
             scale: batch.floats(device, &batch.float.action_weight)?,
             dlogits: grad_logits.write(device, 0..shape.rows * actions)?,
             metrics: metrics.write_exact(device, 0..2)?,
