@@ -8,7 +8,8 @@ use dtmem::backend::Cpu;
 use dtmem::batch::{PackedBatch, TokenLayout, Trajectory};
 use dtmem::model::{
     ActionSpace, AttentionSpan, Block, Capacity, Content, Family, FrontEnd, MemoryConfig, Model,
-    ModelConfig, ObservationSpace, OptimiserStep, Spaces, SupervisionConfig, Training,
+    ModelConfig, ObservationSpace, OptimiserStep, Spaces, SupervisedPart, SupervisionConfig,
+    Training,
 };
 use dtmem_reference::attention::Denominator;
 use dtmem_reference::dropout::philox;
@@ -131,7 +132,7 @@ fn train_step(criterion: &mut Criterion) {
         let supervision = (case.lambda > 0.0).then(|| SupervisionConfig {
             lambda: case.lambda,
             layer: 0,
-            heads: vec![0],
+            part: SupervisedPart::Heads(vec![0]),
             denominator: Denominator::Square,
         });
         let mut model = Model::new(Cpu::new(), case.config, case.spaces, supervision)

@@ -4,6 +4,7 @@
 
 use std::path::Path;
 
+use dtmem::model::SupervisedPart;
 use dtmem::train::config::{Config, ConfigError};
 use proptest::prelude::*;
 
@@ -197,6 +198,11 @@ fn values_out_of_range_are_named_with_what_was_expected() {
         (vec!["loss.heads=[]"], "loss.heads", "at least one"),
         (vec!["loss.lambda=-1"], "loss.lambda", "0"),
         (
+            vec!["loss.supervise=memory"],
+            "loss.supervise",
+            "[model.memory]",
+        ),
+        (
             vec!["model.attention=segment", "model.segment_steps=2"],
             "loss.lambda",
             "pairs cross segments",
@@ -253,7 +259,8 @@ fn memory_loss_is_switched_off_by_lambda_zero_and_counts_from_one() {
         .unwrap()
         .supervision()
         .unwrap();
-    assert_eq!((supervision.layer, supervision.heads), (3, vec![0, 1]));
+    assert_eq!(supervision.layer, 3);
+    assert_eq!(supervision.part, SupervisedPart::Heads(vec![0, 1]));
 }
 
 #[test]

@@ -10,7 +10,7 @@ use dtmem::backend::{Backend, Cpu};
 use dtmem::batch::TokenLayout;
 use dtmem::model::{
     Actor, AdapterConfig, AttentionSpan, Block, FrontEnd, MemoryConfig, Model, ModelConfig,
-    OptimiserStep, Spaces, StepMetrics, SupervisionConfig, Training,
+    OptimiserStep, Spaces, StepMetrics, SupervisedPart, SupervisionConfig, Training,
 };
 use dtmem::ops::Error;
 use dtmem_host::{Executor, Order};
@@ -191,7 +191,7 @@ fn supervision() -> SupervisionConfig {
     SupervisionConfig {
         lambda: 3.0,
         layer: 0,
-        heads: vec![1],
+        part: SupervisedPart::Heads(vec![1]),
         denominator: Denominator::Square,
     }
 }

@@ -8,7 +8,7 @@ use dtmem::batch::{PackedBatch, TokenLayout};
 use dtmem::model::{
     ActionSpace, Actor, AdapterConfig, AddressingKind, AttentionSpan, Block, Capacity, EraseKind,
     FrontEnd, MemoryConfig, Model, ModelConfig, ObservationSpace, OptimiserStep, OrderKind, Spaces,
-    StrengthKind, SupervisionConfig, Training,
+    StrengthKind, SupervisedPart, SupervisionConfig, Training,
 };
 use dtmem_reference::Scalar;
 use dtmem_reference::attention::Denominator;
@@ -44,8 +44,15 @@ fn supervision() -> SupervisionConfig {
     SupervisionConfig {
         lambda: 3.0,
         layer: 0,
-        heads: vec![1],
+        part: SupervisedPart::Heads(vec![1]),
         denominator: Denominator::Square,
+    }
+}
+
+fn recall() -> SupervisionConfig {
+    SupervisionConfig {
+        part: SupervisedPart::Memory,
+        ..supervision()
     }
 }
 
@@ -149,6 +156,7 @@ fn attention_tuner_gradients_match_with_dropout() {
 #[test]
 fn memory_model_gradients_match_finite_differences() {
     check_gradients(&decision(), &symbols(), None);
+    check_gradients(&decision(), &symbols(), Some(recall()));
 }
 
 #[test]
@@ -257,6 +265,7 @@ fn every_memory_variant_has_right_gradients() {
             ..decision()
         };
         check_gradients(&config, &symbols(), None);
+        check_gradients(&config, &symbols(), Some(recall()));
     }
 }
 
@@ -269,6 +278,7 @@ fn memory_in_post_ln_blocks_with_episode_attention_has_right_gradients() {
         ..tuner()
     };
     check_gradients(&config, &symbols(), Some(supervision()));
+    check_gradients(&config, &symbols(), Some(recall()));
 }
 
 #[test]
@@ -434,8 +444,11 @@ fn train_bits(threads: usize, config: &ModelConfig, spaces: &Spaces) -> Vec<u32>
         .build()
         .expect("a pool");
     pool.install(|| {
-        let supervision = (config.attention == AttentionSpan::Episode).then(supervision);
-        let mut model = model::<f32>(config, spaces, supervision);
+        let supervision = match config.attention {
+            AttentionSpan::Episode => supervision(),
+            AttentionSpan::Segment => recall(),
+        };
+        let mut model = model::<f32>(config, spaces, Some(supervision));
         let batch = Data::new(spaces, &[9; 60], 6).pack(&model);
         let mut training = Training::new(&model, capacity(&batch), 2).expect("buffers");
         for step in 1..=3 {
@@ -483,7 +496,7 @@ fn bits_do_not_depend_on_the_number_of_threads() {
 
 #[test]
 fn settings_that_do_not_fit_are_named() {
-    let cases: [(&str, ModelConfig, Spaces, Option<SupervisionConfig>); 6] = [
+    let cases: [(&str, ModelConfig, Spaces, Option<SupervisionConfig>); 7] = [
         (
             "width",
             ModelConfig {
@@ -522,6 +535,7 @@ fn settings_that_do_not_fit_are_named() {
             }),
         ),
         ("attention", decision(), symbols(), Some(supervision())),
+        ("memory", tuner(), grid(), Some(recall())),
     ];
     for (name, config, spaces, supervision) in cases {
         let error = Model::new(Cpu::<f32>::new(), config, spaces, supervision)
@@ -557,9 +571,9 @@ fn the_number_of_shards_changes_rounding_only() {
     };
     for (config, spaces, supervision) in [
         (dropout.clone(), grid(), Some(supervision())),
-        (memory.clone(), symbols(), None),
+        (memory.clone(), symbols(), Some(recall())),
         (dropout, several(), Some(supervision())),
-        (memory, several(), None),
+        (memory, several(), Some(recall())),
     ] {
         let model = model::<f64>(&config, &spaces, supervision);
         let batch = Data::new(&spaces, &[5, 3, 8], 7).pack(&model);

@@ -25,9 +25,9 @@ const BLOCK_ROWS: usize = 64;
 /// Partial results of a reduction, enough for the compiler to use the vector unit.
 const LANES: usize = 16;
 /// Lower limit of each logarithm in the memory loss.
-const LOG_FLOOR: f64 = -100.0;
+pub(crate) const LOG_FLOOR: f64 = -100.0;
 /// Lower limit of A(1 − A) in the gradient of the memory loss.
-const VARIANCE_FLOOR: f64 = 1e-12;
+pub(crate) const VARIANCE_FLOOR: f64 = 1e-12;
 
 /// Which keys a query sees inside of its own sequence. With T_q queries and T_k keys, query i
 /// stands at key position i + T_k − T_q (aligned at the end).
@@ -415,7 +415,7 @@ pub struct Pairs<'a> {
 
 impl<'a> Pairs<'a> {
     /// The keys of one query; `None` if the offsets do not point into `keys`.
-    fn of_query(&self, query: usize) -> Option<&'a [i32]> {
+    pub(crate) fn of_query(&self, query: usize) -> Option<&'a [i32]> {
         let start = usize::try_from(*self.offsets.get(query)?).ok()?;
         let end = usize::try_from(*self.offsets.get(query + 1)?).ok()?;
         self.keys.get(start..end)

@@ -66,16 +66,19 @@ pub struct ContentMemory {
     pub epsilon: f64,
 }
 
-/// The inputs of one segment: N slots, T tokens, width D.
+/// The inputs of one segment: N slots, T tokens, keys of width D, values of width V ≥ D.
+///
+/// Slots are as wide as values. Keys are compared with their first D columns; the others are
+/// written and read alike, but carried along unseen.
 #[derive(Debug, Clone, Copy)]
 pub struct Inputs<'a, T> {
-    /// M [N, D].
+    /// M [N, V].
     pub memory: ArrayView2<'a, T>,
     /// a [T, D].
     pub address_key: ArrayView2<'a, T>,
     /// s [T, D].
     pub strength_key: ArrayView2<'a, T>,
-    /// v [T, D].
+    /// v [T, V].
     pub value: ArrayView2<'a, T>,
     /// κ `[T]`, for cosine addressing (and only then).
     pub key_strength: Option<ArrayView1<'a, T>>,
@@ -86,18 +89,34 @@ pub struct Inputs<'a, T> {
 /// Gradients of the inputs: all are overwritten.
 #[derive(Debug)]
 pub struct Gradients<'a, T> {
-    /// [N, D]
+    /// [N, V]
     pub memory: ArrayViewMut2<'a, T>,
     /// [T, D]
     pub address_key: ArrayViewMut2<'a, T>,
     /// [T, D]
     pub strength_key: ArrayViewMut2<'a, T>,
-    /// [T, D]
+    /// [T, V]
     pub value: ArrayViewMut2<'a, T>,
     /// `[T]`, with cosine addressing (and only then).
     pub key_strength: Option<ArrayViewMut1<'a, T>>,
     /// Scalar; 0 with softmax strength.
     pub strength_bias: &'a mut T,
+}
+
+/// What [`Inputs`] say: N, T, D and V.
+#[derive(Debug, Clone, Copy)]
+struct Sizes {
+    slots: usize,
+    tokens: usize,
+    key_width: usize,
+    width: usize,
+}
+
+impl<'a, T> Inputs<'a, T> {
+    /// The columns of the memory that keys are compared with.
+    fn scored(&self) -> ArrayView2<'a, T> {
+        self.memory.split_at(Axis(1), self.address_key.ncols()).0
+    }
 }
 
 impl Erase {
@@ -112,7 +131,7 @@ impl Erase {
 }
 
 impl ContentMemory {
-    /// M′ and y: `memory_next` [N, D], `read` [T, D].
+    /// M′ and y: `memory_next` [N, V], `read` [T, V].
     ///
     /// # Errors
     /// A shape that does not fit, `top_k` of 0, `epsilon` that is not above 0 with cosine
@@ -124,26 +143,33 @@ impl ContentMemory {
         mut read: ArrayViewMut2<T>,
         scratch: &mut Vec<T>,
     ) -> Result<()> {
-        let [slots, tokens, width] = self.validate(&inputs)?;
+        let Sizes {
+            slots,
+            tokens,
+            key_width,
+            width,
+        } = self.validate(&inputs)?;
         check_shape("memory_next", memory_next.shape(), &[slots, width])?;
         check_shape("read", read.shape(), &[tokens, width])?;
         // Without slots, tokens or width nothing is written and every read is 0.
-        if slots == 0 || tokens == 0 || width == 0 {
+        if slots == 0 || tokens == 0 || key_width == 0 {
             memory_next.assign(&inputs.memory);
             read.fill(T::zero());
             return Ok(());
         }
 
-        let mut scratch =
-            Scratch::new(scratch, 2 * tokens * width + 3 * tokens * slots + 2 * slots);
-        let mut keys = scratch.matrix(2 * tokens, width);
+        let mut scratch = Scratch::new(
+            scratch,
+            2 * tokens * key_width + 3 * tokens * slots + 2 * slots,
+        );
+        let mut keys = scratch.matrix(2 * tokens, key_width);
         let mut dots = scratch.matrix(2 * tokens, slots);
         let mut w = scratch.matrix(tokens, slots);
         let mut norms = scratch.vector(slots);
         let mut keep = scratch.vector(slots);
 
         stack(&mut keys, &[inputs.address_key, inputs.strength_key]);
-        multiply(keys.view(), inputs.memory.t(), &mut dots);
+        multiply(keys.view(), inputs.scored().t(), &mut dots);
         let (mut similarity, mut beta) = dots.split_at(Axis(0), tokens);
         self.finish_scores(
             &inputs,
@@ -193,18 +219,24 @@ impl ContentMemory {
         mut gradients: Gradients<T>,
         scratch: &mut Vec<T>,
     ) -> Result<()> {
-        let [slots, tokens, width] = self.validate(&inputs)?;
+        let sizes = self.validate(&inputs)?;
+        let Sizes {
+            slots,
+            tokens,
+            key_width,
+            width,
+        } = sizes;
         check_shape(
             "grad_memory_next",
             grad_memory_next.shape(),
             &[slots, width],
         )?;
         check_shape("grad_read", grad_read.shape(), &[tokens, width])?;
-        self.validate_gradients(&gradients, [slots, tokens, width])?;
+        self.validate_gradients(&gradients, sizes)?;
 
         *gradients.strength_bias = T::zero();
         gradients.memory.assign(&grad_memory_next);
-        if slots == 0 || tokens == 0 || width == 0 {
+        if slots == 0 || tokens == 0 || key_width == 0 {
             gradients.address_key.fill(T::zero());
             gradients.strength_key.fill(T::zero());
             gradients.value.fill(T::zero());
@@ -220,9 +252,13 @@ impl ContentMemory {
         };
         let mut scratch = Scratch::new(
             scratch,
-            3 * tokens * width + 7 * tokens * slots + cross_size * cross_size + 4 * slots + tokens,
+            2 * tokens * key_width
+                + 7 * tokens * slots
+                + cross_size * cross_size
+                + 4 * slots
+                + tokens,
         );
-        let mut rows = scratch.matrix(3 * tokens, width);
+        let mut keys = scratch.matrix(2 * tokens, key_width);
         let mut dots = scratch.matrix(3 * tokens, slots);
         let mut w = scratch.matrix(tokens, slots);
         let mut gate = scratch.matrix(tokens, slots);
@@ -235,14 +271,12 @@ impl ContentMemory {
         let mut after = scratch.vector(slots);
         let mut token_slopes = scratch.vector(tokens);
 
-        // The forward pass again; R·Mᵀ, the gradient of the addresses, comes with the scores.
-        stack(
-            &mut rows,
-            &[inputs.address_key, inputs.strength_key, grad_read],
-        );
-        multiply(rows.view(), inputs.memory.t(), &mut dots);
-        let (mut similarity, rest) = dots.view_mut().split_at(Axis(0), tokens);
-        let (mut beta, mut dw) = rest.split_at(Axis(0), tokens);
+        // The forward pass again, and R·Mᵀ, the gradient of the addresses.
+        stack(&mut keys, &[inputs.address_key, inputs.strength_key]);
+        let (mut of_keys, mut dw) = dots.view_mut().split_at(Axis(0), 2 * tokens);
+        multiply(keys.view(), inputs.scored().t(), &mut of_keys);
+        multiply(grad_read, inputs.memory.t(), &mut dw);
+        let (mut similarity, mut beta) = of_keys.split_at(Axis(0), tokens);
         self.finish_scores(
             &inputs,
             &mut similarity,
@@ -358,31 +392,24 @@ impl ContentMemory {
             dnorms /= &norms;
         }
 
-        // The slots: G·keep, what their norms say, and one product for all keys and reads.
+        // The slots: G·keep, what read them, what their norms say and what the keys say.
         Zip::from(gradients.memory.rows_mut())
-            .and(inputs.memory.rows())
             .and(&keep)
+            .for_each(|mut gradient, &keep| gradient.mapv_inplace(|g| keep * g));
+        if self.order == Order::ReadThenWrite {
+            multiply_add(w.t(), grad_read, &mut gradients.memory);
+        }
+        let (mut scored_gradient, _) = gradients.memory.view_mut().split_at(Axis(1), key_width);
+        Zip::from(scored_gradient.rows_mut())
+            .and(inputs.scored().rows())
             .and(&dnorms)
-            .for_each(|mut gradient, slot, &keep, &slope| {
-                gradient.zip_mut_with(&slot, |g, &m| *g = keep * *g + slope * m);
-            });
-        let seen = match self.order {
-            Order::ReadThenWrite => {
-                dw.assign(&w);
-                3 * tokens
-            }
-            Order::WriteThenRead => 2 * tokens,
-        };
-        multiply_add(
-            first_rows(&dots, seen).t(),
-            first_rows(&rows, seen),
-            &mut gradients.memory,
-        );
+            .for_each(|mut gradient, slot, &slope| gradient.scaled_add(slope, &slot));
+        let of_keys = first_rows(&dots, 2 * tokens);
+        multiply_add(of_keys.t(), keys.view(), &mut scored_gradient);
 
-        // The keys, in the place of the rows that are no longer needed.
-        let (mut dkeys, _) = rows.split_at(Axis(0), 2 * tokens);
-        multiply(first_rows(&dots, 2 * tokens), inputs.memory, &mut dkeys);
-        let (daddress_key, dstrength_key) = dkeys.split_at(Axis(0), tokens);
+        // The keys, in the place of what they were copied to.
+        multiply(of_keys, inputs.scored(), &mut keys);
+        let (daddress_key, dstrength_key) = keys.split_at(Axis(0), tokens);
         Zip::from(gradients.address_key.rows_mut())
             .and(daddress_key.rows())
             .and(inputs.address_key.rows())
@@ -408,7 +435,7 @@ impl ContentMemory {
         mut w: ArrayViewMut2<T>,
         mut beta: ArrayViewMut2<T>,
     ) -> Result<()> {
-        let [slots, tokens, _] = self.validate(&inputs)?;
+        let Sizes { slots, tokens, .. } = self.validate(&inputs)?;
         check_shape("w", w.shape(), &[tokens, slots])?;
         check_shape("beta", beta.shape(), &[tokens, slots])?;
         let mut buffer = Vec::new();
@@ -416,7 +443,7 @@ impl ContentMemory {
         let mut similarity = scratch.matrix(tokens, slots);
         let mut norms = scratch.vector(slots);
         let mut selection = scratch.vector(slots);
-        let memory = inputs.memory.reversed_axes();
+        let memory = inputs.scored().reversed_axes();
         multiply(inputs.address_key, memory, &mut similarity);
         multiply(inputs.strength_key, memory, &mut beta);
         self.finish_scores(
@@ -430,17 +457,20 @@ impl ContentMemory {
         Ok(())
     }
 
-    /// Checks the inputs and reads [N, T, D] off them.
-    fn validate<T: Scalar>(&self, inputs: &Inputs<T>) -> Result<[usize; 3]> {
+    /// Checks the inputs and reads their sizes off them.
+    fn validate<T: Scalar>(&self, inputs: &Inputs<T>) -> Result<Sizes> {
         let (slots, width) = inputs.memory.dim();
-        let tokens = inputs.address_key.nrows();
-        for (argument, array) in [
-            ("address_key", &inputs.address_key),
-            ("strength_key", &inputs.strength_key),
-            ("value", &inputs.value),
-        ] {
-            check_shape(argument, array.shape(), &[tokens, width])?;
+        let (tokens, key_width) = inputs.address_key.dim();
+        if key_width > width {
+            return Err(Error::value(
+                "address_key",
+                format!("keys of width {key_width}"),
+                format!("at most the width {width} of the memory"),
+            ));
         }
+        let strength_key = inputs.strength_key.shape();
+        check_shape("strength_key", strength_key, &[tokens, key_width])?;
+        check_shape("value", inputs.value.shape(), &[tokens, width])?;
         let key_strength = inputs.key_strength.as_ref().map(|array| array.shape());
         self.validate_key_strength("key_strength", key_strength, tokens)?;
         if self.top_k == Some(0) {
@@ -450,21 +480,36 @@ impl ContentMemory {
         if self.addressing == Addressing::Cosine && !positive {
             return Err(Error::value("epsilon", self.epsilon, "a number above 0"));
         }
-        Ok([slots, tokens, width])
+        Ok(Sizes {
+            slots,
+            tokens,
+            key_width,
+            width,
+        })
     }
 
-    fn validate_gradients<T: Scalar>(
-        &self,
-        gradients: &Gradients<T>,
-        [slots, tokens, width]: [usize; 3],
-    ) -> Result<()> {
-        for (argument, array, rows) in [
-            ("gradients.memory", &gradients.memory, slots),
-            ("gradients.address_key", &gradients.address_key, tokens),
-            ("gradients.strength_key", &gradients.strength_key, tokens),
-            ("gradients.value", &gradients.value, tokens),
+    fn validate_gradients<T: Scalar>(&self, gradients: &Gradients<T>, sizes: Sizes) -> Result<()> {
+        let Sizes {
+            slots,
+            tokens,
+            key_width,
+            width,
+        } = sizes;
+        for (argument, array, shape) in [
+            ("gradients.memory", &gradients.memory, [slots, width]),
+            (
+                "gradients.address_key",
+                &gradients.address_key,
+                [tokens, key_width],
+            ),
+            (
+                "gradients.strength_key",
+                &gradients.strength_key,
+                [tokens, key_width],
+            ),
+            ("gradients.value", &gradients.value, [tokens, width]),
         ] {
-            check_shape(argument, array.shape(), &[rows, width])?;
+            check_shape(argument, array.shape(), &shape)?;
         }
         let key_strength = gradients.key_strength.as_ref().map(|array| array.shape());
         self.validate_key_strength("gradients.key_strength", key_strength, tokens)
@@ -507,7 +552,7 @@ impl ContentMemory {
     ) {
         let (scale, epsilon) = (T::from_f64(self.scale), T::from_f64(self.epsilon));
         if self.addressing == Addressing::Cosine {
-            for (x, slot) in norms.iter_mut().zip(inputs.memory.rows()) {
+            for (x, slot) in norms.iter_mut().zip(inputs.scored().rows()) {
                 *x = norm(slot, epsilon);
             }
             for (mut row, key) in similarity

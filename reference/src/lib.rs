@@ -24,6 +24,7 @@ pub mod linear;
 pub mod lora_linear;
 pub mod one_hot;
 pub mod optimiser;
+pub mod recall;
 mod scalar;
 
 pub use error::{Error, Result};

@@ -9,7 +9,7 @@ use dtmem_reference::content_memory::{
 };
 use dtmem_reference::{Error, Scalar};
 use ndarray::{
-    Array, Array1, Array2, Array3, Axis, Dimension, Ix2, Ix3, arr0, array, concatenate, stack,
+    Array, Array1, Array2, Array3, Axis, Dimension, Ix2, Ix3, arr0, array, concatenate, s, stack,
 };
 use proptest::prelude::*;
 
@@ -174,16 +174,22 @@ fn backward<T: Scalar>(
     gradients
 }
 
-fn random_segment(
+fn random_segment(variant: &ContentMemory, sizes: [usize; 3], random: &mut Random) -> Segment<f64> {
+    carrying_segment(variant, sizes, 0, random)
+}
+
+/// Slots and values have `carried` columns more than the keys.
+fn carrying_segment(
     variant: &ContentMemory,
     [slots, tokens, width]: [usize; 3],
+    carried: usize,
     random: &mut Random,
 ) -> Segment<f64> {
     Segment {
-        memory: random.array((slots, width)),
+        memory: random.array((slots, width + carried)),
         address_key: random.array((tokens, width)),
         strength_key: random.array((tokens, width)),
-        value: random.array((tokens, width)),
+        value: random.array((tokens, width + carried)),
         key_strength: (variant.addressing == Addressing::Cosine)
             .then(|| Array1::from_shape_simple_fn(tokens, || 1.0 + 2.0 * random.uniform())),
         strength_bias: random.normal(),
@@ -218,6 +224,9 @@ fn transcribed(
 ) -> (Vec<Vec<f64>>, Vec<Vec<f64>>, Outputs<f64>) {
     let memory = &segment.memory;
     let (slots, tokens) = (memory.nrows(), segment.value.nrows());
+    let scored = memory
+        .slice(s![.., ..segment.address_key.ncols()])
+        .to_owned();
     let dot = |x: &Array2<f64>, i: usize, y: &Array2<f64>, t: usize| -> f64 {
         x.row(i).iter().zip(y.row(t)).map(|(x, y)| x * y).sum()
     };
@@ -233,12 +242,12 @@ fn transcribed(
         let mut scores: Vec<f64> = (0..slots)
             .map(|i| match variant.addressing {
                 Addressing::Cosine => {
-                    let norms = (dot(memory, i, memory, i) + epsilon).sqrt()
+                    let norms = (dot(&scored, i, &scored, i) + epsilon).sqrt()
                         * (dot(a, t, a, t) + epsilon).sqrt();
-                    segment.key_strength.as_ref().unwrap()[t] * dot(memory, i, a, t)
+                    segment.key_strength.as_ref().unwrap()[t] * dot(&scored, i, a, t)
                         / (norms + epsilon)
                 }
-                Addressing::Dot => dot(memory, i, a, t) * variant.scale,
+                Addressing::Dot => dot(&scored, i, a, t) * variant.scale,
             })
             .collect();
         if let Some(k) = variant.top_k.filter(|&k| k < slots) {
@@ -251,7 +260,8 @@ fn transcribed(
             }
         }
         w.push(softmax(scores));
-        let strength = (0..slots).map(|i| dot(memory, i, &segment.strength_key, t) * variant.scale);
+        let strength =
+            (0..slots).map(|i| dot(&scored, i, &segment.strength_key, t) * variant.scale);
         beta.push(match variant.strength {
             Strength::Sigmoid => strength
                 .map(|x| 1.0 / (1.0 + (-x - segment.strength_bias).exp()))
@@ -354,12 +364,13 @@ proptest! {
         slots in 1_usize..70,
         tokens in 0_usize..20,
         width in 1_usize..40,
+        carried in 0_usize..4,
         top_k in top_k(),
         seed: u64,
     ) {
         let mut random = Random::new(seed);
         let variant = variant(bits, width, top_k);
-        let segment = random_segment(&variant, [slots, tokens, width], &mut random);
+        let segment = carrying_segment(&variant, [slots, tokens, width], carried, &mut random);
         prop_assume!(choice_is_clear(&variant, &segment, 1e-9));
         let (w, beta, outputs) = transcribed(&variant, &segment);
         forward(&variant, &segment).assert_close(&outputs, 1e-12);
@@ -377,17 +388,18 @@ proptest! {
         slots in 1_usize..7,
         tokens in 0_usize..6,
         width in 1_usize..6,
+        carried in 0_usize..3,
         top_k in top_k(),
         seed: u64,
     ) {
         for bits in 0..16 {
             let mut random = Random::new(seed);
             let variant = variant(bits, width, top_k);
-            let segment = random_segment(&variant, [slots, tokens, width], &mut random);
+            let segment = carrying_segment(&variant, [slots, tokens, width], carried, &mut random);
             if !choice_is_clear(&variant, &segment, 1e-2) {
                 continue;
             }
-            let grad_outputs = random_outputs([slots, tokens, width], &mut random);
+            let grad_outputs = random_outputs([slots, tokens, width + carried], &mut random);
             let expected = differences(&variant, &segment, &grad_outputs);
             let found = backward(&variant, &segment, &grad_outputs);
             close_or_tiny(&found, &expected);
@@ -948,8 +960,9 @@ fn arguments_that_do_not_fit_are_named() {
         change(&mut segment);
         assert_eq!(call(&good, &segment, shape), [name; 2]);
     };
-    broken("address_key", &|s| s.memory = zeros(4, 6));
-    broken("address_key", &|s| s.address_key = zeros(3, 4));
+    broken("address_key", &|s| s.memory = zeros(4, 4));
+    broken("value", &|s| s.memory = zeros(4, 6));
+    broken("strength_key", &|s| s.address_key = zeros(3, 4));
     broken("strength_key", &|s| s.strength_key = zeros(2, 5));
     broken("value", &|s| s.value = zeros(3, 6));
     broken("key_strength", &|s| s.key_strength = Some(Array1::zeros(2)));

@@ -49,6 +49,12 @@ pub enum BackendError {
         /// What it says.
         reason: String,
     },
+    /// Something that this backend does not compute.
+    #[error("{what} is computed on the CPU only: use --device cpu")]
+    CpuOnly {
+        /// What.
+        what: &'static str,
+    },
     /// A buffer of another [`Kind`] than the operation works on.
     #[error("a buffer of the wrong kind")]
     Kind,
@@ -350,6 +356,9 @@ pub struct Memory {
     pub initial: Span,
     /// b of the sigmoid strength.
     pub strength_bias: Option<Span>,
+    /// Whether recall is supervised: pairs whose tokens stand in different segments say which
+    /// tokens' writes a token should read.
+    pub supervised: bool,
     /// Whether gradients of M₀ and b are wanted.
     pub trainable: bool,
 }
@@ -756,6 +765,7 @@ pub trait Backend: Send + Sync {
         inputs: MemoryInputs<Self::Buffer>,
         state: &mut Self::MemoryState,
         read: &mut Self::Buffer,
+        metrics: &mut Self::Buffer,
     ) -> Result<()>;
 
     /// Gradients of [`Self::memory`] from the learned start. `grad_states` [2·sequences, N·D] is

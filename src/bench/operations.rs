@@ -486,6 +486,7 @@ fn memory<'a, B: Backend<Element = f32>>(
         width,
         initial: arena.span(slots * width),
         strength_bias: Some(arena.span(1)),
+        supervised: false,
         trainable: true,
     };
     let batch = staged(backend, scale)?;
@@ -496,6 +497,7 @@ fn memory<'a, B: Backend<Element = f32>>(
     let positive: Vec<f32> = numbers(tokens, 1.0).iter().map(|x| 1.0 + x.abs()).collect();
     backend.upload(&positive, &mut strength, 0)?;
     let mut state = backend.memory_state(&memory, scale.sequences(), scale.segments())?;
+    let mut metrics = backend.buffer(METRICS, Kind::Exact)?;
     let mut read = backend.buffer(tokens * width, Kind::Activation)?;
     let (start, inputs) = (
         MemoryStart::Learned,
@@ -509,6 +511,7 @@ fn memory<'a, B: Backend<Element = f32>>(
         inputs,
         &mut state,
         &mut read,
+        &mut metrics,
     )?;
     if !backward {
         return Ok(Box::new(move || {
@@ -522,6 +525,7 @@ fn memory<'a, B: Backend<Element = f32>>(
                 inputs,
                 &mut state,
                 read,
+                &mut metrics,
             )?)
         }));
     }

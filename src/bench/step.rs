@@ -10,7 +10,7 @@ use crate::backend::Backend;
 use crate::batch::{PackedBatch, TokenLayout};
 use crate::model::{
     AttentionSpan, Block, Capacity, Family, MemoryConfig, Model, ModelConfig, OptimiserStep,
-    Spaces, SupervisionConfig, Training,
+    Spaces, SupervisedPart, SupervisionConfig, Training,
 };
 
 /// Parts of a batch for a CPU's threads.
@@ -61,7 +61,7 @@ impl<B: Backend<Element = f32>> Step<B> {
         let supervision = (!dt_mem).then(|| SupervisionConfig {
             lambda: 10.0,
             layer: 0,
-            heads: vec![0],
+            part: SupervisedPart::Heads(vec![0]),
             denominator: Denominator::Square,
         });
         let steps = scale.lengths.iter().copied().max().unwrap_or(1);

@@ -184,21 +184,30 @@ impl Default for ModelConfig {
     }
 }
 
-/// The memory loss of AttentionTuner.
+/// What the memory loss teaches to recall.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum SupervisedPart {
+    /// Attention heads, from 0, ascending: AttentionTuner.
+    Heads(Vec<usize>),
+    /// The memory layer: the pairs whose tokens stand in different segments.
+    Memory,
+}
+
+/// The memory loss.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SupervisionConfig {
     /// λ.
     pub lambda: f64,
     /// Supervised layer, from 0.
     pub layer: usize,
-    /// Supervised heads, from 0, ascending.
-    pub heads: Vec<usize>,
+    /// Which part of it.
+    pub part: SupervisedPart,
     /// What the loss is divided by.
     pub denominator: Denominator,
 }
 
 impl SupervisionConfig {
-    /// heads · Σ over annotated sequences of den_b (SPEC section 3), for causal attention.
+    /// Σ over annotated sequences of den_b (SPEC section 3), for every supervised head.
     pub fn divisor(&self, batch: &PackedBatch) -> f64 {
         let of_sequence = |sequence: usize| {
             let tokens = batch.tokens_of(sequence).len() as f64;
@@ -208,6 +217,10 @@ impl SupervisionConfig {
             }
         };
         let annotated = (0..batch.sequences()).filter(|&sequence| batch.annotated[sequence] != 0);
-        self.heads.len() as f64 * annotated.map(of_sequence).sum::<f64>()
+        let parts = match &self.part {
+            SupervisedPart::Heads(heads) => heads.len(),
+            SupervisedPart::Memory => 1,
+        };
+        parts as f64 * annotated.map(of_sequence).sum::<f64>()
     }
 }

@@ -354,7 +354,17 @@ impl<B: Backend> Model<B> {
 
         if let (Some(memory), Some(acts_memory)) = (&block.memory, &mut acts.memory) {
             let x = &acts.middle;
-            self.memory(index, memory, pass, acting, x, acts_memory, branch, none)?;
+            self.memory(
+                index,
+                memory,
+                pass,
+                acting,
+                x,
+                acts_memory,
+                branch,
+                none,
+                metrics,
+            )?;
         }
         let stream = acts
             .memory
@@ -420,6 +430,7 @@ impl<B: Backend> Model<B> {
         acts: &mut MemoryActivations<B>,
         branch: &mut B::Buffer,
         none: &mut B::Buffer,
+        metrics: &mut B::Buffer,
     ) -> Result<(), ModelError> {
         let (batch, rows) = (pass.batch, pass.counts.tokens);
         let backend = &*self.backend;
@@ -492,6 +503,7 @@ impl<B: Backend> Model<B> {
             inputs,
             &mut acts.state,
             &mut acts.read,
+            metrics,
         )?;
         if let Some(state) = acting.as_mut().filter(|state| state.commit) {
             let to = &mut state.memories[index];

@@ -456,10 +456,6 @@ fn validate(
     let Some(supervision) = supervision else {
         return Ok(());
     };
-    if config.attention == AttentionSpan::Segment {
-        let expected = "no memory loss (lambda = 0): its pairs cross segments";
-        return Err(ModelError::setting("attention", "segment", expected));
-    }
     if supervision.layer >= config.layers {
         return Err(ModelError::setting(
             "loss.layer",
@@ -467,20 +463,13 @@ fn validate(
             format!("1 to {}", config.layers),
         ));
     }
-    if supervision.heads.is_empty() || !supervision.heads.is_sorted_by(|a, b| a < b) {
-        let expected = "at least one head, ascending, none twice";
-        return Err(ModelError::setting(
-            "loss.heads",
-            format!("{:?}", supervision.heads),
-            expected,
-        ));
-    }
-    if let Some(head) = supervision.heads.iter().find(|&&head| head >= config.heads) {
-        return Err(ModelError::setting(
-            "loss.heads",
-            head + 1,
-            format!("1 to {}", config.heads),
-        ));
+    match &supervision.part {
+        SupervisedPart::Heads(heads) => validate_heads(heads, config)?,
+        SupervisedPart::Memory if config.memory.is_none() => {
+            let expected = "a memory layer with a supervised memory";
+            return Err(ModelError::setting("memory", "nothing", expected));
+        }
+        SupervisedPart::Memory => {}
     }
     if !(supervision.lambda > 0.0 && supervision.lambda.is_finite()) {
         return Err(ModelError::setting(
@@ -490,4 +479,28 @@ fn validate(
         ));
     }
     Ok(())
+}
+
+/// Supervised heads of a configuration.
+fn validate_heads(heads: &[usize], config: &ModelConfig) -> Result<(), ModelError> {
+    if config.attention == AttentionSpan::Segment {
+        let expected = "`episode` where attention heads are supervised: pairs cross segments";
+        return Err(ModelError::setting("attention", "segment", expected));
+    }
+    if heads.is_empty() || !heads.is_sorted_by(|a, b| a < b) {
+        let expected = "at least one head, ascending, none twice";
+        return Err(ModelError::setting(
+            "loss.heads",
+            format!("{heads:?}"),
+            expected,
+        ));
+    }
+    match heads.iter().find(|&&head| head >= config.heads) {
+        Some(head) => Err(ModelError::setting(
+            "loss.heads",
+            head + 1,
+            format!("1 to {}", config.heads),
+        )),
+        None => Ok(()),
+    }
 }

@@ -5,7 +5,7 @@ use dtmem_reference::convolution::Grid;
 
 use super::config::{
     AdapterConfig, AddressingKind, AttentionSpan, Block, EraseKind, FrontEnd, MemoryConfig,
-    ModelConfig, OrderKind, StrengthKind, SupervisionConfig,
+    ModelConfig, OrderKind, StrengthKind, SupervisedPart, SupervisionConfig,
 };
 use super::parameters::{Declare, Start};
 use crate::backend::{
@@ -350,7 +350,8 @@ impl BlockNetwork {
         });
         let memory = config.memory.as_ref().map(|memory| {
             declare.within("memory", |declare| {
-                MemoryNetwork::declare(declare, width, memory, config.adapter.as_ref())
+                let recall = supervised.is_some_and(|x| x.part == SupervisedPart::Memory);
+                MemoryNetwork::declare(declare, width, memory, config.adapter.as_ref(), recall)
             })
         });
         let feed_forward_norm = declare.within("feed_forward_norm", |declare| norm(declare, width));
@@ -370,9 +371,12 @@ impl BlockNetwork {
                     AttentionSpan::Episode => Extent::Sequence,
                     AttentionSpan::Segment => Extent::Segment,
                 },
-                supervised: supervised.map(|supervision| Supervised {
-                    heads: supervision.heads.clone(),
-                    denominator: supervision.denominator,
+                supervised: supervised.and_then(|supervision| match &supervision.part {
+                    SupervisedPart::Heads(heads) => Some(Supervised {
+                        heads: heads.clone(),
+                        denominator: supervision.denominator,
+                    }),
+                    SupervisedPart::Memory => None,
                 }),
             },
             attention_out,
@@ -394,6 +398,7 @@ impl MemoryNetwork {
         width: usize,
         config: &MemoryConfig,
         adapter: Option<&AdapterConfig>,
+        supervised: bool,
     ) -> Self {
         let start = Initialisation::Normal;
         let square = [width, width];
@@ -443,6 +448,7 @@ impl MemoryNetwork {
             strength_bias: (config.strength == StrengthKind::Sigmoid).then(|| {
                 declare.plain("strength_bias", &[1], Start::Constant(config.strength_bias))
             }),
+            supervised,
             trainable: declare.trainable(),
         };
         let out = Linear {

@@ -11,7 +11,7 @@ use toml::{Table, Value};
 
 use super::device::Precision;
 use crate::batch::TokenLayout;
-use crate::model::{AttentionSpan, FrontEnd, ModelConfig, SupervisionConfig};
+use crate::model::{AttentionSpan, FrontEnd, ModelConfig, SupervisedPart, SupervisionConfig};
 use crate::spaces::{Family, Spaces};
 use crate::tasks::Task;
 
@@ -179,15 +179,27 @@ pub enum DenominatorKind {
     Causal,
 }
 
+/// What the memory loss teaches to recall.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Supervise {
+    /// Attention heads: AttentionTuner.
+    Attention,
+    /// The memory layer.
+    Memory,
+}
+
 /// The memory loss.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct LossConfig {
     /// Weight λ; 0: no memory loss.
     pub lambda: f64,
+    /// What is supervised.
+    pub supervise: Supervise,
     /// Supervised layer, counted from 1.
     pub layer: usize,
-    /// Supervised heads, counted from 1, ascending.
+    /// Supervised attention heads, counted from 1, ascending.
     pub heads: Vec<usize>,
     /// What it is divided by.
     pub denominator: DenominatorKind,
@@ -197,6 +209,7 @@ impl Default for LossConfig {
     fn default() -> Self {
         Self {
             lambda: 10.0,
+            supervise: Supervise::Attention,
             layer: 1,
             heads: vec![1],
             denominator: DenominatorKind::Square,
@@ -529,15 +542,24 @@ impl Config {
                 ),
             ));
         }
-        if model.attention == AttentionSpan::Segment && model.segment_steps > 0 {
-            return Err(ConfigError::value(
+        let by_segment = model.attention == AttentionSpan::Segment;
+        match loss.supervise {
+            Supervise::Attention if by_segment => Err(ConfigError::value(
                 "loss.lambda",
                 loss.lambda,
-                "0 with model.attention = \"segment\", because pairs cross segments; \
-                 or model.attention = \"episode\"",
-            ));
+                "0 with model.attention = \"segment\", because pairs cross segments; or \
+                 model.attention = \"episode\", or loss.supervise = \"memory\"",
+            )),
+            Supervise::Memory if model.memory.is_none() || model.segment_steps == 0 => {
+                Err(ConfigError::value(
+                    "loss.supervise",
+                    "memory",
+                    "\"attention\", or a memory that is written more than once an episode: \
+                     [model.memory] and model.segment_steps",
+                ))
+            }
+            _ => Ok(()),
         }
-        Ok(())
     }
 
     /// The memory loss as the model takes it; none if λ is 0.
@@ -546,7 +568,12 @@ impl Config {
         (loss.lambda > 0.0).then(|| SupervisionConfig {
             lambda: loss.lambda,
             layer: loss.layer.saturating_sub(1),
-            heads: loss.heads.iter().map(|h| h.saturating_sub(1)).collect(),
+            part: match loss.supervise {
+                Supervise::Attention => {
+                    SupervisedPart::Heads(loss.heads.iter().map(|h| h.saturating_sub(1)).collect())
+                }
+                Supervise::Memory => SupervisedPart::Memory,
+            },
             denominator: match loss.denominator {
                 DenominatorKind::Square => attention::Denominator::Square,
                 DenominatorKind::Causal => attention::Denominator::Causal,

@@ -16,7 +16,7 @@ use super::schedule::Schedule;
 use super::{Error, plots};
 use crate::backend::Backend;
 use crate::batch::Trajectory;
-use crate::model::{Model, OptimiserStep, StepMetrics, Training};
+use crate::model::{Model, OptimiserStep, StepMetrics, SupervisedPart, Training};
 use crate::tasks::{Demonstrations, Split, Task, write_beside};
 
 /// The files of an output folder.
@@ -705,10 +705,12 @@ fn draw_attention<B: Backend>(
         return Ok(());
     }
     let (layer, head) = match config.supervision() {
-        Some(supervision) => (
-            supervision.layer,
-            supervision.heads.first().copied().unwrap_or(0),
-        ),
+        Some(supervision) => match &supervision.part {
+            SupervisedPart::Heads(heads) => {
+                (supervision.layer, heads.first().copied().unwrap_or(0))
+            }
+            SupervisedPart::Memory => (supervision.layer, 0),
+        },
         None => (0, 0),
     };
     let map = model.attention_map(packer.batch(), layer, head)?;

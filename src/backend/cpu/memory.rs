@@ -2,8 +2,10 @@
 
 use dtmem_reference as reference;
 use dtmem_reference::Scalar;
+use dtmem_reference::attention::Pairs;
 use dtmem_reference::content_memory::{Gradients, Inputs};
-use ndarray::{ArrayView1, ArrayView2, ArrayViewMut1, ArrayViewMut2, Axis, s};
+use dtmem_reference::recall::recall_loss;
+use ndarray::{Array2, ArrayView1, ArrayView2, ArrayViewMut1, ArrayViewMut2, Axis, concatenate, s};
 
 use super::{Cpu, columns, front, part};
 use crate::backend::{Memory, MemoryInputs, Result};
@@ -19,6 +21,26 @@ pub(super) struct Chains<'a, T> {
     value: ArrayView2<'a, T>,
     key_strength: Option<ArrayView1<'a, T>>,
     strength_bias: T,
+}
+
+/// What a supervised memory layer keeps of one sequence with C recalled tokens.
+#[derive(Debug, Clone, Default)]
+pub struct Recall<T> {
+    /// Recalled tokens, relative to the start of the sequence, ascending.
+    tokens: Vec<i32>,
+    /// The memory's columns for them, after each segment [segments, N, C].
+    traces: Vec<T>,
+    /// Gradient of what is read in them [tokens, C].
+    gradient: Vec<T>,
+    /// Numerator of the loss.
+    pub(super) loss: f64,
+}
+
+/// The memory after each segment [segments, N·D], and the sequences' recall.
+#[derive(Debug, Default)]
+pub struct MemoryState<T> {
+    pub(super) states: Vec<T>,
+    pub(super) recalls: Vec<Recall<T>>,
 }
 
 impl<'a, T: Scalar> Chains<'a, T> {
@@ -87,13 +109,119 @@ impl<'a, T: Scalar> Chains<'a, T> {
         }
     }
 
-    /// Sequences `from .. to`; `states` and `read` hold their segments and tokens only.
+    /// Starts the recall of a sequence: finds the tokens that later segments recall.
+    fn start_recall(&self, sequence: usize, recall: &mut Recall<T>) {
+        recall.tokens.clear();
+        recall.traces.clear();
+        recall.gradient.clear();
+        recall.loss = 0.0;
+        if !self.memory.supervised || self.batch.annotated[sequence] == 0 {
+            return;
+        }
+        let tokens = self.batch.tokens_of(sequence);
+        for segment in self.segments(sequence)..self.segments(sequence + 1) {
+            let first = (self.tokens(segment) - tokens.start) as i32;
+            let offsets = &self.batch.pair_offsets;
+            let [from, to] = [segment, segment + 1].map(|s| offsets[self.tokens(s)] as usize);
+            let pairs = &self.batch.pair_keys[from..to];
+            recall
+                .tokens
+                .extend(pairs.iter().filter(|&&key| key < first));
+        }
+        recall.tokens.sort_unstable();
+        recall.tokens.dedup();
+        recall
+            .gradient
+            .resize(tokens.len() * recall.tokens.len(), T::zero());
+    }
+
+    /// Memory and values of segment number `index` of a sequence, with a column for every recalled
+    /// token: [N, D + C] and [T, D + C].
+    fn traced(
+        &self,
+        memory: &[T],
+        recall: &Recall<T>,
+        segment: usize,
+        index: usize,
+        start: usize,
+    ) -> reference::Result<[Array2<T>; 2]> {
+        let (slots, width, columns) = (self.memory.slots, self.memory.width, recall.tokens.len());
+        let rows = self.tokens(segment)..self.tokens(segment + 1);
+        let mut traced = Array2::zeros((slots, width + columns));
+        traced
+            .slice_mut(s![.., ..width])
+            .assign(&self.matrix(memory)?);
+        if let Some(before) = index.checked_sub(1) {
+            let traces = recall.traces[before * slots * columns..].iter();
+            let to = traced.slice_mut(s![.., width..]);
+            to.into_iter().zip(traces).for_each(|(to, &x)| *to = x);
+        }
+        let mut values = Array2::zeros((rows.len(), width + columns));
+        values
+            .slice_mut(s![.., ..width])
+            .assign(&self.value.slice(s![rows.clone(), ..]));
+        for (column, &token) in recall.tokens.iter().enumerate() {
+            let token = start + token as usize;
+            if rows.contains(&token) {
+                values[[token - rows.start, width + column]] = T::one();
+            }
+        }
+        Ok([traced, values])
+    }
+
+    /// One segment with its recall: the memory after it, the reads and the loss.
+    fn traced_forward(
+        &self,
+        [memory, values]: [Array2<T>; 2],
+        recall: &mut Recall<T>,
+        segment: usize,
+        start: usize,
+        next: &mut [T],
+        mut read: ArrayViewMut2<T>,
+        scratch: &mut Vec<T>,
+    ) -> reference::Result<()> {
+        let (width, columns) = (self.memory.width, recall.tokens.len());
+        let rows = self.tokens(segment)..self.tokens(segment + 1);
+        let inputs = Inputs {
+            value: values.view(),
+            ..self.inputs(memory.view(), segment)
+        };
+        let mut traced_next = Array2::zeros(memory.dim());
+        let mut traced_read = Array2::zeros(values.dim());
+        let outputs = (traced_next.view_mut(), traced_read.view_mut());
+        self.memory
+            .variant
+            .forward(inputs, outputs.0, outputs.1, scratch)?;
+        self.matrix_mut(next)?
+            .assign(&traced_next.slice(s![.., ..width]));
+        read.assign(&traced_read.slice(s![.., ..width]));
+        recall.traces.extend(traced_next.slice(s![.., width..]));
+        let gradient = &mut recall.gradient[(rows.start - start) * columns..];
+        let gradient = &mut gradient[..rows.len() * columns];
+        recall.loss += recall_loss(
+            traced_read.slice(s![.., width..]),
+            &recall.tokens,
+            (rows.start - start) as i32,
+            Pairs {
+                offsets: &self.batch.pair_offsets[rows.start..=rows.end],
+                keys: &self.batch.pair_keys,
+            },
+            self.batch.training.weights.pair,
+            ArrayViewMut2::from_shape((rows.len(), columns), gradient)
+                .expect("a slice of this very size"),
+        )?;
+        Ok(())
+    }
+
+    /// Sequences `from .. to`; `states`, `recalls` and `read` hold their segments, sequences and
+    /// tokens only.
     pub(super) fn forward(
         &self,
         from: usize,
         to: usize,
         start: &(dyn Fn(usize) -> &'a [T] + Sync),
         states: &mut [T],
+        recalls: &mut [Recall<T>],
         read: ArrayViewMut2<T>,
     ) -> reference::Result<()> {
         if from == to {
@@ -104,15 +232,19 @@ impl<'a, T: Scalar> Chains<'a, T> {
             let middle = from.midpoint(to);
             let split = self.segments(middle);
             let (states, states_right) = states.split_at_mut((split - first) * self.state());
+            let (recalls, recalls_right) = recalls.split_at_mut(middle - from);
             let (read, read_right) =
                 read.split_at(Axis(0), self.tokens(split) - self.tokens(first));
             let (left, right) = rayon::join(
-                || self.forward(from, middle, start, states, read),
-                || self.forward(middle, to, start, states_right, read_right),
+                || self.forward(from, middle, start, states, recalls, read),
+                || self.forward(middle, to, start, states_right, recalls_right, read_right),
             );
             return left.and(right);
         }
         let mut scratch = self.backend.scratch();
+        let recall = &mut recalls[0];
+        self.start_recall(from, recall);
+        let first_token = self.tokens(first);
         let mut memory = start(from);
         let mut states = states;
         let mut read = read;
@@ -121,10 +253,14 @@ impl<'a, T: Scalar> Chains<'a, T> {
             states = rest;
             let (y, rest) = read.split_at(Axis(0), self.tokens(segment + 1) - self.tokens(segment));
             read = rest;
-            let inputs = self.inputs(self.matrix(memory)?, segment);
-            self.memory
-                .variant
-                .forward(inputs, self.matrix_mut(next)?, y, &mut scratch)?;
+            if recall.tokens.is_empty() {
+                let inputs = self.inputs(self.matrix(memory)?, segment);
+                let next = self.matrix_mut(next)?;
+                self.memory.variant.forward(inputs, next, y, &mut scratch)?;
+            } else {
+                let traced = self.traced(memory, recall, segment, segment - first, first_token)?;
+                self.traced_forward(traced, recall, segment, first_token, next, y, &mut scratch)?;
+            }
             memory = next;
         }
         Ok(())
@@ -137,7 +273,7 @@ impl<'a, T: Scalar> Chains<'a, T> {
         from: usize,
         to: usize,
         initial: &[T],
-        states: &[T],
+        kept: Kept<T>,
         grad_read: ArrayView2<T>,
         mut grad: ChainGradients<T>,
     ) -> reference::Result<T> {
@@ -149,56 +285,83 @@ impl<'a, T: Scalar> Chains<'a, T> {
             let middle = from.midpoint(to);
             let split = self.segments(middle);
             let rows = self.tokens(split) - self.tokens(first);
-            let (states, states_right) = states.split_at((split - first) * self.state());
+            let (states, states_right) = kept.states.split_at((split - first) * self.state());
+            let (recalls, recalls_right) = kept.recalls.split_at(middle - from);
             let (grad_read, grad_read_right) = grad_read.split_at(Axis(0), rows);
             let (grad, grad_right) = grad.split(rows, (middle - from) * 2 * self.state());
+            let left = Kept { states, recalls };
+            let right = Kept {
+                states: states_right,
+                recalls: recalls_right,
+            };
             let (left, right) = rayon::join(
-                || self.backward(from, middle, initial, states, grad_read, grad),
-                || {
-                    self.backward(
-                        middle,
-                        to,
-                        initial,
-                        states_right,
-                        grad_read_right,
-                        grad_right,
-                    )
-                },
+                || self.backward(from, middle, initial, left, grad_read, grad),
+                || self.backward(middle, to, initial, right, grad_read_right, grad_right),
             );
             return Ok(left? + right?);
         }
         let mut scratch = self.backend.scratch();
+        let recall = &kept.recalls[0];
+        let columns = recall.tokens.len();
+        let (slots, width) = (self.memory.slots, self.memory.width);
         let mut bias = T::zero();
+        let mut grad_traces = Array2::zeros((slots, columns));
         let (mut grad_memory, mut grad_next) = grad.states.split_at_mut(self.state());
         grad_memory.fill(T::zero());
         for segment in (first..last).rev() {
             std::mem::swap(&mut grad_memory, &mut grad_next);
             let index = segment - first;
             let memory = match index.checked_sub(1) {
-                Some(index) => &states[index * self.state()..][..self.state()],
+                Some(index) => &kept.states[index * self.state()..][..self.state()],
                 None => initial,
             };
             let rows = self.tokens(segment) - self.tokens(first)
                 ..self.tokens(segment + 1) - self.tokens(first);
             let mut strength_bias = T::zero();
+            let mut value = grad.value.slice_mut(s![rows.clone(), ..]);
+            let grad_read = grad_read.slice(s![rows.clone(), ..]);
             let gradients = Gradients {
                 memory: self.matrix_mut(grad_memory)?,
                 address_key: grad.address_key.slice_mut(s![rows.clone(), ..]),
                 strength_key: grad.strength_key.slice_mut(s![rows.clone(), ..]),
-                value: grad.value.slice_mut(s![rows.clone(), ..]),
+                value: value.view_mut(),
                 key_strength: grad
                     .key_strength
                     .as_mut()
                     .map(|x| x.slice_mut(s![rows.clone()])),
                 strength_bias: &mut strength_bias,
             };
-            self.memory.variant.backward(
-                self.inputs(self.matrix(memory)?, segment),
-                self.matrix(grad_next)?,
-                grad_read.slice(s![rows.clone(), ..]),
-                gradients,
-                &mut scratch,
-            )?;
+            let variant = &self.memory.variant;
+            if columns == 0 {
+                let inputs = self.inputs(self.matrix(memory)?, segment);
+                let grad_next = self.matrix(grad_next)?;
+                variant.backward(inputs, grad_next, grad_read, gradients, &mut scratch)?;
+            } else {
+                let [memory, values] =
+                    self.traced(memory, recall, segment, index, self.tokens(first))?;
+                let of_recall = &recall.gradient[rows.start * columns..rows.end * columns];
+                let of_recall = ArrayView2::from_shape((rows.len(), columns), of_recall)
+                    .expect("a slice of this very size");
+                let grad_read = concatenate![Axis(1), grad_read, of_recall];
+                let grad_next = concatenate![Axis(1), self.matrix(grad_next)?, grad_traces];
+                let mut traced_memory = Array2::zeros(memory.dim());
+                let mut traced_values = Array2::zeros(values.dim());
+                let gradients = Gradients {
+                    memory: traced_memory.view_mut(),
+                    value: traced_values.view_mut(),
+                    ..gradients
+                };
+                let inputs = Inputs {
+                    value: values.view(),
+                    ..self.inputs(memory.view(), segment)
+                };
+                let (next, read) = (grad_next.view(), grad_read.view());
+                variant.backward(inputs, next, read, gradients, &mut scratch)?;
+                self.matrix_mut(grad_memory)?
+                    .assign(&traced_memory.slice(s![.., ..width]));
+                value.assign(&traced_values.slice(s![.., ..width]));
+                grad_traces.assign(&traced_memory.slice(s![.., width..]));
+            }
             bias += strength_bias;
         }
         // After an odd number of swaps the result stands in the second half.
@@ -207,6 +370,13 @@ impl<'a, T: Scalar> Chains<'a, T> {
         }
         Ok(bias)
     }
+}
+
+/// What the forward pass of some chains kept.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Kept<'a, T> {
+    pub(super) states: &'a [T],
+    pub(super) recalls: &'a [Recall<T>],
 }
 
 /// What the backward pass of some chains writes.

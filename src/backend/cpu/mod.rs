@@ -20,7 +20,7 @@ use ndarray::{ArrayView1, ArrayView2, ArrayViewMut1, ArrayViewMut2, Axis, s};
 use rayon::prelude::*;
 
 use attention::{Cached, HeadGradients, HeadSaved, Heads};
-use memory::{ChainGradients, Chains};
+use memory::{ChainGradients, Chains, Kept, MemoryState, Recall};
 
 use super::{
     Activation, AdamW, Attention, Backend, BackendError, Codes, Convolutions, Dropped, In,
@@ -568,8 +568,7 @@ impl<T: Scalar> Backend for Cpu<T> {
     type Recording = ();
     /// The log-sum-exp [tokens, heads].
     type AttentionState = Vec<T>;
-    /// The memory after each segment [segments, N·D].
-    type MemoryState = Vec<T>;
+    type MemoryState = MemoryState<T>;
 
     fn name(&self) -> &'static str {
         "cpu"
@@ -1339,8 +1338,16 @@ impl<T: Scalar> Backend for Cpu<T> {
         Ok(())
     }
 
-    fn memory_state(&self, memory: &Memory, _sequences: usize, segments: usize) -> Result<Vec<T>> {
-        self.buffer(segments * memory.slots * memory.width, Kind::Exact)
+    fn memory_state(
+        &self,
+        memory: &Memory,
+        sequences: usize,
+        segments: usize,
+    ) -> Result<MemoryState<T>> {
+        Ok(MemoryState {
+            states: self.buffer(segments * memory.slots * memory.width, Kind::Exact)?,
+            recalls: vec![Recall::default(); sequences],
+        })
     }
 
     fn memory(
@@ -1350,28 +1357,36 @@ impl<T: Scalar> Backend for Cpu<T> {
         parameters: &Vec<T>,
         start: MemoryStart<Vec<T>>,
         inputs: MemoryInputs<Vec<T>>,
-        states: &mut Vec<T>,
+        kept: &mut MemoryState<T>,
         read: &mut Vec<T>,
+        metrics: &mut Vec<T>,
     ) -> Result<()> {
         const NAME: &str = "memory";
         let chains = Chains::new(self, memory, batch, parameters, inputs)?;
         let state = memory.slots * memory.width;
-        let states = front_mut(NAME, states, batch.segments() * state)?;
+        let states = front_mut(NAME, &mut kept.states, batch.segments() * state)?;
         let read = matrix_mut(NAME, read, batch.tokens(), memory.width)?;
         let sequences = batch.sequences();
+        let recalls = &mut kept.recalls[..sequences];
         let forward = match start {
             MemoryStart::Learned => {
                 let initial = part(NAME, parameters, memory.initial)?;
-                chains.forward(0, sequences, &|_| initial, states, read)
+                chains.forward(0, sequences, &|_| initial, states, recalls, read)
             }
             MemoryStart::State(buffer, slots) => {
                 let rows = slots.iter().max().map_or(0, |&slot| slot + 1);
                 let buffer = front(NAME, buffer, rows * state)?;
                 let start = |sequence: usize| &buffer[slots[sequence] * state..][..state];
-                chains.forward(0, sequences, &start, states, read)
+                chains.forward(0, sequences, &start, states, recalls, read)
             }
         };
-        named(NAME, forward)
+        named(NAME, forward)?;
+        if memory.supervised {
+            let metrics = front_mut(NAME, metrics, METRICS)?;
+            let loss = kept.recalls[..sequences].iter().map(|x| x.loss).sum();
+            metrics[Metric::MemoryLoss as usize] = T::from_f64(loss);
+        }
+        Ok(())
     }
 
     fn memory_backward(
@@ -1380,7 +1395,7 @@ impl<T: Scalar> Backend for Cpu<T> {
         memory: &Memory,
         parameters: &Vec<T>,
         inputs: MemoryInputs<Vec<T>>,
-        states: &Vec<T>,
+        kept: &MemoryState<T>,
         grad_read: &Vec<T>,
         input_gradients: MemoryGradients<Vec<T>>,
         grad_states: &mut Vec<T>,
@@ -1399,7 +1414,10 @@ impl<T: Scalar> Backend for Cpu<T> {
         };
         let grad_states = front_mut(NAME, grad_states, 2 * sequences * state)?;
         let initial = part(NAME, parameters, memory.initial)?;
-        let states = front(NAME, states, batch.segments() * state)?;
+        let kept = Kept {
+            states: front(NAME, &kept.states, batch.segments() * state)?,
+            recalls: &kept.recalls[..sequences],
+        };
         let grad_read = matrix(NAME, grad_read, tokens, width)?;
         let chain_gradients = ChainGradients {
             address_key,
@@ -1410,7 +1428,7 @@ impl<T: Scalar> Backend for Cpu<T> {
         };
         let bias = named(
             NAME,
-            chains.backward(0, sequences, initial, states, grad_read, chain_gradients),
+            chains.backward(0, sequences, initial, kept, grad_read, chain_gradients),
         )?;
         if !memory.trainable {
             return Ok(());
@@ -1436,7 +1454,7 @@ impl<T: Scalar> Backend for Cpu<T> {
         &self,
         batch: &PackedBatch,
         memory: &Memory,
-        states: &Vec<T>,
+        kept: &MemoryState<T>,
         slots: &[usize],
         to: &mut Vec<T>,
     ) -> Result<()> {
@@ -1451,7 +1469,7 @@ impl<T: Scalar> Backend for Cpu<T> {
                 offset: index * len,
                 len,
             };
-            part_mut(NAME, to, row(slot))?.copy_from_slice(part(NAME, states, row(end - 1))?);
+            part_mut(NAME, to, row(slot))?.copy_from_slice(part(NAME, &kept.states, row(end - 1))?);
         }
         Ok(())
     }

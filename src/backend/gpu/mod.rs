@@ -992,6 +992,11 @@ impl<D: Device, T: Compute> Backend for Gpu<D, T> {
         sequences: usize,
         segments: usize,
     ) -> Result<Self::MemoryState> {
+        if memory.supervised {
+            return Err(BackendError::CpuOnly {
+                what: "a supervised memory (loss.supervise = \"memory\")",
+            });
+        }
         let memories = sequences + segments;
         self.buffer(memories * memory.slots * memory.width, Kind::Activation)
     }
@@ -1005,6 +1010,7 @@ impl<D: Device, T: Compute> Backend for Gpu<D, T> {
         inputs: MemoryInputs<Self::Buffer>,
         state: &mut Self::MemoryState,
         read: &mut Self::Buffer,
+        _metrics: &mut Self::Buffer,
     ) -> Result<()> {
         self.chain_forward(batch, memory, parameters, start, inputs, state, read)
     }
