@@ -13,15 +13,16 @@
 // Workspace, f32: w and β [tokens, N] each, and squares [B, N]: 4·N·(2·tokens + B) bytes.
 //
 // Launches, in order (`longest` is the most tokens of a sequence; `tiles(n)` = ⌈n/64⌉; all with 256 threads):
-//   scores   (tiles(N), max(1, tiles(2·longest)), B)   M·a, M·s and |M|²: 64 stacked key rows × 64 slots per block
-//   address  (longest, B)                              one token per block: w and β in the place of the products
-//   write    (tiles(N), tiles(D), B)                   64 slots × 64 columns of M′ per block
-//   read     (tiles(D), tiles(longest), B)             64 tokens × 64 columns of y per block, all slots in order
+//   scores   (tiles(N), tiles(longest), B)   M·a, M·s and |M|²: 64 slots × 64 tokens per block; 72 KiB of dynamic shared memory
+//   address  (longest, B)                    one token per block: w and β in the place of the products
+//   write    (tiles(N), tiles(D), B)         64 slots × 64 columns of M′ per block
+//   read     (tiles(D), tiles(longest), B)   64 tokens × 64 columns of y per block, all slots in order
+// The backward pass begins with the first two, and has scores multiply R and v as well.
 // With order read_then_write, write and read both take M; with write_then_read, read takes M′.
 // A block sums in one order that the shape alone decides, nothing is added atomically: the same bits in every run.
 //
 // Bound by memory for segments of a few dozen tokens: with element size e, 3·N·D·e bytes of M are read (scores, write,
-// read; a second row of key tiles finds M in the cache) and N·D·e written per sequence, and 8·N·T·D operations done,
+// read; further tiles of tokens find M in the cache) and N·D·e written per sequence, and 8·N·T·D operations done,
 // 2·T/e per byte; for B 8–64, N 1290, D 512, T 39 in bf16 that is 4·1.3 MB and 206 MFLOP a sequence.
 //
 // History
@@ -29,6 +30,7 @@
 //      the ordinary units, bf16 and f16 on matrix units as TF32
 //   2  bf16 and f16: panels in the storage type, what lies in memory comes by cp.async in 16-byte pieces, what is computed
 //      in two parts, so that nothing is lost where sums cancel; ldmatrix and m16n8k16
+//   3  scores: all products of a tile of slots in one block, three stages of swizzled panels; f32 by cp.async, too
 
 #include "content_memory.cuh"
 
@@ -37,77 +39,124 @@ namespace {
 constexpr int kMostSlots = 4096;
 constexpr int kSlotsPerThread = kMostSlots / kThreads;
 
-// Σ_d x_d·y_d, in every lane.
-template <typename T>
-__device__ inline float warp_dot(const T* x, const T* y, int width, bool vectors) {
-    constexpr int kSize = kVectorSize<T>;
-    const int lane = threadIdx.x % kWarpSize;
-    float sum = 0.0f;
-    if (vectors) {
-        for (int d = lane * kSize; d < width; d += kWarpSize * kSize) {
-            float of_x[kSize], of_y[kSize];
-            load(x + d, of_x);
-            load(y + d, of_y);
-#pragma unroll
-            for (int i = 0; i < kSize; ++i) sum += of_x[i] * of_y[i];
-        }
-    } else {
-        for (int d = lane; d < width; d += kWarpSize) sum += widen(x[d]) * widen(y[d]);
-    }
-    return warp_sum(sum);
-}
+// What scores multiplies: rows of tokens, and of slots.
+enum Operand { kKeys, kStrengthKeys, kReads, kValues, kOperands };
 
-// y0, y1, y2 [tokens, N] = the products of x0, x1, x2 [tokens, D] with the rows of `memory`; the second and the third
-// may be null. squares[i] = Σ_d memory_id·other_id.
+// What a step of scores takes: 64 bytes of each row.
 template <typename T>
-__device__ inline void scores(const T* memory, const T* other, const T* x0, const T* x1, const T* x2,
-                              const int32_t* offsets, float* y0, float* y1, float* y2, float* squares, int slots,
-                              int width, int stride0, int stride1, int stride2) {
-    using Tiles = Product<T, kUnits<T>>;
-    using Panels = typename Tiles::Panels;
-    __shared__ Panels panels;
+struct ScoreStage {
+    static constexpr int kColumns = 64 / sizeof(T);
+    Panel<T, kColumns> memory, gradient, rows[kOperands];
+};
+constexpr int kScoreStages = 3;
+
+// Products of a, s, R with the rows of `memory`, of v with those of `gradient`: products[n] [tokens, N]; a warp has one
+// operand and half of the slots. squares[i] = |M_i|², dots[i] = G_i·M_i. Blocks behind those of the slots have as many
+// rows of R in the place of G's: cross[t, u] = v_t·R_u. Without a gradient there is neither R nor v nor what comes of them.
+template <typename T>
+__device__ inline void scores(const T* memory, const T* gradient, const Rows<T> (&rows)[kOperands],
+                              const int32_t* offsets, float* const (&products)[kOperands], float* squares, float* dots,
+                              float* cross, unsigned char* shared, int slots, int width, int pitch) {
+    using Stage = ScoreStage<T>;
+    constexpr int kColumns = Stage::kColumns;
+    auto* stages = reinterpret_cast<Stage*>(shared);
     const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
     const Sequence sequence(offsets, blockIdx.z);
-    const int tokens = sequence.tokens;
-    const int first_slot = blockIdx.x * kTile, first_row = blockIdx.y * kTile;
-    const bool of_memory = in_vectors(memory, width) && in_vectors(other, width);
-    const bool of_tokens = in_vectors(x0, stride0) && in_vectors(x1, stride1) && in_vectors(x2, stride2);
-    memory += static_cast<int64_t>(blockIdx.z) * slots * width;
-    other += static_cast<int64_t>(blockIdx.z) * slots * width;
+    const int first_token = blockIdx.y * kTile, tokens = min(sequence.tokens - first_token, kTile);
+    const int tiles = (slots + kTile - 1) / kTile;
+    const bool of_slots = static_cast<int>(blockIdx.x) < tiles;
+    const int first = (blockIdx.x - (of_slots ? 0 : tiles)) * kTile;
+    const int count = min((of_slots ? slots : sequence.tokens) - first, kTile);
+    if (tokens <= 0 || count <= 0) return;
+    const int64_t of_sequence = static_cast<int64_t>(blockIdx.z) * slots;
+    const Rows<T> of_memory{memory, width};
+    const Rows<T> of_gradient = of_slots ? Rows<T>{gradient, width} : rows[kReads];
+    const int64_t of_memory_from = of_sequence + first, of_gradient_from = of_slots ? of_memory_from : sequence.first + first;
+    const bool memory_vectors = of_memory.in_vectors(), gradient_vectors = of_gradient.in_vectors();
+    bool vectors[kOperands];
+#pragma unroll
+    for (int n = 0; n < kOperands; ++n) vectors[n] = rows[n].in_vectors();
 
-    if (blockIdx.y == 0) {
-        for (int slot = first_slot + warp; slot < min(first_slot + kTile, slots); slot += kWarps) {
-            const float sum = warp_dot(memory + slot * width, other + slot * width, width, of_memory);
-            if (lane == 0) squares[static_cast<int64_t>(blockIdx.z) * slots + slot] = sum;
+    const int steps = (width + kColumns - 1) / kColumns, fragments = (tokens + 15) / 16;
+    const auto start = [&](int step) {
+        Stage& stage = stages[step % kScoreStages];
+        const int column = step * kColumns, extent = width - column;
+        if (step < steps && of_slots) {
+            stage.memory.load(kTile, extent, memory, memory_vectors, [&](int row) {
+                return row < count ? of_memory[of_memory_from + row] + column : nullptr;
+            });
+        }
+        if (step < steps && gradient != nullptr) {
+            stage.gradient.load(kTile, extent, of_gradient.first, gradient_vectors, [&](int row) {
+                return row < count ? of_gradient[of_gradient_from + row] + column : nullptr;
+            });
+        }
+#pragma unroll
+        for (int n = 0; n < kOperands; ++n) {
+            if (step >= steps || rows[n].first == nullptr || !(of_slots || n == kValues)) continue;
+            stage.rows[n].load(fragments * 16, extent, rows[n].first, vectors[n], [&](int row) {
+                return row < tokens ? rows[n][sequence.first + first_token + row] + column : nullptr;
+            });
+        }
+        ptx::cp_async_commit();
+    };
+#pragma unroll
+    for (int step = 0; step < kScoreStages - 1; ++step) start(step);
+
+    const int operand = warp / 2, half = warp % 2 * (kTile / 2);
+    const bool works = (operand < kReads || gradient != nullptr) && (of_slots || operand == kValues);
+    const int slot = threadIdx.x / 4, piece = threadIdx.x % 4 * kVectorSize<T>;
+    float d[4][4][4] = {}, square = 0.0f, dot = 0.0f;
+    for (int step = 0; step < steps; ++step) {
+        ptx::cp_async_wait<kScoreStages - 2>();
+        __syncthreads();  // this step is there for all, and the one before has been used
+        start(step + kScoreStages - 1);
+        const Stage& stage = stages[step % kScoreStages];
+        if (works) {
+            multiply_rows(d, stage.rows[operand], operand == kValues ? stage.gradient : stage.memory, half, fragments);
+        }
+        if (of_slots && blockIdx.y == 0) {
+            float m[kVectorSize<T>], g[kVectorSize<T>];
+            load(stage.memory.at(slot, piece), m);
+#pragma unroll
+            for (int i = 0; i < kVectorSize<T>; ++i) square += m[i] * m[i];
+            if (gradient == nullptr) continue;
+            load(stage.gradient.at(slot, piece), g);
+#pragma unroll
+            for (int i = 0; i < kVectorSize<T>; ++i) dot += g[i] * m[i];
         }
     }
 
-    // The operands' rows stand one below the other, so that few rows of a tile stay empty.
-    const int rows = tokens * (x1 == nullptr ? 1 : x2 == nullptr ? 2 : 3);
-    if (first_row >= rows) return;
-    Tiles product;
-    product.add(panels, width,
-                stored<Layout::kDepthFirst>(x0, width, of_tokens, [=](int row) -> const T* {
-                    row += first_row;
-                    if (row >= rows) return nullptr;
-                    const int part = (row >= tokens) + (row >= 2 * tokens);
-                    const T* x = part == 0 ? x0 : part == 1 ? x1 : x2;
-                    const int stride = part == 0 ? stride0 : part == 1 ? stride1 : stride2;
-                    return x + (sequence.first + row - part * tokens) * stride;
-                }),
-                stored<Layout::kDepthFirst>(memory, width, of_memory, [=](int slot) -> const T* {
-                    slot += first_slot;
-                    return slot < slots ? memory + slot * width : nullptr;
-                }));
+    if (of_slots && blockIdx.y == 0) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
+        for (int lanes = 1; lanes < 4; lanes *= 2) {
+            square += __shfl_xor_sync(0xffffffffu, square, lanes);
+            dot += __shfl_xor_sync(0xffffffffu, dot, lanes);
+        }
+        if (threadIdx.x % 4 == 0 && slot < count) {
+            squares[of_memory_from + slot] = square;
+            if (gradient != nullptr) dots[of_memory_from + slot] = dot;
+        }
+    }
+    if (!works) return;
+    float* y = of_slots ? products[kKeys] : cross;
+    if (of_slots) {
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-            const int row = first_row + product.row(i, j), slot = first_slot + product.column(i, j);
-            if (row >= rows || slot >= slots) continue;
-            const int part = (row >= tokens) + (row >= 2 * tokens);
-            float* y = part == 0 ? y0 : part == 1 ? y1 : y2;
-            y[(sequence.first + row - part * tokens) * slots + slot] = product.sums[i][j];
+        for (int n = 1; n < kOperands; ++n) {
+            if (operand == n) y = products[n];
+        }
+    }
+    const int y_pitch = of_slots ? slots : pitch;
+#pragma unroll
+    for (int m = 0; m < 4; ++m) {
+#pragma unroll
+        for (int n = 0; n < 4; ++n) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                const int row = m * 16 + e / 2 * 8 + lane / 4, column = half + n * 8 + lane % 4 * 2 + e % 2;
+                if (row >= tokens || column >= count) continue;
+                y[(sequence.first + first_token + row) * y_pitch + first + column] = d[m][n][e];
+            }
         }
     }
 }
@@ -237,7 +286,7 @@ __device__ inline void address(const T* keys, const T* kappa, const float* bias,
 template <typename T>
 __device__ inline void write(const T* memory, const float* w, const float* beta, const T* value,
                              const int32_t* offsets, T* memory_next, int slots, int width, int stride, bool paper) {
-    using Tiles = Product<T, kUnits<T>>;
+    using Tiles = Product<T>;
     using Panels = typename Tiles::Panels;
     __shared__ Panels panels;
     __shared__ float factors[kGroups][kTile];
@@ -263,7 +312,7 @@ __device__ inline void write(const T* memory, const float* w, const float* beta,
                     const int at = t * slots + first_slot + row;
                     return first_slot + row < slots ? w[at] * beta[at] : 0.0f;
                 }),
-                stored<Layout::kRowsFirst>(value, width - first_column, in_vectors(value, stride), [=](int t) {
+                stored(value, width - first_column, Rows<T>{value, stride}.in_vectors(), [=](int t) {
                     return value + static_cast<int64_t>(t) * stride + first_column;
                 }));
     __syncthreads();  // the factors, where there was no token
@@ -284,7 +333,7 @@ __device__ inline void write(const T* memory, const float* w, const float* beta,
 // y = w·M
 template <typename T>
 __device__ inline void read(const float* w, const T* memory, const int32_t* offsets, T* y, int slots, int width) {
-    using Tiles = Product<T, kUnits<T>>;
+    using Tiles = Product<T>;
     using Panels = typename Tiles::Panels;
     __shared__ Panels panels;
     const Sequence sequence(offsets, blockIdx.z);
@@ -299,8 +348,8 @@ __device__ inline void read(const float* w, const T* memory, const int32_t* offs
                 computed<Layout::kDepthFirst>([=](int row, int slot) {
                     return first_token + row < tokens ? w[(first_token + row) * slots + slot] : 0.0f;
                 }),
-                stored<Layout::kRowsFirst>(memory, width - first_column, in_vectors(memory, width),
-                                           [=](int slot) { return memory + slot * width + first_column; }));
+                stored(memory, width - first_column, Rows<T>{memory, width}.in_vectors(),
+                       [=](int slot) { return memory + slot * width + first_column; }));
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
 #pragma unroll
@@ -314,11 +363,15 @@ __device__ inline void read(const float* w, const T* memory, const int32_t* offs
 }  // namespace
 
 #define CONTENT_MEMORY(NAME, T)                                                                                        \
-    extern "C" __global__ void __launch_bounds__(kThreads) content_memory_scores_##NAME(                               \
-        const T* memory, const T* other, const T* x0, const T* x1, const T* x2, const int32_t* offsets, float* y0,     \
-        float* y1, float* y2, float* squares, int32_t slots, int32_t width, int32_t stride0, int32_t stride1,          \
-        int32_t stride2) {                                                                                             \
-        scores(memory, other, x0, x1, x2, offsets, y0, y1, y2, squares, slots, width, stride0, stride1, stride2);      \
+    extern "C" __global__ void __launch_bounds__(kThreads, 2) content_memory_scores_##NAME(                            \
+        const T* memory, const T* gradient, const T* keys, const T* strength_keys, const T* reads, const T* values,    \
+        const int32_t* offsets, float* of_keys, float* of_strength_keys, float* of_reads, float* of_values,            \
+        float* squares, float* dots, float* cross, int32_t slots, int32_t width, int32_t stride,                       \
+        int32_t strength_stride, int32_t value_stride, int32_t pitch) {                                                \
+        extern __shared__ __align__(16) unsigned char shared[];                                                        \
+        scores<T>(memory, gradient,                                                                                    \
+                  {{keys, stride}, {strength_keys, strength_stride}, {reads, width}, {values, value_stride}}, offsets, \
+                  {of_keys, of_strength_keys, of_reads, of_values}, squares, dots, cross, shared, slots, width, pitch);\
     }                                                                                                                  \
     extern "C" __global__ void __launch_bounds__(kThreads) content_memory_address_##NAME(                              \
         const T* keys, const T* kappa, const float* bias, const int32_t* offsets, const float* squares,                \

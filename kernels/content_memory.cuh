@@ -1,6 +1,8 @@
-// What the forward and the backward kernels of content_memory share: sequences of a pack, and a tile of a matrix product.
+// What the kernels of content_memory share: sequences of a pack, products of whose operands one is computed, and panels of
+// operands that lie in memory.
 #pragma once
 
+#include "mma.cuh"
 #include "ptx.cuh"
 #include "reduce.cuh"
 #include "types.cuh"
@@ -37,18 +39,6 @@ __device__ inline float sum_again(float x, float (&exchange)[kWarps]) {
     return block_sum(x, exchange);
 }
 
-// How a product is multiplied: f32 on the ordinary units; TF32 (which holds bf16 and f16 exactly) on matrix units, for
-// f32 numbers of any size times f16; narrow operands, rounded to the storage type, on matrix units.
-enum class Units { kThreads, kTf32, kNarrow };
-
-template <typename T>
-constexpr Units kUnits = sizeof(T) < sizeof(float) ? Units::kNarrow : Units::kThreads;
-// Gradients keep the range of f32: bf16 has it, f16 has not.
-template <typename T>
-constexpr Units kUnitsOfGradients = kUnits<T>;
-template <>
-constexpr Units kUnitsOfGradients<f16> = Units::kTf32;
-
 // Which elements of an operand are neighbours in memory, and so in a panel: terms of one sum, or rows of the tile.
 enum class Layout { kDepthFirst, kRowsFirst };
 
@@ -56,8 +46,6 @@ enum class Layout { kDepthFirst, kRowsFirst };
 template <Layout kOrder, typename At>
 struct Computed {
     static constexpr Layout kLayout = kOrder;
-    // A narrow product takes it in two parts, rounded and what rounding left: sums may cancel.
-    static constexpr int kParts = 2;
     At at;
 
     __device__ float operator()(int row, int k) const { return at(row, k); }
@@ -68,64 +56,58 @@ __device__ inline Computed<kOrder, At> computed(const At& at) {
     return {at};
 }
 
-// An operand that lies in memory: `line(n)` points to row n (depth first), or to term n of row 0 (rows first); null where
-// there is none. `extent` elements of a line exist. With `vectors` lines are aligned to 16 bytes.
-template <typename T, Layout kOrder, typename Line>
+// An operand that lies in memory, rows first: `line(k)` points to term k of row 0. `extent` rows exist. With `vectors` lines
+// are aligned to 16 bytes.
+template <typename T, typename Line>
 struct Stored {
-    static constexpr Layout kLayout = kOrder;
-    static constexpr int kParts = 1;
+    static constexpr Layout kLayout = Layout::kRowsFirst;
     Line line;
     const T* any;  // a place in the same tensor, aligned as its lines
     int extent;
     bool vectors;
 
-    __device__ float operator()(int row, int k) const {
-        const int n = kLayout == Layout::kDepthFirst ? row : k, at = kLayout == Layout::kDepthFirst ? k : row;
-        const T* of = line(n);
-        return of != nullptr && at < extent ? widen(of[at]) : 0.0f;
-    }
+    __device__ float operator()(int row, int k) const { return row < extent ? widen(line(k)[row]) : 0.0f; }
 };
 
-template <Layout kOrder, typename T, typename Line>
-__device__ inline Stored<T, kOrder, Line> stored(const T* any, int extent, bool vectors, const Line& line) {
+template <typename T, typename Line>
+__device__ inline Stored<T, Line> stored(const T* any, int extent, bool vectors, const Line& line) {
     return {line, any, extent, vectors};
 }
 
-// Whether rows of `x`, `stride` elements apart, are aligned to 16 bytes.
+// Rows of a matrix in memory.
 template <typename T>
-__device__ inline bool in_vectors(const T* x, int stride) {
-    return is_aligned<kVectorSize<T>>(x, stride);
-}
+struct Rows {
+    const T* first;
+    int stride;
 
-// A tile of a·bᵀ, 16 elements per thread.
-template <Units kHow>
+    __device__ const T* operator[](int64_t row) const { return first + row * stride; }
+    // Whether they are aligned to 16 bytes.
+    __device__ bool in_vectors() const { return is_aligned<kVectorSize<T>>(first, stride); }
+};
+
+// A tile of a·bᵀ, 16 elements per thread: as mma leaves them, and f32 by threads in rows and columns of 16.
+template <bool kNarrow>
 struct Accumulators {
     float sums[4][4] = {};
 
     // Of sums[i][j] in the tile.
     __device__ static int row(int i, int j) {
         const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-        return kHow != Units::kThreads ? warp % 4 * 16 + j / 2 * 8 + lane / 4
-                                       : i * 16 + static_cast<int>(threadIdx.x) / 16;
+        return kNarrow ? warp % 4 * 16 + j / 2 * 8 + lane / 4 : i * 16 + static_cast<int>(threadIdx.x) / 16;
     }
     __device__ static int column(int i, int j) {
         const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-        return kHow != Units::kThreads ? warp / 4 * 32 + i * 8 + lane % 4 * 2 + j % 2
-                                       : j * 16 + static_cast<int>(threadIdx.x) % 16;
+        return kNarrow ? warp / 4 * 32 + i * 8 + lane % 4 * 2 + j % 2 : j * 16 + static_cast<int>(threadIdx.x) % 16;
     }
 };
 
 // Every thread calls `add`, which adds Σ_k a(row, k)·b(column, k) over k < depth. Operands give 0 outside of their rows.
-template <typename T, Units kHow>
+template <typename T>
 struct Product;
 
-// With panels of f32, fetched through registers one step ahead.
-template <typename T, Units kHow>
-struct WideProduct : Accumulators<kHow> {
-    using Accumulators<kHow>::sums;
-    using Accumulators<kHow>::row;
-    using Accumulators<kHow>::column;
-
+// f32: panels are fetched through registers one step ahead, and multiplied on the ordinary units.
+template <>
+struct Product<float> : Accumulators<false> {
     struct alignas(16) Panels {
         float a[kTile][kPitch];
         float b[kTile][kPitch];
@@ -145,11 +127,7 @@ struct WideProduct : Accumulators<kHow> {
                 fetch(a, start + kDepth, depth, next_a);
                 fetch(b, start + kDepth, depth, next_b);
             }
-            if constexpr (kHow == Units::kTf32) {
-                by_matrix_units(panels);
-            } else {
-                by_threads(panels);
-            }
+            multiply_terms(panels);
         }
     }
 
@@ -180,11 +158,11 @@ private:
         for (int n = 0; n < kFetches; ++n) {
             int row, k;
             place<kLayout>(n, row, k);
-            panel[row][k] = kHow == Units::kTf32 ? __uint_as_float(ptx::to_tf32(values[n])) : values[n];
+            panel[row][k] = values[n];
         }
     }
 
-    __device__ void by_threads(const Panels& panels) {
+    __device__ void multiply_terms(const Panels& panels) {
 #pragma unroll
         for (int k = 0; k < kDepth; k += 4) {
             float4 b[4];
@@ -203,30 +181,7 @@ private:
             }
         }
     }
-
-    __device__ void by_matrix_units(const Panels& panels) {
-        const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-        const int g = lane / 4, c = lane % 4;
-        const int first_row = warp % 4 * 16 + g, first_column = warp / 4 * 32 + g;
-#pragma unroll
-        for (int k = c; k < kDepth; k += 8) {
-            const uint32_t a[4] = {__float_as_uint(panels.a[first_row][k]), __float_as_uint(panels.a[first_row + 8][k]),
-                                   __float_as_uint(panels.a[first_row][k + 4]),
-                                   __float_as_uint(panels.a[first_row + 8][k + 4])};
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const float(&row)[kPitch] = panels.b[first_column + 8 * i];
-                const uint32_t b[2] = {__float_as_uint(row[k]), __float_as_uint(row[k + 4])};
-                ptx::mma_m16n8k8_tf32(sums[i], a, b);
-            }
-        }
-    }
 };
-
-template <typename T>
-struct Product<T, Units::kThreads> : WideProduct<T, Units::kThreads> {};
-template <typename T>
-struct Product<T, Units::kTf32> : WideProduct<T, Units::kTf32> {};
 
 __device__ inline void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bf16) {
     ptx::mma_m16n8k16_bf16(d, a, {b0, b1});
@@ -234,12 +189,14 @@ __device__ inline void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t 
 __device__ inline void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, f16) {
     ptx::mma_m16n8k16_f16(d, a, {b0, b1});
 }
-// With panels of T, two stages of 64 terms: while one is multiplied, what lies in memory is copied to the other, and what
-// is computed waits in registers. A panel has a line per row or per term, as the operand lies in memory. Only `a` may be
-// computed.
+
+// bf16 and f16: panels of the type, two stages of 64 terms: while one is multiplied, b, which lies in memory, is copied to
+// the other, and a, which is computed, waits in registers. It is taken in two parts, rounded and what rounding left: sums
+// may cancel. A panel of b has a line per term, one of a per row or per term. Panels take one `add`.
 template <typename T>
-struct Product<T, Units::kNarrow> : Accumulators<Units::kNarrow> {
+struct Product : Accumulators<true> {
     static constexpr int kTerms = 64;
+    static constexpr int kParts = 2;
     static constexpr int kLine = kTile + kVectorSize<T>;  // rows of a matrix then lie in different banks
     static constexpr int kPairs = kTile * kTerms / 2 / kThreads;
     static_assert(kTerms == kTile, "lines of both layouts are as long and as many");
@@ -252,33 +209,29 @@ struct Product<T, Units::kNarrow> : Accumulators<Units::kNarrow> {
 
     template <typename A, typename B>
     __device__ void add(Panels& panels, int depth, const A& a, const B& b) {
-        static_assert(B::kParts == 1);
-        const int steps = (depth + kTerms - 1) / kTerms * A::kParts;
+        const int steps = (depth + kTerms - 1) / kTerms * kParts;
         if (steps == 0) return;
-        Waiting values;
-        __syncthreads();  // what used the panels before has done so
-        begin(a, 0, depth, panels.a[0], values);
-        begin(b, 0, depth, panels.b[0], values);
-        end(a, 0, values, panels.a[0]);
+        float values[kPairs][2];
+        fetch(a, 0, depth, values);
+        copy(b, 0, depth, panels.b[0]);
+        keep(0, values, panels.a[0]);
         for (int step = 0; step < steps; ++step) {
             ptx::cp_async_wait_all();
             __syncthreads();  // what this step takes is there for all, and what the one before took has been used
-            const int next = step + 1, part = next % A::kParts, start = next / A::kParts * kTerms;
+            const int next = step + 1, part = next % kParts, start = next / kParts * kTerms;
             if (next < steps && part == 0) {
-                begin(a, start, depth, panels.a[next % 2], values);
-                begin(b, start, depth, panels.b[next / A::kParts % 2], values);
+                fetch(a, start, depth, values);
+                copy(b, start, depth, panels.b[next / kParts % 2]);
             }
-            const int first = step / A::kParts * kTerms;
+            const int first = step / kParts * kTerms;
             for (int k = 0; k < min(kTerms, depth - first); k += 16) {
-                multiply_terms<A::kLayout, B::kLayout>(panels.a[step % 2], panels.b[step / A::kParts % 2], k);
+                multiply_terms<A::kLayout>(panels.a[step % 2], panels.b[step / kParts % 2], k);
             }
-            if (next < steps) end(a, part, values, panels.a[next % 2]);
+            if (next < steps) keep(part, values, panels.a[next % 2]);
         }
     }
 
 private:
-    using Waiting = float[kPairs][2];
-
     // Pair n of this thread stands in line `line` from element `at`.
     __device__ static void place(int n, int& line, int& at) {
         line = n * kWarps + static_cast<int>(threadIdx.x) / kWarpSize;
@@ -286,7 +239,7 @@ private:
     }
 
     template <Layout kLayout, typename At>
-    __device__ static void begin(const Computed<kLayout, At>& operand, int start, int depth, Panel&, Waiting& values) {
+    __device__ static void fetch(const Computed<kLayout, At>& operand, int start, int depth, float (&values)[kPairs][2]) {
 #pragma unroll
         for (int n = 0; n < kPairs; ++n) {
             int line, at;
@@ -299,8 +252,7 @@ private:
             }
         }
     }
-    template <Layout kLayout, typename At>
-    __device__ static void end(const Computed<kLayout, At>&, int part, const Waiting& values, Panel& panel) {
+    __device__ static void keep(int part, const float (&values)[kPairs][2], Panel& panel) {
 #pragma unroll
         for (int n = 0; n < kPairs; ++n) {
             int line, at;
@@ -316,43 +268,27 @@ private:
         }
     }
 
-    template <Layout kLayout, typename Line>
-    __device__ static void begin(const Stored<T, kLayout, Line>& operand, int start, int depth, Panel& panel, Waiting&) {
+    template <typename Line>
+    __device__ static void copy(const Stored<T, Line>& operand, int start, int depth, Panel& panel) {
         constexpr int kPieces = kTile / kVectorSize<T>;
         for (int n = threadIdx.x; n < kTile * kPieces; n += kThreads) {
             const int line = n / kPieces, at = n % kPieces * kVectorSize<T>;
-            const T* source;
-            int exist;
-            if constexpr (kLayout == Layout::kDepthFirst) {
-                source = operand.line(line);
-                exist = min(operand.extent, depth) - start - at;
-                if (source != nullptr) source += start + at;
-            } else {
-                source = start + line < depth ? operand.line(start + line) : nullptr;
-                exist = operand.extent - at;
-                if (source != nullptr) source += at;
-            }
-            if (source == nullptr) exist = 0;
-            exist = min(max(exist, 0), kVectorSize<T>);
+            const int exist = start + line < depth ? min(max(operand.extent - at, 0), kVectorSize<T>) : 0;
+            const T* source = exist > 0 ? operand.line(start + line) + at : operand.any;
             if (operand.vectors) {
-                ptx::cp_async_16_zfill(&panel[line][at], exist > 0 ? source : operand.any,
-                                       exist * static_cast<int>(sizeof(T)));
+                ptx::cp_async_16_zfill(&panel[line][at], source, exist * static_cast<int>(sizeof(T)));
             } else {
-                for (int i = 0; i < kVectorSize<T>; ++i) {
-                    panel[line][at + i] = i < exist ? source[i] : T();
-                }
+                for (int i = 0; i < kVectorSize<T>; ++i) panel[line][at + i] = i < exist ? source[i] : T();
             }
         }
     }
-    template <Layout kLayout, typename Line>
-    __device__ static void end(const Stored<T, kLayout, Line>&, int, const Waiting&, Panel&) {}
 
-    template <Layout kLayoutA, Layout kLayoutB>
+    template <Layout kLayout>
     __device__ void multiply_terms(const Panel& a_panel, const Panel& b_panel, int k) {
         const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
         const int first_row = warp % 4 * 16, first_column = warp / 4 * 32;
         uint32_t a[4];
-        if constexpr (kLayoutA == Layout::kDepthFirst) {
+        if constexpr (kLayout == Layout::kDepthFirst) {
             ptx::ldmatrix_x4(a, &a_panel[first_row + lane % 16][k + lane / 16 * 8]);
         } else {
             ptx::ldmatrix_x4_trans(a, &a_panel[k + lane / 16 * 8 + lane % 8][first_row + lane / 8 % 2 * 8]);
@@ -360,16 +296,103 @@ private:
 #pragma unroll
         for (int i = 0; i < 4; i += 2) {
             uint32_t b[4];
-            const int column = first_column + i * 8;
-            if constexpr (kLayoutB == Layout::kDepthFirst) {
-                ptx::ldmatrix_x4(b, &b_panel[column + lane / 16 * 8 + lane % 8][k + lane / 8 % 2 * 8]);
-            } else {
-                ptx::ldmatrix_x4_trans(b, &b_panel[k + lane % 16][column + lane / 16 * 8]);
-            }
-            multiply(sums[i], a, b[0], b[1], T());
-            multiply(sums[i + 1], a, b[2], b[3], T());
+            ptx::ldmatrix_x4_trans(b, &b_panel[k + lane % 16][first_column + i * 8 + lane / 16 * 8]);
+            mma(sums[i], a, b[0], b[1], &b_panel[0][0]);
+            mma(sums[i + 1], a, b[2], b[3], &b_panel[0][0]);
         }
     }
 };
+
+// Rows of kColumns elements in shared memory. A piece of 16 bytes stands at another place in each of eight rows, so that
+// the eight of a matrix lie in different banks.
+template <typename T, int kColumns>
+struct alignas(16) Panel {
+    static constexpr int kPieces = kColumns / kVectorSize<T>;
+    static_assert(kPieces == 4 || kPieces % 8 == 0, "rows of 64 bytes, two of which share all banks, or of 128 and more");
+    T values[kTile * kColumns];
+
+    __device__ const T* at(int row, int column) const {
+        const int turn = kPieces == 4 ? row / 2 % 4 : row % 8;
+        return values + row * kColumns + (column / kVectorSize<T> ^ turn) * kVectorSize<T> + column % kVectorSize<T>;
+    }
+
+    // Starts to copy so many rows: `line(row)` points to the first of `extent` elements, null for zeros. With `vectors`
+    // lines are aligned to 16 bytes, as `any` is.
+    template <typename Line>
+    __device__ void load(int rows, int extent, const T* any, bool vectors, const Line& line) {
+        for (int n = threadIdx.x; n < rows * kPieces; n += kThreads) {
+            const int row = n / kPieces, column = n % kPieces * kVectorSize<T>;
+            const T* source = line(row);
+            const int exist = source == nullptr ? 0 : min(max(extent - column, 0), kVectorSize<T>);
+            source = exist > 0 ? source + column : any;
+            T* to = const_cast<T*>(at(row, column));
+            if (vectors) {
+                ptx::cp_async_16_zfill(to, source, exist * static_cast<int>(sizeof(T)));
+            } else {
+                for (int i = 0; i < kVectorSize<T>; ++i) to[i] = i < exist ? source[i] : T();
+            }
+        }
+    }
+};
+
+// The next two are for warps that own 16·kM rows (or 16) and 8·kN columns of a product, as mma leaves them.
+
+// d[m][n] += the first 16·count rows of a · 8·kN rows of b from `first`, transposed.
+template <int kM, int kN, typename T, int kColumns>
+__device__ inline void multiply_rows(float (&d)[kM][kN][4], const Panel<T, kColumns>& a, const Panel<T, kColumns>& b,
+                                     int first, int count) {
+    const int lane = threadIdx.x % kWarpSize;
+#pragma unroll
+    for (int k = 0; k < kColumns; k += 16) {
+        uint32_t columns[kN / 2][4];
+#pragma unroll
+        for (int n = 0; n < kN / 2; ++n) {
+            ptx::ldmatrix_x4(columns[n], b.at(first + n * 16 + lane / 16 * 8 + lane % 8, k + lane / 8 % 2 * 8));
+        }
+#pragma unroll
+        for (int m = 0; m < kM; ++m) {
+            if (m >= count) continue;
+            uint32_t rows[4];
+            ptx::ldmatrix_x4(rows, a.at(m * 16 + lane % 16, k + lane / 16 * 8));
+#pragma unroll
+            for (int n = 0; n < kN / 2; ++n) {
+                mma(d[m][2 * n], rows, columns[n][0], columns[n][1], a.values);
+                mma(d[m][2 * n + 1], rows, columns[n][2], columns[n][3], a.values);
+            }
+        }
+    }
+}
+
+template <int kM, int kN, int kColumns>
+__device__ inline void multiply_rows(float (&d)[kM][kN][4], const Panel<float, kColumns>& a,
+                                     const Panel<float, kColumns>& b, int first, int count) {
+    const int lane = threadIdx.x % kWarpSize, g = lane / 4, c = lane % 4;
+#pragma unroll 1
+    for (int k = 0; k < kColumns; k += 4) {
+        float columns[kN][2][4];
+#pragma unroll
+        for (int n = 0; n < kN; ++n) {
+#pragma unroll
+            for (int i = 0; i < 2; ++i) load(b.at(first + n * 8 + 2 * c + i, k), columns[n][i]);
+        }
+#pragma unroll
+        for (int m = 0; m < kM; ++m) {
+            if (m >= count) continue;
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                float row[4];
+                load(a.at(m * 16 + g + 8 * h, k), row);
+#pragma unroll
+                for (int n = 0; n < kN; ++n) {
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) {
+                        d[m][n][2 * h] += row[i] * columns[n][0][i];
+                        d[m][n][2 * h + 1] += row[i] * columns[n][1][i];
+                    }
+                }
+            }
+        }
+    }
+}
 
 }  // namespace

@@ -61,17 +61,6 @@ constexpr int kValuePitch = kWarpColumns + kGap;
 constexpr int kChunk = kWarps * kWarpColumns;
 constexpr int kSharers = kWarps / kHalves;         // warps that have the same half of the tokens
 
-__device__ inline uint32_t pack(float low, float high, bf16) { return ptx::pack_bf16(low, high); }
-__device__ inline uint32_t pack(float low, float high, f16) { return ptx::pack_f16(low, high); }
-
-template <typename T>
-struct Rows {
-    const T* first;
-    int stride;
-
-    __device__ const T* operator[](int64_t row) const { return first + row * stride; }
-};
-
 // The tile and the segment of a block.
 struct Place {
     int64_t first_token, first_slot;  // among those of all sequences
@@ -202,8 +191,8 @@ __device__ inline void scores(const T* memory, Rows<T> keys, Rows<T> strength_ke
 #pragma unroll
                 for (int j = 0; j < kItems; ++j) {
                     if (j >= owner.items) continue;
-                    multiply(products[j][i][0], a[j], b[0], b[1], T());
-                    multiply(products[j][i][1], a[j], b[2], b[3], T());
+                    mma(products[j][i][0], a[j], b[0], b[1], keys.first);
+                    mma(products[j][i][1], a[j], b[2], b[3], keys.first);
                 }
             }
         }
@@ -374,8 +363,8 @@ __device__ inline void weigh(const Place& place, const StatsOfTokens& stats, con
                     keep[j][h] *= 1.0f - erased(w[n], beta, paper);
                 }
                 const int at = owner.slot(j, h) * weights.pitch + owner.token(i, 0);
-                *reinterpret_cast<uint32_t*>(weights.address + at) = pack(w[0], w[1], T());
-                *reinterpret_cast<uint32_t*>(weights.gate + at) = pack(gate[0], gate[1], T());
+                *reinterpret_cast<uint32_t*>(weights.address + at) = pack(w[0], w[1], weights.address);
+                *reinterpret_cast<uint32_t*>(weights.gate + at) = pack(gate[0], gate[1], weights.address);
             }
         }
     }
@@ -429,8 +418,8 @@ __device__ inline void read_columns(const Place& place, const Tile<T>& tile, con
             uint32_t a[4];
             const int row = slot + lane / 16 * 8 + lane % 8;
             ptx::ldmatrix_x4_trans(a, weights.address + row * weights.pitch + i * kRows + lane / 8 % 2 * 8);
-            multiply(y[i][0], a, b[0], b[1], T());
-            multiply(y[i][1], a, b[2], b[3], T());
+            mma(y[i][0], a, b[0], b[1], tile.first);
+            mma(y[i][1], a, b[2], b[3], tile.first);
         }
     }
 #pragma unroll
@@ -461,8 +450,8 @@ __device__ inline void write_columns(const Place& place, const Tile<T>& tile, co
             if (k * 16 >= place.rows) continue;
             uint32_t a[4];
             ptx::ldmatrix_x4(a, weights.gate + (slot + lane % 16) * weights.pitch + k * 16 + lane / 16 * 8);
-            multiply(add[0], a, values[k][0], values[k][1], T());
-            multiply(add[1], a, values[k][2], values[k][3], T());
+            mma(add[0], a, values[k][0], values[k][1], tile.first);
+            mma(add[1], a, values[k][2], values[k][3], tile.first);
         }
 #pragma unroll
         for (int h = 0; h < 2; ++h) {

@@ -23,6 +23,10 @@ const BACKWARD: &str = "content_memory_backward";
 const THREADS: u32 = 256;
 /// Rows and columns of a product that a block computes.
 const TILE: usize = 64;
+/// Of shared memory, for the panels of the kernels that multiply.
+const PANELS_BYTES: usize = 72 << 10;
+/// Columns of a block of `content_memory_gradients`, in bytes.
+const GRADIENT_COLUMN_BYTES: usize = 128;
 const MAX_SEQUENCES: usize = 65535;
 const MAX_TOKENS: usize = 1 << 30;
 const MAX_LONGEST: usize = 1 << 16;
@@ -138,15 +142,25 @@ impl Short {
     }
 }
 
-/// Cuts a workspace into pieces, from the front.
+/// Cuts a workspace into pieces, from the front, aligned to vectors.
 struct Pieces(Span);
 
 impl Pieces {
+    const ALIGNMENT: usize = 4;
+
+    /// Floats of a workspace for these pieces.
+    fn sum(pieces: &[usize]) -> usize {
+        let aligned = |floats: &usize| floats.next_multiple_of(Self::ALIGNMENT);
+        pieces.iter().map(aligned).sum()
+    }
+
     fn take(&mut self, floats: usize) -> Span {
-        let bytes = floats * size_of::<f32>();
         let address = self.0.address;
-        self.0.address += bytes as u64;
-        Span { address, bytes }
+        self.0.address += (Self::sum(&[floats]) * size_of::<f32>()) as u64;
+        Span {
+            address,
+            bytes: floats * size_of::<f32>(),
+        }
     }
 }
 
@@ -223,16 +237,15 @@ impl Shape {
     pub fn forward_workspace<T: Storage>(&self) -> Result<usize> {
         self.validate()?;
         Ok(match self.short::<T>() {
-            None => self.slots * (2 * self.tokens + self.sequences),
-            Some(short) => self.short_pieces(short).iter().sum(),
+            None => Pieces::sum(&self.long_pieces()),
+            Some(short) => Pieces::sum(&self.short_pieces(short)),
         })
     }
 
     /// f32 elements of the workspace of the backward pass.
     pub fn backward_workspace(&self) -> Result<usize> {
         self.validate()?;
-        let of_tokens = 6 * self.slots + 3 + 2 * self.pitch();
-        Ok(of_tokens * self.tokens + 3 * self.sequences * self.slots)
+        Ok(Pieces::sum(&self.backward_pieces()))
     }
 
     /// M′ and y ← the inputs: the one launch of [`plan_cluster`](Self::plan_cluster) where there is one that the launcher
@@ -341,22 +354,15 @@ impl Shape {
     ) -> [Launch<'a>; 4] {
         let inputs = on.inputs;
         let mut pieces = Pieces(tensors.workspace.span());
-        let [w, beta] = [(); 2].map(|()| pieces.take(self.tokens * self.slots));
-        let squares = pieces.take(self.sequences * self.slots);
+        let [w, beta, squares] = self.long_pieces().map(|len| pieces.take(len));
         let memory = inputs.memory.span();
-        let keys = [(&inputs.address_key, w), (&inputs.strength_key, beta)];
         let seen = match self.variant.order {
             Order::ReadThenWrite => memory,
             Order::WriteThenRead => tensors.memory_next.span(),
         };
         let [slots, width] = self.sizes();
         [
-            on.scores(
-                memory,
-                memory,
-                keys.map(|(x, y)| (on.tokens(x), x.stride(), y)),
-                squares,
-            ),
+            on.scores([w, beta], squares, None),
             on.address(squares, w, w, beta, Span::NULL),
             on.launch(
                 (
@@ -476,21 +482,20 @@ impl Shape {
         [Some(scores), Some(update), Some(read), None]
     }
 
-    /// Gradients of all inputs: up to thirteen launches. Errors: those of [`plan_backward`](Self::plan_backward) and of
-    /// the launcher.
+    /// Gradients of all inputs: six launches. Errors: those of [`plan_backward`](Self::plan_backward) and of the launcher.
     pub fn backward<T: Storage>(
         &self,
         launcher: &impl Launcher,
         tensors: Backward<'_, T>,
     ) -> Result<()> {
-        launch_all(launcher, &self.plan_backward(&tensors)?)
+        launch_all(launcher, &self.plan_backward(&tensors)?.map(Some))
     }
 
     /// What [`backward`](Self::backward) launches. Errors: shape, sizes, overlaps.
     pub fn plan_backward<'a, T: Storage>(
         &self,
         tensors: &'a Backward<'_, T>,
-    ) -> Result<[Option<Launch<'a>>; 13]> {
+    ) -> Result<[Launch<'a>; 6]> {
         let workspace = self.backward_workspace()?;
         let rows = [self.tokens, self.width];
         let mut check = Check::new();
@@ -524,243 +529,184 @@ impl Shape {
             home: check.disjoint(&[])?,
         };
 
-        // Named after what they hold first; see the head of the kernels' file for what becomes of them.
         let mut pieces = Pieces(tensors.workspace.span());
-        let [similarity, beta, dw, w, before, d_strength] =
-            [(); 6].map(|()| pieces.take(self.tokens * self.slots));
-        let [squares, slopes, keep] = [(); 3].map(|()| pieces.take(self.sequences * self.slots));
-        let [norms, token_slopes, d_bias_shares] = [(); 3].map(|()| pieces.take(self.tokens));
-        let [cross, gates] = [(); 2].map(|()| pieces.take(self.tokens * self.pitch()));
+        // dw and d_strength are named after what they become: R·M, and G·v, the gradient of w·β.
+        let [
+            similarity,
+            beta,
+            dw,
+            w,
+            d_strength,
+            planes,
+            squares,
+            dots,
+            keep,
+            slopes,
+            norms,
+            means,
+            token_shares,
+            bias_shares,
+            cross,
+            gates,
+            shares,
+        ] = self.backward_pieces().map(|len| pieces.take(len));
+        // The products of the factors before a token are no longer needed when the coefficients come.
+        let before = planes;
+        let after_write = self.variant.order == Order::WriteThenRead;
+        let [cross, gates] = [cross, gates].map(|x| if after_write { x } else { Span::NULL });
 
         let [slots, width] = self.sizes();
-        let pitch = Arg::I32(self.longest as i32);
+        let [pitch, pair_pitch, longest, splits, sequences] = [
+            self.slot_pitch(),
+            self.pair_pitch(),
+            self.longest,
+            self.splits(),
+            self.sequences,
+        ]
+        .map(|n| Arg::I32(n as i32));
         let offsets = on.offsets();
-        let memory = inputs.memory.span();
-        let g = tensors.grad_memory_next.span();
-        let r = tensors.grad_read.span();
-        let [key, strength_key, value] = [&inputs.address_key, &inputs.strength_key, &inputs.value]
-            .map(|x| (on.tokens(x), x.stride()));
-        let per_slot = [self.slots.div_ceil(THREADS as usize), self.sequences, 1];
-        let per_pair = [tiles(self.longest), tiles(self.longest), self.sequences];
-        let per_row = [tiles(self.width), tiles(self.longest), self.sequences];
+        let memory = Arg::Input(inputs.memory.span());
+        let g = Arg::Input(tensors.grad_memory_next.span());
+        let r = Arg::Input(tensors.grad_read.span());
+        let [key, strength_key] =
+            [&inputs.address_key, &inputs.strength_key].map(|x| Arg::Input(on.tokens(x)));
+        let of_slots = tiles(self.slots);
+        let of_pairs = if after_write { tiles(self.longest) } else { 0 };
 
         let products = on.scores(
-            memory,
-            memory,
-            [
-                (key.0, key.1, similarity),
-                (strength_key.0, strength_key.1, beta),
-                (r, width, dw),
-            ],
+            [similarity, beta],
             squares,
+            Some(Through {
+                gradient: g,
+                read: r,
+                products: [dw, d_strength],
+                dots,
+                cross,
+            }),
         );
-        let of_gradient = on.scores(g, memory, [(value.0, value.1, d_strength)], slopes);
         let address = on.address(squares, similarity, w, beta, norms);
-        let prefix = on.launch(
-            (BACKWARD, "content_memory_prefix"),
-            per_slot,
+        let through_product = on.launch(
+            (BACKWARD, "content_memory_slots"),
+            [of_slots, self.sequences, 1],
             [
                 Arg::Input(w),
                 Arg::Input(beta),
-                Arg::Input(dw),
+                Arg::Input(dots),
+                Arg::Input(cross),
                 offsets,
                 Arg::Output(before),
                 Arg::Output(keep),
-                Arg::Output(slopes),
-                slots,
-                self.paper(),
-                self.write_then_read(),
-            ],
-        );
-        let after_write = self.variant.order == Order::WriteThenRead;
-        let cross_products = after_write.then(|| {
-            on.launch(
-                (
-                    BACKWARD,
-                    kernel_for::<T>(for_each_type!("content_memory_cross")),
-                ),
-                per_pair,
-                [
-                    Arg::Input(value.0),
-                    Arg::Input(r),
-                    offsets,
-                    Arg::Output(cross),
-                    width,
-                    value.1,
-                    pitch,
-                ],
-            )
-        });
-        let gate_products = after_write.then(|| {
-            on.launch(
-                (BACKWARD, "content_memory_gates"),
-                per_pair,
-                [
-                    Arg::Input(w),
-                    Arg::Input(beta),
-                    offsets,
-                    Arg::Output(gates),
-                    slots,
-                    pitch,
-                ],
-            )
-        });
-        let spread = after_write.then(|| {
-            on.launch(
-                (BACKWARD, "content_memory_spread"),
-                [tiles(self.slots), tiles(self.longest), self.sequences],
-                [
-                    Arg::Input(cross),
-                    Arg::Input(w),
-                    Arg::Input(beta),
-                    Arg::Input(keep),
-                    offsets,
-                    Arg::Output(dw),
-                    Arg::Output(d_strength),
-                    slots,
-                    pitch,
-                ],
-            )
-        });
-        let value_gradient = on.launch(
-            (
-                BACKWARD,
-                kernel_for::<T>(for_each_type!("content_memory_value_gradient")),
-            ),
-            per_row,
-            [
-                Arg::Input(w),
-                Arg::Input(beta),
-                Arg::Input(g),
-                Arg::Input(if after_write { gates } else { Span::NULL }),
-                Arg::Input(r),
-                offsets,
-                Arg::Output(tensors.d_value.span(rows)),
-                slots,
-                width,
-                pitch,
-                tensors.d_value.stride(),
-            ],
-        );
-        let suffix = on.launch(
-            (BACKWARD, "content_memory_suffix"),
-            per_slot,
-            [
-                Arg::Input(w),
-                Arg::Input(beta),
-                Arg::Input(before),
-                Arg::Input(slopes),
-                offsets,
                 Arg::Output(dw),
                 Arg::Output(d_strength),
+                Arg::Output(means),
                 slots,
+                pair_pitch,
                 self.paper(),
             ],
         );
-        let through_softmax = on.launch(
+        let coefficients = on.launch(
             (
                 BACKWARD,
-                kernel_for::<T>(for_each_type!("content_memory_slopes")),
+                kernel_for::<T>(for_each_type!("content_memory_coefficients")),
             ),
-            [self.longest, self.sequences, 1],
+            [of_slots + of_pairs * of_pairs, self.sequences, 1],
             [
+                Arg::Input(w),
+                Arg::Input(beta),
+                Arg::Input(similarity),
+                Arg::Input(dw),
+                Arg::Input(d_strength),
+                Arg::Input(keep),
+                Arg::Input(squares),
+                Arg::Input(norms),
+                Arg::Input(means),
                 on.key_strength(),
                 on.strength_bias(),
                 offsets,
-                Arg::Input(squares),
-                Arg::Input(norms),
-                Arg::Input(w),
-                Arg::Input(beta),
-                Arg::Output(similarity),
-                Arg::Output(dw),
-                Arg::Output(d_strength),
-                Arg::Output(d_key_strength.map_or(Span::NULL, Output::span)),
-                Arg::Output(token_slopes),
-                Arg::Output(d_bias_shares),
+                Arg::Output(planes),
+                Arg::Output(gates),
+                Arg::Output(slopes),
+                Arg::Output(token_shares),
+                Arg::Output(bias_shares),
                 slots,
+                longest,
+                pitch,
+                pair_pitch,
                 self.scale(),
                 self.epsilon(),
             ],
         );
-        let memory_gradient = on.launch(
+        let columns = GRADIENT_COLUMN_BYTES / size_of::<T>();
+        let of_columns = self.width.div_ceil(columns);
+        let gradients = on.launch_shared(
             (
                 BACKWARD,
-                kernel_for::<T>(for_each_type!("content_memory_memory_gradient")),
-            ),
-            [tiles(self.slots), tiles(self.width), self.sequences],
-            [
-                Arg::Input(memory),
-                Arg::Input(g),
-                Arg::Input(keep),
-                Arg::Input(squares),
-                Arg::Input(if self.cosine() { dw } else { Span::NULL }),
-                Arg::Input(similarity),
-                Arg::Input(d_strength),
-                Arg::Input(w),
-                Arg::Input(key.0),
-                Arg::Input(strength_key.0),
-                Arg::Input(r),
-                offsets,
-                Arg::Output(tensors.d_memory.span()),
-                slots,
-                width,
-                key.1,
-                strength_key.1,
-                self.write_then_read(),
-                self.epsilon(),
-            ],
-        );
-        let key_gradient = on.launch(
-            (
-                BACKWARD,
-                kernel_for::<T>(for_each_type!("content_memory_key_gradient")),
+                kernel_for::<T>(for_each_type!("content_memory_gradients")),
             ),
             [
-                tiles(self.width),
-                tiles(2 * self.longest).max(1),
+                of_columns,
+                self.splits() * tiles(self.longest).max(1),
                 self.sequences,
             ],
+            PANELS_BYTES,
             [
-                Arg::Input(similarity),
-                Arg::Input(d_strength),
-                Arg::Input(memory),
-                Arg::Input(key.0),
-                Arg::Input(token_slopes),
+                memory,
+                g,
+                key,
+                strength_key,
+                r,
+                Arg::Input(planes),
+                Arg::Input(gates),
+                Arg::Input(keep),
+                Arg::Input(slopes),
                 offsets,
-                Arg::Output(tensors.d_address_key.span(rows)),
-                Arg::Output(tensors.d_strength_key.span(rows)),
+                Arg::Output(tensors.d_memory.span()),
+                Arg::Output(shares),
                 slots,
                 width,
-                key.1,
-                tensors.d_address_key.stride(),
-                tensors.d_strength_key.stride(),
+                inputs.address_key.stride(),
+                inputs.strength_key.stride(),
+                pitch,
+                pair_pitch,
+                splits,
             ],
         );
-        let bias_gradient = d_strength_bias.map(|d_strength_bias| {
-            on.launch(
-                (BACKWARD, "content_memory_bias_gradient"),
-                [1, 1, 1],
-                [
-                    Arg::Input(d_bias_shares),
-                    Arg::Output(d_strength_bias.span()),
-                    Arg::I32(self.tokens as i32),
-                ],
-            )
-        });
+        let sums = on.launch(
+            (
+                BACKWARD,
+                kernel_for::<T>(for_each_type!("content_memory_sums")),
+            ),
+            [self.tokens + usize::from(self.sigmoid()), 1, 1],
+            [
+                Arg::Input(shares),
+                Arg::Input(token_shares),
+                Arg::Input(bias_shares),
+                Arg::Input(norms),
+                key,
+                Arg::Output(d_key_strength.map_or(Span::NULL, Output::span)),
+                Arg::Output(tensors.d_address_key.span(rows)),
+                Arg::Output(tensors.d_strength_key.span(rows)),
+                Arg::Output(tensors.d_value.span(rows)),
+                Arg::Output(d_strength_bias.map_or(Span::NULL, Output::span)),
+                Arg::I32(self.tokens as i32),
+                slots,
+                sequences,
+                width,
+                Arg::I32((of_columns * columns) as i32),
+                splits,
+                inputs.address_key.stride(),
+                tensors.d_address_key.stride(),
+                tensors.d_strength_key.stride(),
+                tensors.d_value.stride(),
+            ],
+        );
         Ok([
-            Some(products),
-            Some(of_gradient),
-            Some(address),
-            Some(prefix),
-            cross_products,
-            gate_products,
-            spread,
-            Some(value_gradient),
-            Some(suffix),
-            Some(through_softmax),
-            Some(memory_gradient),
-            Some(key_gradient),
-            bias_gradient,
+            products,
+            address,
+            through_product,
+            coefficients,
+            gradients,
+            sums,
         ])
     }
 
@@ -827,6 +773,42 @@ impl Shape {
         (tile <= Short::MOST_TILE && fits).then_some(short)
     }
 
+    /// f32 elements for w, β and the squares of the norms.
+    fn long_pieces(&self) -> [usize; 3] {
+        let plane = self.tokens * self.slots;
+        [plane, plane, self.sequences * self.slots]
+    }
+
+    /// f32 elements for five planes [tokens, N], the four planes of coefficients, four numbers of each slot, the norms of
+    /// the keys, the sums over 32 slots of each token (twice), the shares of db, two matrices tokens × tokens, and the
+    /// shares of da, ds and dv.
+    fn backward_pieces(&self) -> [usize; 17] {
+        const SHARED: usize = 3;
+        let [plane, of_slots] = [self.tokens, self.sequences].map(|n| n * self.slots);
+        let sums = tiles(self.slots) * 2 * self.tokens * 2;
+        let pairs = self.tokens * self.pair_pitch();
+        let width = self.width.next_multiple_of(TILE);
+        [
+            plane,
+            plane,
+            plane,
+            plane,
+            plane,
+            4 * self.tokens * self.slot_pitch(),
+            of_slots,
+            of_slots,
+            of_slots,
+            of_slots,
+            self.tokens,
+            sums,
+            sums,
+            self.sequences * tiles(self.slots),
+            pairs,
+            pairs,
+            self.splits() * SHARED * self.tokens * width,
+        ]
+    }
+
     /// f32 elements for products, stats and shares of y.
     fn short_pieces(&self, short: Short) -> [usize; 3] {
         let blocks = self.sequences * short.tiles;
@@ -845,12 +827,27 @@ impl Shape {
         self.tokens * self.width
     }
 
-    /// Elements of a row of the matrices tokens × tokens, where there are any.
-    fn pitch(&self) -> usize {
+    /// Of the backward pass's coefficients: rows are aligned to 16 bytes.
+    fn slot_pitch(&self) -> usize {
+        self.slots.next_multiple_of(8)
+    }
+
+    /// The same of the matrices tokens × tokens, where there are any.
+    fn pair_pitch(&self) -> usize {
         match self.variant.order {
             Order::ReadThenWrite => 0,
-            Order::WriteThenRead => self.longest,
+            Order::WriteThenRead => self.longest.next_multiple_of(8),
         }
+    }
+
+    /// Parts of the slots that blocks share in the backward pass: so many that there are two blocks for each of the
+    /// multiprocessors of a large GPU, and none without a tile.
+    fn splits(&self) -> usize {
+        const ENOUGH: usize = 256;
+        let blocks = tiles(self.width) * tiles(self.longest).max(1) * self.sequences;
+        let of_slots = tiles(self.slots);
+        let splits = ENOUGH.div_ceil(blocks.max(1)).min(of_slots);
+        of_slots.div_ceil(of_slots.div_ceil(splits))
     }
 
     fn cosine(&self) -> bool {
@@ -880,6 +877,25 @@ impl Shape {
     fn write_then_read(&self) -> Arg {
         Arg::I32((self.variant.order == Order::WriteThenRead).into())
     }
+}
+
+/// What the backward pass wants of the scores as well: G and R, M·R and G·v, G·M, and v·Rᵀ, which may be null.
+struct Through {
+    gradient: Arg,
+    read: Arg,
+    products: [Span; 2],
+    dots: Span,
+    cross: Span,
+}
+
+impl Through {
+    const NONE: Self = Self {
+        gradient: Arg::Input(Span::NULL),
+        read: Arg::Input(Span::NULL),
+        products: [Span::NULL; 2],
+        dots: Span::NULL,
+        cross: Span::NULL,
+    };
 }
 
 /// What the launches of both passes have in common.
@@ -917,47 +933,58 @@ impl<T: Storage> On<'_, '_, T> {
         )
     }
 
-    /// Products of `memory` with up to three matrices, each with its stride, and Σ memory·other of each slot.
-    fn scores<'a, const N: usize>(
+    /// Products of the memory with both keys, and |M|² of each slot; on the way back more.
+    fn scores<'a>(
         &self,
-        memory: Span,
-        other: Span,
-        operands: [(Span, Arg, Span); N],
+        [of_keys, of_strength_keys]: [Span; 2],
         squares: Span,
+        through: Option<Through>,
     ) -> Launch<'a> {
         let shape = self.shape;
-        let operand = |n: usize| operands.get(n).copied();
+        let inputs = self.inputs;
         let [slots, width] = shape.sizes();
-        let parts = [0, 1, 2].map(operand);
-        let [x0, x1, x2] = parts.map(|part| Arg::Input(part.map_or(Span::NULL, |(x, _, _)| x)));
-        let [y0, y1, y2] = parts.map(|part| Arg::Output(part.map_or(Span::NULL, |(_, _, y)| y)));
-        let [s0, s1, s2] = parts.map(|part| part.map_or(Arg::I32(0), |(_, stride, _)| stride));
-        self.launch(
+        let (value, value_stride) = match through {
+            None => (Span::NULL, Arg::I32(0)),
+            Some(_) => (self.tokens(&inputs.value), inputs.value.stride()),
+        };
+        let through = through.unwrap_or(Through::NONE);
+        let of_pairs = if through.cross == Span::NULL {
+            0
+        } else {
+            tiles(shape.longest)
+        };
+        self.launch_shared(
             (
                 FORWARD,
                 kernel_for::<T>(for_each_type!("content_memory_scores")),
             ),
             [
-                tiles(shape.slots),
-                tiles(N * shape.longest).max(1),
+                tiles(shape.slots) + of_pairs,
+                tiles(shape.longest),
                 shape.sequences,
             ],
+            PANELS_BYTES,
             [
-                Arg::Input(memory),
-                Arg::Input(other),
-                x0,
-                x1,
-                x2,
+                Arg::Input(inputs.memory.span()),
+                through.gradient,
+                Arg::Input(self.tokens(&inputs.address_key)),
+                Arg::Input(self.tokens(&inputs.strength_key)),
+                through.read,
+                Arg::Input(value),
                 self.offsets(),
-                y0,
-                y1,
-                y2,
+                Arg::Output(of_keys),
+                Arg::Output(of_strength_keys),
+                Arg::Output(through.products[0]),
+                Arg::Output(through.products[1]),
                 Arg::Output(squares),
+                Arg::Output(through.dots),
+                Arg::Output(through.cross),
                 slots,
                 width,
-                s0,
-                s1,
-                s2,
+                inputs.address_key.stride(),
+                inputs.strength_key.stride(),
+                value_stride,
+                Arg::I32(shape.pair_pitch() as i32),
             ],
         )
     }

@@ -480,9 +480,20 @@ fn no_tile_of_short_segments_needs_more_shared_memory_than_every_gpu_has() {
 #[test]
 fn the_plan_of_the_backward_pass_has_what_the_variant_needs() {
     let tensors = backward();
-    let launches = names(SHAPE.plan_backward(&tensors));
-    assert_eq!(launches.len(), 10);
-    assert_eq!(launches[9], "content_memory_bias_gradient");
+    let plan = SHAPE.plan_backward(&tensors).unwrap();
+    assert_eq!(
+        plan.map(|launch| (launch.kernel(), launch.grid())),
+        [
+            ("content_memory_scores_bf16", [2, 1, 3]),
+            ("content_memory_address_bf16", [10, 3, 1]),
+            ("content_memory_slots", [2, 3, 1]),
+            ("content_memory_coefficients_bf16", [2, 3, 1]),
+            // Both tiles of the slots to themselves: there are few blocks.
+            ("content_memory_gradients_bf16", [1, 2, 3]),
+            // A block for each token, and one for the bias.
+            ("content_memory_sums_bf16", [21, 1, 1]),
+        ]
+    );
     let shape = Shape {
         variant: ContentMemory {
             order: Order::WriteThenRead,
@@ -497,14 +508,17 @@ fn the_plan_of_the_backward_pass_has_what_the_variant_needs() {
         ..backward()
     };
     tensors.inputs.strength_bias = None;
-    let launches = names(shape.plan_backward(&tensors));
-    assert_eq!(launches.len(), 12);
+    let plan = shape.plan_backward(&tensors).unwrap();
+    // Blocks more for the products of tokens with tokens.
     assert_eq!(
-        launches[4..7],
+        plan.map(|launch| launch.grid()),
         [
-            "content_memory_cross_bf16",
-            "content_memory_gates",
-            "content_memory_spread"
+            [3, 1, 3],
+            [10, 3, 1],
+            [2, 3, 1],
+            [3, 3, 1],
+            [1, 2, 3],
+            [20, 1, 1]
         ]
     );
 }

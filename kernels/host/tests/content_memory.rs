@@ -295,17 +295,31 @@ impl<'a, T: Storage> Run<'a, T> {
     }
 
     /// An empty grid is no launch.
-    fn launch(&self, name: &str, [x, y, z]: [usize; 3], args: &[Arg]) -> Result<()> {
+    fn launch(
+        &self,
+        name: &str,
+        [x, y, z]: [usize; 3],
+        shared_bytes: usize,
+        args: &[Arg],
+    ) -> Result<()> {
         if x * y * z == 0 {
             return Ok(());
         }
-        let launch = Launch::new([x as u32, y as u32, z as u32], [THREADS as u32, 1, 1]);
+        let launch = Launch {
+            shared_bytes: shared_bytes as u32,
+            ..Launch::new([x as u32, y as u32, z as u32], [THREADS as u32, 1, 1])
+        };
         self.executor
             .launch(&format!("content_memory_{name}"), launch, args)
     }
 
     fn launch_typed(&self, name: &str, grid: [usize; 3], args: &[Arg]) -> Result<()> {
-        self.launch(&format!("{name}_{}", T::NAME), grid, args)
+        self.launch(&format!("{name}_{}", T::NAME), grid, 0, args)
+    }
+
+    /// With the panels of the kernels that multiply.
+    fn launch_panels(&self, name: &str, grid: [usize; 3], args: &[Arg]) -> Result<()> {
+        self.launch(&format!("{name}_{}", T::NAME), grid, 72 << 10, args)
     }
 
     fn slots_arg(&self) -> Arg {
@@ -328,27 +342,52 @@ impl<'a, T: Storage> Run<'a, T> {
         Arg::I32((self.variant.erase == Erase::Paper).into())
     }
 
-    /// Products of rows of tokens with `memory`; Σ memory·other of each slot.
-    fn scores(
-        &self,
-        memory: View,
-        other: View,
-        rows: &[(&Rows<T>, View)],
-        squares: View,
-    ) -> Result<()> {
-        let part = |n: usize| rows.get(n);
-        let mut args = vec![Arg::Input(memory), Arg::Input(other)];
-        args.extend((0..3).map(|n| read_only(part(n).map(|(x, _)| x.view()))));
-        args.push(Arg::Input(self.offsets.view()));
-        args.extend((0..3).map(|n| Arg::Output(part(n).map_or(View::NULL, |(_, y)| *y))));
-        args.extend([Arg::Output(squares), self.slots_arg(), self.width_arg()]);
-        args.extend((0..3).map(|n| part(n).map_or(Arg::I32(0), |(x, _)| x.stride())));
-        let of_rows = tiles(rows.len() * self.longest).max(1);
-        self.launch_typed(
-            "scores",
-            [tiles(self.slots), of_rows, self.sequences],
-            &args,
-        )
+    /// Products of the memory with both keys, |M|²; and, on the way back, with R, of G with v, G·M and v·Rᵀ.
+    fn scores(&self, of_keys: [View; 2], squares: View, through: Option<Through>) -> Result<()> {
+        let (key, strength_key, value) = (self.address_key(), self.strength_key(), self.values());
+        let back = through.is_some();
+        let Through {
+            products,
+            dots,
+            cross,
+        } = through.unwrap_or(Through {
+            products: [View::NULL; 2],
+            dots: View::NULL,
+            cross: None,
+        });
+        let of_pairs = cross.map_or(0, |_| tiles(self.longest));
+        let grid = [
+            tiles(self.slots) + of_pairs,
+            tiles(self.longest),
+            self.sequences,
+        ];
+        let args = [
+            Arg::Input(self.memory.view()),
+            read_only(back.then(|| self.grad_memory_next.view())),
+            Arg::Input(key.view()),
+            Arg::Input(strength_key.view()),
+            read_only(back.then(|| self.grad_read.view())),
+            read_only(back.then(|| value.view())),
+            Arg::Input(self.offsets.view()),
+            Arg::Output(of_keys[0]),
+            Arg::Output(of_keys[1]),
+            Arg::Output(products[0]),
+            Arg::Output(products[1]),
+            Arg::Output(squares),
+            Arg::Output(dots),
+            Arg::Output(cross.unwrap_or(View::NULL)),
+            self.slots_arg(),
+            self.width_arg(),
+            key.stride(),
+            strength_key.stride(),
+            value.stride(),
+            self.pair_pitch(),
+        ];
+        self.launch_panels("scores", grid, &args)
+    }
+
+    fn pair_pitch(&self) -> Arg {
+        Arg::I32(self.longest.next_multiple_of(8) as i32)
     }
 
     fn address(
@@ -396,8 +435,7 @@ impl<'a, T: Storage> Run<'a, T> {
         let read = self.executor.scratch(self.tokens * self.width);
 
         let memory = self.memory.view();
-        let keys = [(&self.address_key(), w), (&self.strength_key(), beta)];
-        self.scores(memory, memory, &keys, squares)?;
+        self.scores([w, beta], squares, None)?;
         self.address(squares, w, w, beta, View::NULL)?;
         let value = self.values();
         self.launch_typed(
@@ -561,22 +599,69 @@ impl<'a, T: Storage> Run<'a, T> {
         Ok((memory_next, read))
     }
 
-    fn backward(&self, bias_before: f32) -> Result<GradientBuffers<T>> {
+    /// With so many parts of the slots.
+    fn backward(&self, bias_before: f32, splits: usize) -> Result<GradientBuffers<T>> {
         let (plane, of_slots) = (self.tokens * self.slots, self.sequences * self.slots);
-        let crossed = if self.write_then_read() {
-            self.tokens * self.longest
+        let (of_tiles, columns) = (tiles(self.slots), 128 / size_of::<T>());
+        let of_columns = self.width.div_ceil(columns);
+        let pairs = if self.write_then_read() {
+            self.tokens * self.longest.next_multiple_of(8)
         } else {
             0
         };
-        let floats = 6 * plane + 3 * of_slots + 3 * self.tokens + 2 * crossed;
+        let sums = of_tiles * 2 * self.tokens * 2;
+        let pitch = self.slots.next_multiple_of(8);
+        // All begin at multiples of 16 bytes.
+        let lens = [
+            plane,
+            plane,
+            plane,
+            plane,
+            plane,
+            plane,
+            4 * self.tokens * pitch,
+            of_slots,
+            of_slots,
+            of_slots,
+            of_slots,
+            self.tokens,
+            sums,
+            sums,
+            self.sequences * of_tiles,
+            pairs,
+            pairs,
+            splits * 3 * self.tokens * of_columns * columns,
+        ];
+        let floats = lens.iter().map(|len| len.next_multiple_of(4)).sum();
         let mut workspace = Workspace {
             buffer: self.executor.scratch(floats),
             used: 0,
         };
-        let [similarity, beta, dw, w, before, d_strength] = [(); 6].map(|()| workspace.take(plane));
-        let [squares, slopes, keep] = [(); 3].map(|()| workspace.take(of_slots));
-        let [norms, token_slopes, d_bias_shares] = [(); 3].map(|()| workspace.take(self.tokens));
-        let [cross, gates] = [(); 2].map(|()| workspace.take(crossed));
+        let [
+            similarity,
+            beta,
+            dw,
+            w,
+            before,
+            d_strength,
+            planes,
+            squares,
+            dots,
+            keep,
+            slopes,
+            norms,
+            means,
+            token_shares,
+            bias_shares,
+            cross,
+            gates,
+            shares,
+        ] = lens.map(|len| {
+            let piece = workspace.take(len);
+            workspace.used = workspace.used.next_multiple_of(4);
+            piece
+        });
+        let [cross, gates] = [cross, gates].map(|x| self.write_then_read().then_some(x));
 
         let gradients = GradientBuffers {
             memory: self.executor.scratch(self.memory.len()),
@@ -597,191 +682,144 @@ impl<'a, T: Storage> Run<'a, T> {
         let d_keys = self.rows(&gradients.keys, 0, 2 * self.width + 1);
         let d_strength_keys = self.rows(&gradients.keys, self.width, 2 * self.width + 1);
         let d_value = self.rows(&gradients.value, 0, self.width + 2);
-        let (key, strength_key, value) = (self.address_key(), self.strength_key(), self.values());
-        let grad_read = self.rows(&self.grad_read, 0, self.width);
+        let (key, strength_key) = (self.address_key(), self.strength_key());
 
-        let (memory, g, r) = (
-            self.memory.view(),
-            self.grad_memory_next.view(),
-            grad_read.view(),
-        );
         let offsets = Arg::Input(self.offsets.view());
         let (slots, width) = (self.slots_arg(), self.width_arg());
         let kappa = read_only(self.key_strength.as_ref().map(Buffer::view));
         let bias = read_only(self.bias.as_ref().map(Buffer::view));
-        let pitch = Arg::I32(self.longest as i32);
-        let per_slot = [self.slots.div_ceil(THREADS), self.sequences, 1];
-        let per_pair = [tiles(self.longest), tiles(self.longest), self.sequences];
-        let after_write = Arg::I32(self.write_then_read().into());
+        let number = |n: usize| Arg::I32(n as i32);
+        let of_pairs = cross.map_or(0, |_| tiles(self.longest));
 
-        let operands = [(&key, similarity), (&strength_key, beta), (&grad_read, dw)];
-        self.scores(memory, memory, &operands, squares)?;
-        self.scores(g, memory, &[(&value, d_strength)], slopes)?;
+        let through = Through {
+            products: [dw, d_strength],
+            dots,
+            cross,
+        };
+        self.scores([similarity, beta], squares, Some(through))?;
         self.address(squares, similarity, w, beta, norms)?;
         self.launch(
-            "prefix",
-            per_slot,
+            "slots",
+            [of_tiles, self.sequences, 1],
+            0,
             &[
                 Arg::Input(w),
                 Arg::Input(beta),
-                Arg::Input(dw),
+                Arg::Input(dots),
+                read_only(cross),
                 offsets,
                 Arg::Output(before),
                 Arg::Output(keep),
-                Arg::Output(slopes),
-                slots,
-                self.paper(),
-                after_write,
-            ],
-        )?;
-        if self.write_then_read() {
-            let args = [
-                Arg::Input(value.view()),
-                Arg::Input(r),
-                offsets,
-                Arg::Output(cross),
-                width,
-                value.stride(),
-                pitch,
-            ];
-            self.launch_typed("cross", per_pair, &args)?;
-            let args = [
-                Arg::Input(w),
-                Arg::Input(beta),
-                offsets,
-                Arg::Output(gates),
-                slots,
-                pitch,
-            ];
-            self.launch("gates", per_pair, &args)?;
-            self.launch(
-                "spread",
-                [tiles(self.slots), tiles(self.longest), self.sequences],
-                &[
-                    Arg::Input(cross),
-                    Arg::Input(w),
-                    Arg::Input(beta),
-                    Arg::Input(keep),
-                    offsets,
-                    Arg::Output(dw),
-                    Arg::Output(d_strength),
-                    slots,
-                    pitch,
-                ],
-            )?;
-        }
-        self.launch_typed(
-            "value_gradient",
-            [tiles(self.width), tiles(self.longest), self.sequences],
-            &[
-                Arg::Input(w),
-                Arg::Input(beta),
-                Arg::Input(g),
-                read_only(self.write_then_read().then_some(gates)),
-                Arg::Input(r),
-                offsets,
-                Arg::Output(d_value.view()),
-                slots,
-                width,
-                pitch,
-                d_value.stride(),
-            ],
-        )?;
-        self.launch(
-            "suffix",
-            per_slot,
-            &[
-                Arg::Input(w),
-                Arg::Input(beta),
-                Arg::Input(before),
-                Arg::Input(slopes),
-                offsets,
                 Arg::Output(dw),
                 Arg::Output(d_strength),
+                Arg::Output(means),
                 slots,
+                self.pair_pitch(),
                 self.paper(),
+            ],
+        )?;
+        self.launch_typed(
+            "coefficients",
+            [of_tiles + of_pairs * of_pairs, self.sequences, 1],
+            &[
+                Arg::Input(w),
+                Arg::Input(beta),
+                Arg::Input(similarity),
+                Arg::Input(dw),
+                Arg::Input(d_strength),
+                Arg::Input(keep),
+                Arg::Input(squares),
+                Arg::Input(norms),
+                Arg::Input(means),
+                kappa,
+                bias,
+                offsets,
+                Arg::Output(planes),
+                Arg::Output(gates.unwrap_or(View::NULL)),
+                Arg::Output(slopes),
+                Arg::Output(token_shares),
+                Arg::Output(bias_shares),
+                slots,
+                number(self.longest),
+                number(pitch),
+                self.pair_pitch(),
+                self.scale(),
+                self.epsilon(),
+            ],
+        )?;
+        self.launch_panels(
+            "gradients",
+            [
+                of_columns,
+                splits * tiles(self.longest).max(1),
+                self.sequences,
+            ],
+            &[
+                Arg::Input(self.memory.view()),
+                Arg::Input(self.grad_memory_next.view()),
+                Arg::Input(key.view()),
+                Arg::Input(strength_key.view()),
+                Arg::Input(self.grad_read.view()),
+                Arg::Input(planes),
+                read_only(gates),
+                Arg::Input(keep),
+                Arg::Input(slopes),
+                offsets,
+                Arg::Output(gradients.memory.view()),
+                Arg::Output(shares),
+                slots,
+                width,
+                key.stride(),
+                strength_key.stride(),
+                number(pitch),
+                self.pair_pitch(),
+                number(splits),
             ],
         )?;
         let d_kappa = gradients
             .key_strength
             .as_ref()
             .map_or(View::NULL, Buffer::view);
+        let d_bias = self
+            .bias
+            .as_ref()
+            .map_or(View::NULL, |_| gradients.strength_bias.view());
         self.launch_typed(
-            "slopes",
-            [self.longest, self.sequences, 1],
+            "sums",
+            [self.tokens + usize::from(self.bias.is_some()), 1, 1],
             &[
-                kappa,
-                bias,
-                offsets,
-                Arg::Input(squares),
+                Arg::Input(shares),
+                Arg::Input(token_shares),
+                Arg::Input(bias_shares),
                 Arg::Input(norms),
-                Arg::Input(w),
-                Arg::Input(beta),
-                Arg::Output(similarity),
-                Arg::Output(dw),
-                Arg::Output(d_strength),
+                Arg::Input(key.view()),
                 Arg::Output(d_kappa),
-                Arg::Output(token_slopes),
-                Arg::Output(d_bias_shares),
-                slots,
-                self.scale(),
-                self.epsilon(),
-            ],
-        )?;
-        self.launch_typed(
-            "memory_gradient",
-            [tiles(self.slots), tiles(self.width), self.sequences],
-            &[
-                Arg::Input(memory),
-                Arg::Input(g),
-                Arg::Input(keep),
-                Arg::Input(squares),
-                read_only(self.key_strength.as_ref().map(|_| dw)),
-                Arg::Input(similarity),
-                Arg::Input(d_strength),
-                Arg::Input(w),
-                Arg::Input(key.view()),
-                Arg::Input(strength_key.view()),
-                Arg::Input(r),
-                offsets,
-                Arg::Output(gradients.memory.view()),
-                slots,
-                width,
-                key.stride(),
-                strength_key.stride(),
-                after_write,
-                self.epsilon(),
-            ],
-        )?;
-        self.launch_typed(
-            "key_gradient",
-            [tiles(self.width), tiles(2 * self.longest), self.sequences],
-            &[
-                Arg::Input(similarity),
-                Arg::Input(d_strength),
-                Arg::Input(memory),
-                Arg::Input(key.view()),
-                Arg::Input(token_slopes),
-                offsets,
                 Arg::Output(d_keys.view()),
                 Arg::Output(d_strength_keys.view()),
+                Arg::Output(d_value.view()),
+                Arg::Output(d_bias),
+                number(self.tokens),
                 slots,
+                number(self.sequences),
                 width,
+                number(of_columns * columns),
+                number(splits),
                 key.stride(),
                 d_keys.stride(),
                 d_strength_keys.stride(),
+                d_value.stride(),
             ],
         )?;
-        if self.bias.is_some() {
-            let args = [
-                Arg::Input(d_bias_shares),
-                Arg::Output(gradients.strength_bias.view()),
-                Arg::I32(self.tokens as i32),
-            ];
-            self.launch("bias_gradient", [1, 1, 1], &args)?;
-        }
         Ok(gradients)
     }
+}
+
+/// What the backward pass wants of the scores as well.
+struct Through {
+    /// M·R and G·v
+    products: [View; 2],
+    dots: View,
+    cross: Option<View>,
 }
 
 struct GradientBuffers<T> {
@@ -829,7 +867,8 @@ fn check_backward<T: Storage>(variant: &ContentMemory, pack: &Pack, scale: f64) 
     let width = pack.value.ncols();
     let (found, bias) = in_every_order(|executor| {
         let run = Run::<T>::new(executor, variant, pack);
-        let gradients = unwrap(run.backward(BIAS_BEFORE));
+        let splits = 1 + run.slots % tiles(run.slots).min(3);
+        let gradients = unwrap(run.backward(BIAS_BEFORE, splits));
         let d_keys = run.rows(&gradients.keys, 0, 2 * width + 1);
         let d_strength_keys = run.rows(&gradients.keys, width, 2 * width + 1);
         let d_value = run.rows(&gradients.value, 0, width + 2);
@@ -1031,6 +1070,8 @@ fn the_largest_shapes_agree_with_the_reference() {
         (vec![2], 4096, 3, 8),
         (vec![1], 3, 1024, 0),
         (vec![512], 2, 3, 0),
+        // Several tiles of everything.
+        (vec![140, 10], 260, 72, 9),
     ] {
         let variant = variant(bits, width, None);
         let shape = Shape {
@@ -1067,13 +1108,18 @@ fn every_barrier_is_needed() {
     let variant = variant(8, 33, Some(2));
     let wide = Pack::draw::<f32>(&variant, &[17, 0], 40, 33, 5);
     let narrow = Pack::draw::<bf16>(&variant, &[22, 0], 130, 80, 5);
+    // More tokens than a block has threads.
+    let long = Pack::draw::<f32>(&variant, &[260], 1, 1, 5);
     let run = |executor: &Executor| {
         let run = Run::<f32>::new(executor, &variant, &wide);
         run.forward()?;
-        run.backward(0.0)?;
+        run.backward(0.0, 1)?;
         let run = Run::<bf16>::new(executor, &variant, &narrow);
         run.forward()?;
-        run.backward(0.0).map(drop)
+        run.backward(0.0, 2)?;
+        Run::<f32>::new(executor, &variant, &long)
+            .backward(0.0, 1)
+            .map(drop)
     };
     for (file, source) in [
         (
