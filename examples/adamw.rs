@@ -43,6 +43,7 @@ fn main() -> Result<(), Box<dyn Error>> {
             gradient: on.input(&gradient),
             norm_and_scale: on.output(&mut norm_and_scale),
             max_norm: 1.0,
+            loss_scale: None,
             workspace: on.output(&mut workspace),
         },
     )?;

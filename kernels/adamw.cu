@@ -10,6 +10,10 @@
 // with those of the next step and no norm has to come back to the host. Where the norm is infinite or NaN, so that the
 // scale is NaN, a step changes nothing.
 //
+// Gradients in f16 underflow, so losses are multiplied by a scale S before they are differentiated: scale_losses does it to
+// the losses' weights, and clip_scale takes it out again. S lies in device memory, too: it is halved where the gradient
+// overflows, and doubled after `growth_steps` steps without that. Powers of two round nothing.
+//
 // A thread owns four parameters. Bound by memory: gradient, p, m, v read and p, m, v written, 28 bytes a parameter (30
 // with a copy), ≈ 15 operations. sum_of_squares reads 4 bytes a number; a fixed number of blocks walks over them, each
 // thread in one order, so that the sum depends on n and the grid alone.
@@ -17,6 +21,7 @@
 // History
 //   1  one launch for the whole arena
 //   2  steps with a scale of NaN are left out
+//   3  loss scaling
 
 #include "reduce.cuh"
 #include "types.cuh"
@@ -107,17 +112,34 @@ extern "C" __global__ void __launch_bounds__(kThreads) sum_of_squares(const floa
     if (threadIdx.x == 0) partial[blockIdx.x] = sum;
 }
 
-// norm = √Σ partial; scale = 1 where norm ≤ max_norm, else max_norm/norm, but NaN where the norm is infinite or NaN.
-// grid 1, block 256. norm_and_scale [2].
+// weights ← weights·S. grid 1, block 256. loss_scale [2]: S and the good steps since it last changed; weights [count].
 extern "C" __global__ void __launch_bounds__(kThreads)
-    clip_scale(const float* partial, float* norm_and_scale, int32_t count, float max_norm) {
+    scale_losses(const float* loss_scale, float* weights, int32_t count) {
+    for (int i = threadIdx.x; i < count; i += kThreads) weights[i] *= loss_scale[0];
+}
+
+// norm = √Σ partial / S; scale = 1/S where norm ≤ max_norm, else max_norm/norm/S, but NaN where the norm is infinite or
+// NaN. Then S is halved, at least to 1, or after `growth_steps` good steps doubled, at most to `largest`.
+// grid 1, block 256. norm_and_scale [2]; loss_scale [2], or null for S = 1; used [1]: S before, written where there is one.
+extern "C" __global__ void __launch_bounds__(kThreads)
+    clip_scale(const float* partial, float* norm_and_scale, float* loss_scale, float* used, int32_t count, float max_norm,
+               float growth_steps, float largest) {
     __shared__ float exchange[kWarps];
     float sum = 0.0f;
     for (int i = threadIdx.x; i < count; i += kThreads) sum += partial[i];
     sum = block_sum(sum, exchange);
     if (threadIdx.x == 0) {
-        const float norm = sqrtf(sum);
+        const float losses = loss_scale != nullptr ? loss_scale[0] : 1.0f;
+        const float norm = sqrtf(sum) / losses;
+        const bool good = norm < INFINITY;
         norm_and_scale[0] = norm;
-        norm_and_scale[1] = !(norm < INFINITY) ? NAN : norm <= max_norm ? 1.0f : max_norm / norm;
+        norm_and_scale[1] = !good ? NAN : (norm <= max_norm ? 1.0f : max_norm / norm) / losses;
+        if (loss_scale != nullptr) {
+            const float steps = loss_scale[1] + 1.0f;
+            const bool grows = steps >= growth_steps;
+            *used = losses;
+            loss_scale[0] = !good ? fmaxf(0.5f * losses, 1.0f) : grows ? fminf(2.0f * losses, largest) : losses;
+            loss_scale[1] = good && !grows ? steps : 0.0f;
+        }
     }
 }

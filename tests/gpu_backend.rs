@@ -196,6 +196,15 @@ fn supervision() -> SupervisionConfig {
     }
 }
 
+const OPTIMISER: OptimiserStep = OptimiserStep {
+    learning_rate: 3e-3,
+    beta1: 0.9,
+    beta2: 0.999,
+    epsilon: 1e-8,
+    weight_decay: 0.1,
+    clip: Some(1.0),
+};
+
 /// The metrics of some steps on fresh batches, and the parameters after them.
 fn train<B: Backend<Element = f32>>(
     backend: B,
@@ -209,21 +218,15 @@ fn train<B: Backend<Element = f32>>(
     let lengths = [5, 3, 1, 7];
     let largest = Data::new(spaces, &lengths, 0).pack(&model);
     let mut training = Training::new(&model, capacity(&largest), 1).unwrap();
+    // With a small loss at few tokens, gradients in f16 have to be small as well.
+    training.set_loss_scale(&model, [1024.0, 0.0]).unwrap();
     let metrics = (1..=steps)
         .map(|step| {
             // Three batches of each size: a GPU records the second, and repeats it for the third.
             let count = 4 - (step as usize - 1) / 3;
             let batch = Data::new(spaces, &lengths[..count], step as u32).pack(&model);
-            let optimiser = OptimiserStep {
-                learning_rate: 3e-3,
-                beta1: 0.9,
-                beta2: 0.999,
-                epsilon: 1e-8,
-                weight_decay: 0.1,
-                clip: Some(1.0),
-            };
             training
-                .step(&mut model, &batch, 3, step, &optimiser)
+                .step(&mut model, &batch, 3, step, &OPTIMISER)
                 .unwrap()
         })
         .collect();
@@ -332,13 +335,72 @@ fn steps_in_bf16_follow_the_cpus() {
 }
 
 #[test]
+fn steps_in_f16_follow_the_cpus() {
+    for (config, supervision) in cases() {
+        check_training::<_, f16>(HostDevice::default(), &config, &grid(), supervision, 1e-2);
+    }
+}
+
+/// Steps with a loss scale that is too large change nothing until it has come down.
+fn check_overflow<D: Device>(device: D) {
+    let backend = Gpu::<D, f16>::new(device);
+    let (config, spaces) = (tuner(FrontEnd::Linear), grid());
+    let mut model = Model::new(backend, config, spaces.clone(), Some(supervision())).unwrap();
+    model.initialise(1).unwrap();
+    let batch = Data::new(&spaces, &[5, 3, 1, 7], 0).pack(&model);
+    let mut training = Training::new(&model, capacity(&batch), 1).unwrap();
+    let mut scale = 16_777_216.0;
+    training.set_loss_scale(&model, [scale, 5.0]).unwrap();
+    let before = model.values().unwrap();
+    let mut step = |model: &mut Model<_>, number| {
+        let metrics = training.step(model, &batch, 3, number, &OPTIMISER);
+        let state = training.loss_scale(model).unwrap();
+        (metrics.unwrap(), state, training.moments(model).unwrap())
+    };
+    let mut first = 1;
+    let started = loop {
+        let (metrics, state, moments) = step(&mut model, first);
+        assert_eq!(metrics.loss_scale, Some(scale));
+        if !metrics.is_skipped() {
+            assert_eq!(state, [scale, 1.0]);
+            break metrics;
+        }
+        assert!(metrics.loss.is_finite() && metrics.loss > 0.0);
+        assert_eq!(state, [scale / 2.0, 0.0]);
+        assert!(model.values().unwrap() == before);
+        assert!(moments.iter().flatten().all(|&moment| moment == 0.0));
+        (scale, first) = (scale / 2.0, first + 1);
+    };
+    assert!(first > 3, "more than a recorded step was skipped");
+    assert!(model.values().unwrap() != before);
+    let mut last = started;
+    for number in first + 1..first + 8 {
+        last = step(&mut model, number).0;
+        assert!(last.is_finite());
+    }
+    assert!(last.loss < started.loss, "{last:?} after {started:?}");
+}
+
+#[test]
+fn an_overflow_in_f16_is_skipped_and_recovered_from() {
+    check_overflow(HostDevice::default());
+}
+
+#[test]
+fn an_overflow_in_f16_on_a_gpu_is_skipped_and_recovered_from() {
+    on_gpu(|| check_overflow(CudaDevice::new(0, Multiply::Exact).unwrap()));
+}
+
+#[test]
 fn steps_on_a_gpu_follow_the_cpus() {
     on_gpu(|| {
         for (config, supervision) in cases() {
             let exact = CudaDevice::new(0, Multiply::Exact).unwrap();
             check_training::<_, f32>(exact, &config, &grid(), supervision.clone(), 1e-3);
             let narrow = CudaDevice::new(0, Multiply::Exact).unwrap();
-            check_training::<_, bf16>(narrow, &config, &grid(), supervision, 5e-2);
+            check_training::<_, bf16>(narrow, &config, &grid(), supervision.clone(), 5e-2);
+            let narrow = CudaDevice::new(0, Multiply::Exact).unwrap();
+            check_training::<_, f16>(narrow, &config, &grid(), supervision, 1e-2);
         }
     });
 }

@@ -420,10 +420,15 @@ pub enum Metric {
     GradientNorm,
     /// What the optimiser multiplies the gradient by; NaN where the norm is not finite.
     GradientScale,
+    /// What the losses were multiplied by for the gradient; 0 where they were taken as they are.
+    LossScale,
 }
 
 /// Length of the metrics buffer.
-pub const METRICS: usize = 5;
+pub const METRICS: usize = 6;
+
+/// Where loss scaling starts: the scale, and the good steps since it has changed last.
+pub const FIRST_LOSS_SCALE: [f64; 2] = [65536.0, 0.0];
 
 /// What a buffer holds, which decides how precisely: a backend may compute in a narrow type.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -806,13 +811,20 @@ pub trait Backend: Send + Sync {
         metrics: &mut Self::Buffer,
     ) -> Result<()>;
 
+    /// Multiplies the weights of the losses in a staged batch by the scale in `loss_scale` (see
+    /// [`FIRST_LOSS_SCALE`]), if this backend computes in a type whose gradients would underflow.
+    fn scale_losses(&self, batch: &mut Self::Batch, loss_scale: &Self::Buffer) -> Result<()>;
+
     /// Writes [`Metric::GradientNorm`], √Σ g² of the first `len` gradients, and
-    /// [`Metric::GradientScale`], which makes it at most `clip`.
+    /// [`Metric::GradientScale`], which makes it at most `clip`. Where losses are scaled, g is what
+    /// it would be without that; then [`Metric::LossScale`] is written, and the scale is lowered
+    /// where the norm is not finite and raised after many steps where it is.
     fn norm(
         &self,
         len: usize,
         gradients: &Self::Buffer,
         clip: Option<f64>,
+        loss_scale: &mut Self::Buffer,
         metrics: &mut Self::Buffer,
     ) -> Result<()>;
 

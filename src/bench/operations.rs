@@ -10,9 +10,9 @@ use dtmem_reference::dropout::{Mask, philox};
 use super::place::Place;
 use super::{Ceilings, Cost, Result, Scale};
 use crate::backend::{
-    Activation, AdamW, Adapter, Attention, Backend, Codes, Convolutions, Dropped, Extent, In, Kind,
-    LayerNorm, Linear, METRICS, Memory, MemoryGradients, MemoryInputs, MemoryStart, OneHot, Out,
-    Span, Supervised, Trained,
+    Activation, AdamW, Adapter, Attention, Backend, Codes, Convolutions, Dropped, Extent,
+    FIRST_LOSS_SCALE, In, Kind, LayerNorm, Linear, METRICS, Memory, MemoryGradients, MemoryInputs,
+    MemoryStart, OneHot, Out, Span, Supervised, Trained,
 };
 use crate::batch::{LossWeights, PackedBatch, Packer, TokenLayout, TrainingStep, Trajectory};
 use crate::spaces::{ActionSpace, Family, ObservationSpace};
@@ -827,10 +827,12 @@ fn update<'a, B: Backend<Element = f32>>(
     let len = scale.weights();
     let gradients = random(backend, Kind::Exact, len, 1e-3)?;
     let mut metrics = random(backend, Kind::Exact, METRICS, 1.0)?;
-    backend.norm(len, &gradients, None, &mut metrics)?;
+    let mut loss_scale = backend.buffer(FIRST_LOSS_SCALE.len(), Kind::Exact)?;
+    backend.upload(&FIRST_LOSS_SCALE.map(|x| x as f32), &mut loss_scale, 0)?;
+    backend.norm(len, &gradients, None, &mut loss_scale, &mut metrics)?;
     if operation == Operation::Norm {
         return Ok(Box::new(move || {
-            Ok(backend.norm(len, &gradients, None, &mut metrics)?)
+            Ok(backend.norm(len, &gradients, None, &mut loss_scale, &mut metrics)?)
         }));
     }
     let mut parameters = random(backend, Kind::Parameter, len, 0.05)?;

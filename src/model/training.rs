@@ -8,7 +8,7 @@ use dtmem_reference::Scalar;
 use super::activations::{Activations, Backward};
 use super::forward::{Counts, Pass};
 use super::{Capacity, Model, ModelError};
-use crate::backend::{AdamW, Backend, Kind, METRICS, Metric, Span, Trained};
+use crate::backend::{AdamW, Backend, FIRST_LOSS_SCALE, Kind, METRICS, Metric, Span, Trained};
 use crate::batch::{BatchSize, LossWeights, PackedBatch, TrainingStep};
 
 /// Settings of the optimiser for one step.
@@ -41,6 +41,8 @@ pub struct StepMetrics {
     pub accuracy: f64,
     /// Norm of the gradient before clipping.
     pub gradient_norm: f64,
+    /// What the losses were multiplied by for the gradient, where gradients may underflow.
+    pub loss_scale: Option<f64>,
     /// Tokens of the batch.
     pub tokens: usize,
 }
@@ -49,6 +51,13 @@ impl StepMetrics {
     /// Whether loss and gradient are finite; if not, the step changed nothing.
     pub fn is_finite(&self) -> bool {
         self.loss.is_finite() && self.gradient_norm.is_finite()
+    }
+
+    /// Whether only the scaled gradient overflowed: the step changed nothing, and the next one has a
+    /// smaller loss scale.
+    pub fn is_skipped(&self) -> bool {
+        let scaled = self.loss_scale.is_some_and(|scale| scale > 1.0);
+        scaled && self.loss.is_finite() && !self.gradient_norm.is_finite()
     }
 }
 
@@ -64,6 +73,8 @@ pub struct Training<B: Backend> {
     shards: Vec<Shard<B>>,
     first_moment: B::Buffer,
     second_moment: B::Buffer,
+    /// As [`FIRST_LOSS_SCALE`].
+    loss_scale: B::Buffer,
     /// Of a whole step.
     recording: B::Recording,
     /// Sequences of the batch, longest first.
@@ -124,8 +135,14 @@ impl<B: Backend> Shard<B> {
         Ok(backend.stage(&self.part, &mut self.batch)?)
     }
 
-    fn run(&mut self, model: &Model<B>, seed: u64) -> Result<(), ModelError> {
+    fn run(
+        &mut self,
+        model: &Model<B>,
+        seed: u64,
+        loss_scale: &B::Buffer,
+    ) -> Result<(), ModelError> {
         let backend = &*model.backend;
+        backend.scale_losses(&mut self.batch, loss_scale)?;
         let pass = Pass {
             batch: &self.batch,
             counts: Counts::from(&self.part),
@@ -172,11 +189,13 @@ impl<B: Backend> Training<B> {
                 .collect::<Result<_, _>>()?,
             first_moment: backend.buffer(trained, Kind::Exact)?,
             second_moment: backend.buffer(trained, Kind::Exact)?,
+            loss_scale: backend.buffer(FIRST_LOSS_SCALE.len(), Kind::Exact)?,
             recording: B::Recording::default(),
             order: Vec::with_capacity(capacity.sequences),
         };
         backend.zero(&mut training.first_moment, model.trained_span())?;
         backend.zero(&mut training.second_moment, model.trained_span())?;
+        training.set_loss_scale(model, FIRST_LOSS_SCALE)?;
         Ok(training)
     }
 
@@ -244,7 +263,8 @@ impl<B: Backend> Training<B> {
         clip: Option<f64>,
     ) -> Result<(), ModelError> {
         let backend = &*model.backend;
-        backend.for_each(&mut self.shards, |shard| shard.run(model, seed))?;
+        let loss_scale = &mut self.loss_scale;
+        backend.for_each(&mut self.shards, |shard| shard.run(model, seed, loss_scale))?;
         let trained = model.parameters.trained();
         if let [first, rest @ ..] = self.shards.as_mut_slice() {
             let metrics = &mut first.activations.metrics;
@@ -252,7 +272,7 @@ impl<B: Backend> Training<B> {
                 backend.add_assign(trained, &shard.gradients, &mut first.gradients)?;
                 backend.add_assign(METRICS, &shard.activations.metrics, metrics)?;
             }
-            backend.norm(trained, &first.gradients, clip, metrics)?;
+            backend.norm(trained, &first.gradients, clip, loss_scale, metrics)?;
         }
         Ok(())
     }
@@ -270,12 +290,13 @@ impl<B: Backend> Training<B> {
             memory_loss: model.per_pair(batch) * metric(Metric::MemoryLoss),
             accuracy: weights.action * metric(Metric::Correct),
             gradient_norm: metric(Metric::GradientNorm),
+            loss_scale: Some(metric(Metric::LossScale)).filter(|&scale| scale > 0.0),
             tokens: batch.tokens(),
         })
     }
 
-    /// The gradients of the last call of [`Self::gradients`] or [`Self::step`]: the trained part of
-    /// the arena.
+    /// The gradients of the last call of [`Self::gradients`] or [`Self::step`], of losses that are
+    /// scaled where [`StepMetrics::loss_scale`] says so: the trained part of the arena.
     pub fn gradient_values(&self, model: &Model<B>) -> Result<Vec<B::Element>, ModelError> {
         download(model, &self.shards[0].gradients)
     }
@@ -336,6 +357,20 @@ impl<B: Backend> Training<B> {
             download(model, &self.first_moment)?,
             download(model, &self.second_moment)?,
         ])
+    }
+
+    /// What losses are multiplied by for their gradient, and the good steps since that has changed:
+    /// [`FIRST_LOSS_SCALE`] still, where a backend has no use for it.
+    pub fn loss_scale(&self, model: &Model<B>) -> Result<[f64; 2], ModelError> {
+        let mut state = [B::Element::default(); 2];
+        model.backend.download(&self.loss_scale, 0, &mut state)?;
+        Ok(state.map(Scalar::to_f64))
+    }
+
+    /// Replaces it.
+    pub fn set_loss_scale(&mut self, model: &Model<B>, state: [f64; 2]) -> Result<(), ModelError> {
+        let state = state.map(B::Element::from_f64);
+        Ok(model.backend.upload(&state, &mut self.loss_scale, 0)?)
     }
 
     /// Replaces the moments.

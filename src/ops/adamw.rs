@@ -2,12 +2,12 @@
 //! definition: `dtmem_reference::optimiser`.
 //!
 //! What changes from step to step lies in device memory, so that a CUDA graph can be replayed: [`factors`] of the step,
-//! and the scale that [`Shape::norm`] leaves there.
+//! the scale that [`Shape::norm`] leaves there, and that of the losses ([`LossScale`]).
 
 pub use dtmem_reference::optimiser::AdamW;
 
 use super::launch::{Arg, Launch, Launcher, blocks, launch_all};
-use super::memory::{Check, Input, Output, Storage, for_each_type, kernel_for, span_or_null};
+use super::memory::{Check, Input, Output, Span, Storage, for_each_type, kernel_for, span_or_null};
 use super::{Error, Result};
 
 const FAMILY: &str = "adamw";
@@ -18,6 +18,11 @@ const VECTOR_BYTES: usize = 16;
 pub const FACTORS: usize = 8;
 /// Fixed, not the number of a GPU's processors: the bits of the norm depend on it.
 const MAX_NORM_BLOCKS: u32 = 1024;
+
+/// So many steps without an overflow double S.
+pub const GROWTH_STEPS: u32 = 2000;
+/// S does not grow beyond this.
+pub const LARGEST_LOSS_SCALE: f32 = 16_777_216.0;
 
 /// Parameters that lie one after another.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -36,8 +41,47 @@ pub struct Norm<'a> {
     pub norm_and_scale: Output<'a, f32>,
     /// Above 0; infinity to clip nothing.
     pub max_norm: f32,
+    /// Where `gradient` is that of scaled losses ([`scale_losses`]): norm and scale are those of the losses as they are.
+    pub loss_scale: Option<LossScale<'a>>,
     /// At least [`Shape::workspace`] elements, of any content.
     pub workspace: Output<'a, f32>,
+}
+
+/// What losses are multiplied by before they are differentiated, so that gradients in f16 do not underflow. A gradient
+/// that overflows halves it, down to 1; [`GROWTH_STEPS`] steps without that double it, up to [`LARGEST_LOSS_SCALE`].
+#[derive(Debug)]
+pub struct LossScale<'a> {
+    /// S, and the good steps since it has changed last \[2\].
+    pub state: Output<'a, f32>,
+    /// Overwritten with the S that this gradient has \[1\].
+    pub used: Output<'a, f32>,
+}
+
+/// weights ← weights·S: one launch. `state` as in [`LossScale`]. Errors: a length, an overlap, those of the launcher.
+pub fn scale_losses(
+    launcher: &impl Launcher,
+    state: Input<'_, f32>,
+    weights: Output<'_, f32>,
+) -> Result<()> {
+    let count = weights.len();
+    let number = i32::try_from(count)
+        .map_err(|_| Error::value("weights", count, "at most 2147483647 elements"))?;
+    let mut check = Check::new();
+    check.input("state", &state, 2, 1)?;
+    check.output("weights", &weights, count, 1)?;
+    let home = check.disjoint(&[])?;
+    launcher.launch(&Launch::new(
+        (FAMILY, "scale_losses"),
+        [1, 1, 1],
+        [THREADS, 1, 1],
+        0,
+        home,
+        [
+            Arg::Input(state.span()),
+            Arg::Output(weights.span()),
+            Arg::I32(number),
+        ],
+    ))
 }
 
 /// The tensors of one step; all but the first two begin at multiples of 16 bytes.
@@ -116,9 +160,14 @@ impl Shape {
         let mut check = Check::new();
         check.input("gradient", &tensors.gradient, self.parameters, VECTOR_BYTES)?;
         check.output("norm_and_scale", &tensors.norm_and_scale, 2, 1)?;
+        if let Some(LossScale { state, used }) = &tensors.loss_scale {
+            check.output("state", state, 2, 1)?;
+            check.output("used", used, 1, 1)?;
+        }
         check.workspace("workspace", &tensors.workspace, blocks as usize)?;
         let home = check.disjoint(&[])?;
         let partial = tensors.workspace.span();
+        let loss_scale = tensors.loss_scale.as_ref();
         let squares = Launch::new(
             (FAMILY, "sum_of_squares"),
             [blocks, 1, 1],
@@ -140,8 +189,12 @@ impl Shape {
             [
                 Arg::Input(partial),
                 Arg::Output(tensors.norm_and_scale.span()),
+                Arg::Output(loss_scale.map_or(Span::NULL, |scale| scale.state.span())),
+                Arg::Output(loss_scale.map_or(Span::NULL, |scale| scale.used.span())),
                 Arg::I32(blocks as i32),
                 Arg::F32(max_norm),
+                Arg::F32(GROWTH_STEPS as f32),
+                Arg::F32(LARGEST_LOSS_SCALE),
             ],
         );
         Ok([squares, scale])

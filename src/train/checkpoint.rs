@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::Error;
 use super::config::{Config, least_parameters, validate_spaces};
 use super::data::Position;
-use crate::backend::{Backend, Cpu};
+use crate::backend::{Backend, Cpu, FIRST_LOSS_SCALE};
 use crate::model::Model;
 use crate::spaces::Spaces;
 use crate::tasks::write_beside;
@@ -231,6 +231,9 @@ pub struct StateHeader {
     pub tokens: u64,
     /// Seconds of training so far.
     pub seconds: f64,
+    /// What losses are multiplied by for gradients in f16, and the steps without an overflow since
+    /// that has changed.
+    pub loss_scale: [f64; 2],
     /// The run.
     pub config: Config,
 }
@@ -244,6 +247,7 @@ impl StateHeader {
             position: Position::default(),
             tokens: 0,
             seconds: 0.0,
+            loss_scale: FIRST_LOSS_SCALE,
             config: config.clone(),
         }
     }
@@ -291,6 +295,15 @@ pub fn state_from_bytes(
             "`seconds`",
             header.seconds,
             "a finite number, not below 0",
+        ));
+    }
+    let [scale, steps] = header.loss_scale;
+    if !(scale >= 1.0 && scale.is_finite() && steps >= 0.0) {
+        return Err(Error::file(
+            path,
+            "`loss_scale`",
+            format!("{scale} for {steps} steps"),
+            "a finite number of at least 1, and a number of steps",
         ));
     }
     let [name, first, second] = STATE_TENSORS;

@@ -60,6 +60,8 @@ pub enum Precision {
     /// Activations in bf16.
     #[default]
     Bf16,
+    /// Activations in f16, with losses scaled so that gradients do not underflow.
+    F16,
 }
 
 /// What is done on whatever backend was chosen.
@@ -123,6 +125,7 @@ fn run_on_gpu<J: Job>(
     match precision {
         Precision::F32 | Precision::Tf32 => on::<f32, J>(device, job),
         Precision::Bf16 => on::<half::bf16, J>(device, job),
+        Precision::F16 => on::<half::f16, J>(device, job),
     }
 }
 

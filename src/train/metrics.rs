@@ -27,8 +27,14 @@ pub struct Line {
     pub accuracy: f64,
     /// Learning rate of this step.
     pub learning_rate: f64,
-    /// Norm of the gradient before clipping.
+    /// Norm of the gradient before clipping, over the steps that were not skipped.
     pub gradient_norm: f64,
+    /// What losses were multiplied by for gradients in f16, at this step.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub loss_scale: Option<f64>,
+    /// How many of the steps were skipped, because gradients in f16 overflowed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub skipped: Option<u64>,
     /// Real tokens per second.
     pub tokens_per_s: f64,
 }
@@ -37,9 +43,12 @@ pub struct Line {
 #[derive(Debug, Clone, Default)]
 pub struct Window {
     steps: u64,
+    skipped: u64,
     tokens: u64,
     seconds: f64,
-    sums: [f64; 5],
+    sums: [f64; 4],
+    norms: f64,
+    loss_scale: Option<f64>,
 }
 
 impl Window {
@@ -48,16 +57,15 @@ impl Window {
         self.steps += 1;
         self.tokens += step.tokens as u64;
         self.seconds += seconds;
-        let values = [
-            step.loss,
-            step.action_loss,
-            step.memory_loss,
-            step.accuracy,
-            step.gradient_norm,
-        ];
+        let values = [step.loss, step.action_loss, step.memory_loss, step.accuracy];
         for (sum, value) in self.sums.iter_mut().zip(values) {
             *sum += value;
         }
+        match step.is_skipped() {
+            true => self.skipped += 1,
+            false => self.norms += step.gradient_norm,
+        }
+        self.loss_scale = step.loss_scale;
     }
 
     /// The line of the steps so far, if there is any, and a new start. `step` and `tokens` are
@@ -67,8 +75,9 @@ impl Window {
         if window.steps == 0 {
             return None;
         }
-        let [loss, action_loss, memory_loss, accuracy, gradient_norm] =
+        let [loss, action_loss, memory_loss, accuracy] =
             window.sums.map(|sum| sum / window.steps as f64);
+        let updates = window.steps - window.skipped;
         Some(Line {
             step,
             tokens,
@@ -77,7 +86,9 @@ impl Window {
             memory_loss,
             accuracy,
             learning_rate,
-            gradient_norm,
+            gradient_norm: window.norms / updates.max(1) as f64,
+            loss_scale: window.loss_scale,
+            skipped: window.loss_scale.map(|_| window.skipped),
             tokens_per_s: per_second(window.tokens, window.seconds),
         })
     }
@@ -160,6 +171,7 @@ mod tests {
             memory_loss: 0.2,
             accuracy: 0.5,
             gradient_norm: 2.0,
+            loss_scale: None,
             tokens: 10,
         };
         window.add(&metrics, 1.0);
@@ -178,6 +190,36 @@ mod tests {
         let line = line(2);
         assert_eq!((line.loss, line.tokens_per_s), (2.0, 5.0));
         assert_eq!(Window::default().take(1, 0, 0.0), None);
+    }
+
+    #[test]
+    fn skipped_steps_are_counted_and_have_no_norm() {
+        let good = StepMetrics {
+            loss: 3.0,
+            action_loss: 1.0,
+            memory_loss: 0.2,
+            accuracy: 0.5,
+            gradient_norm: 2.0,
+            loss_scale: Some(4.0),
+            tokens: 10,
+        };
+        let overflow = StepMetrics {
+            gradient_norm: f64::INFINITY,
+            ..good
+        };
+        let mut window = Window::default();
+        for step in [overflow, good, overflow, good] {
+            window.add(&step, 1.0);
+        }
+        let line = window.take(4, 40, 1e-3).unwrap();
+        assert_eq!((line.gradient_norm, line.skipped), (2.0, Some(2)));
+        assert_eq!(line.loss_scale, Some(4.0));
+        // With a scale of 1 nothing can be lowered: not an overflow of the scaled gradient.
+        let broken = StepMetrics {
+            loss_scale: Some(1.0),
+            ..overflow
+        };
+        assert!(overflow.is_skipped() && !broken.is_skipped() && !good.is_skipped());
     }
 
     #[test]

@@ -428,6 +428,7 @@ fn restore<B: Backend<Element = f32>>(
     let state = checkpoint::state_from_bytes(&file, bytes, model.arena())?;
     model.set_values(&state.parameters)?;
     training.set_moments(model, &state.first_moment, &state.second_moment)?;
+    training.set_loss_scale(model, state.header.loss_scale)?;
     let position = &state.header.position;
     if !batches.seek(position) {
         return Err(Error::file(
@@ -474,7 +475,7 @@ impl<B: Backend<Element = f32>> Run<'_, B> {
                 ("the loss", metrics.loss),
                 ("the norm of the gradient", metrics.gradient_norm),
             ] {
-                if !value.is_finite() {
+                if !value.is_finite() && !metrics.is_skipped() {
                     return Err(self.not_finite(step, what, value));
                 }
             }
@@ -530,6 +531,7 @@ impl<B: Backend<Element = f32>> Run<'_, B> {
     fn save(&mut self) -> Result<(), Error> {
         let step = self.state.step;
         let [first_moment, second_moment] = self.training.moments(&self.model)?;
+        self.state.loss_scale = self.training.loss_scale(&self.model)?;
         let state = State {
             header: self.state.clone(),
             parameters: self.model.values()?,

@@ -1,4 +1,6 @@
-use dtmem::ops::adamw::{AdamW, Norm, Shape, Step, factors};
+use dtmem::ops::adamw::{
+    AdamW, GROWTH_STEPS, LARGEST_LOSS_SCALE, LossScale, Norm, Shape, Step, factors, scale_losses,
+};
 use dtmem::ops::{Arg, Input, Storage};
 use dtmem_reference::optimiser;
 use half::{bf16, f16};
@@ -44,6 +46,7 @@ fn check<T: Number>(
         gradient: machine.input(&gradient_memory),
         norm_and_scale: machine.output(&mut norm_and_scale),
         max_norm,
+        loss_scale: None,
         workspace: machine.output(&mut workspace),
     };
     shape
@@ -143,6 +146,84 @@ fn clipped_steps_on_a_gpu_agree_with_the_reference() {
     });
 }
 
+/// The state after a gradient of `size`, computed from losses that were scaled by `state`; found norm and scale are those
+/// of the losses as they are.
+fn check_loss_scale(machine: &impl Machine, size: f64, max_norm: f32, state: [f32; 2]) -> [f32; 2] {
+    let shape = Shape { parameters: 1025 };
+    let mut random = ChaCha8Rng::seed_from_u64(state[0].to_bits().into());
+    let gradient = draw::<f32, _>(&mut random, 1025) * size;
+    let scaled = gradient.map(|x| (x * f64::from(state[0])) as f32);
+    let scaled = machine.upload(scaled.as_slice().unwrap());
+    let mut state_memory = machine.upload(&state);
+    let mut weights = machine.upload(&[0.5_f32, -3.0]);
+    scale_losses(
+        machine,
+        machine.input(&state_memory),
+        machine.output(&mut weights),
+    )
+    .unwrap();
+    assert_eq!(
+        machine.download(&weights),
+        [0.5 * state[0], -3.0 * state[0]]
+    );
+
+    let [mut norm_and_scale, mut used] = [2, 1].map(|len| machine.scratch::<f32>(len));
+    let mut workspace = machine.scratch::<f32>(shape.workspace().unwrap());
+    let tensors = Norm {
+        gradient: machine.input(&scaled),
+        norm_and_scale: machine.output(&mut norm_and_scale),
+        max_norm,
+        loss_scale: Some(LossScale {
+            state: machine.output(&mut state_memory),
+            used: machine.output(&mut used),
+        }),
+        workspace: machine.output(&mut workspace),
+    };
+    shape.norm(machine, tensors).unwrap();
+    assert_eq!(machine.download(&used), state[..1]);
+    let found = machine.download(&norm_and_scale);
+    if size.is_finite() {
+        let expected_norm = norm(&gradient);
+        let scale = optimiser::clip_scale(expected_norm, max_norm.into()) / f64::from(state[0]);
+        for (found, expected) in found.into_iter().zip([expected_norm, scale]) {
+            let error = (f64::from(found) / expected - 1.0).abs();
+            assert!(error < 1e-5, "{found}, expected {expected}");
+        }
+    } else {
+        assert!(!found[0].is_finite() && found[1].is_nan(), "{found:?}");
+    }
+    machine.download(&state_memory).try_into().unwrap()
+}
+
+fn check_loss_scales(machine: &impl Machine) {
+    let last = GROWTH_STEPS as f32 - 1.0;
+    for (size, state, expected) in [
+        (1e-6, [1024.0, 3.0], [1024.0, 4.0]),
+        (3.0, [1024.0, last], [2048.0, 0.0]),
+        (1.0, [LARGEST_LOSS_SCALE, last], [LARGEST_LOSS_SCALE, 0.0]),
+        (f64::INFINITY, [1024.0, 3.0], [512.0, 0.0]),
+        (f64::NAN, [1024.0, last], [512.0, 0.0]),
+        (f64::NAN, [1.0, 7.0], [1.0, 0.0]),
+    ] {
+        for max_norm in [1.0, f32::INFINITY] {
+            let found = check_loss_scale(machine, size, max_norm, state);
+            assert_eq!(found, expected, "{size}, {state:?}");
+        }
+    }
+}
+
+#[test]
+fn an_overflow_halves_the_loss_scale_and_enough_good_steps_double_it() {
+    for seed in 0..3 {
+        check_loss_scales(&host(seed));
+    }
+}
+
+#[test]
+fn loss_scales_on_a_gpu_change_as_on_the_host() {
+    on_gpu(|device| check_loss_scales(device));
+}
+
 const N: usize = 5000;
 const SHAPE: Shape = Shape { parameters: N };
 
@@ -164,6 +245,7 @@ fn norm_of_gradient() -> Norm<'static> {
         gradient: tensor(0x10000, N),
         norm_and_scale: target(0x1000, 2),
         max_norm: 1.0,
+        loss_scale: None,
         workspace: target(0x20000, SHAPE.workspace().unwrap()),
     }
 }
@@ -191,7 +273,7 @@ fn the_plan_of_a_norm_depends_on_the_parameters_alone() {
         ("sum_of_squares", [5, 1, 1])
     );
     assert_eq!((scale.kernel(), scale.grid()), ("clip_scale", [1, 1, 1]));
-    assert_eq!(scale.args()[2..], [Arg::I32(5), Arg::F32(1.0)]);
+    assert_eq!(scale.args()[4..6], [Arg::I32(5), Arg::F32(1.0)]);
     assert_eq!(Shape { parameters: 0 }.workspace().unwrap(), 1);
     assert_eq!(
         Shape {

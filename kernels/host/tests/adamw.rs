@@ -6,7 +6,7 @@ use common::{
     Random, Storage, assert_close, assert_every_barrier_is_needed, assert_near, in_every_order,
     norm, upload,
 };
-use dtmem_host::{Arg, Executor, Launch, Result};
+use dtmem_host::{Arg, Executor, Launch, Result, View};
 use dtmem_reference::optimiser::{self, AdamW};
 use half::{bf16, f16};
 use ndarray::{Array1, ArrayView1};
@@ -158,8 +158,12 @@ fn norm_and_scale(
         &[
             Arg::Input(partial.view()),
             Arg::Output(result.view()),
+            Arg::Output(View::NULL),
+            Arg::Output(View::NULL),
             Arg::I32(blocks as i32),
             Arg::F32(max_norm),
+            Arg::F32(1.0),
+            Arg::F32(1.0),
         ],
     )?;
     Ok(result.download())

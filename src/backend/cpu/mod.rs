@@ -1503,11 +1503,16 @@ impl<T: Scalar> Backend for Cpu<T> {
         Ok(())
     }
 
+    fn scale_losses(&self, _: &mut PackedBatch, _: &Vec<T>) -> Result<()> {
+        Ok(())
+    }
+
     fn norm(
         &self,
         len: usize,
         gradients: &Vec<T>,
         clip: Option<f64>,
+        _: &mut Vec<T>,
         metrics: &mut Vec<T>,
     ) -> Result<()> {
         const NAME: &str = "norm";

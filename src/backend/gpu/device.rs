@@ -31,6 +31,8 @@ impl Element for f16 {}
 
 /// A type that operations compute in: stored so, added up in f32.
 pub trait Compute: Storage + Element {
+    /// Whether small gradients underflow, so that losses have to be scaled.
+    const UNDERFLOWS: bool;
     /// The nearest value.
     fn narrow(x: f32) -> Self;
     /// Exactly.
@@ -38,6 +40,7 @@ pub trait Compute: Storage + Element {
 }
 
 impl Compute for f32 {
+    const UNDERFLOWS: bool = false;
     fn narrow(x: f32) -> Self {
         x
     }
@@ -47,6 +50,7 @@ impl Compute for f32 {
 }
 
 impl Compute for bf16 {
+    const UNDERFLOWS: bool = false;
     fn narrow(x: f32) -> Self {
         Self::from_f32(x)
     }
@@ -56,6 +60,7 @@ impl Compute for bf16 {
 }
 
 impl Compute for f16 {
+    const UNDERFLOWS: bool = true;
     fn narrow(x: f32) -> Self {
         Self::from_f32(x)
     }

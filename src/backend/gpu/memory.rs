@@ -174,9 +174,8 @@ pub(super) struct Bytes {
 /// Places of a batch's arrays of f32.
 #[derive(Debug, Default)]
 pub(super) struct Floats {
-    /// Weights of the losses.
-    pub action_weight: Range<usize>,
-    pub pair_weight: Range<usize>,
+    /// Weights of the losses: of an action, of a pair.
+    pub weights: Range<usize>,
     /// The number 1.
     pub one: Range<usize>,
     /// Of the optimiser's step.
@@ -286,8 +285,7 @@ impl<D: Device, T: Compute> Batch<D, T> {
         let weights = batch.training.weights;
         let floats = &mut self.floats;
         self.float = Floats {
-            action_weight: floats.push(&[weights.action as f32]),
-            pair_weight: floats.push(&[weights.pair as f32]),
+            weights: floats.push(&[weights.action as f32, weights.pair as f32]),
             one: floats.push(&[1.0]),
             factors: match &batch.training.optimiser {
                 Some(hyper) => Some(floats.push(&adamw::factors(hyper)?)),
@@ -350,6 +348,18 @@ impl<D: Device, T: Compute> Batch<D, T> {
     ) -> Result<Input<'a, u8>> {
         let all = self.bytes(device, &self.byte.observations)?;
         Ok(all.slice(self.rows_of(family)?.codes.clone())?)
+    }
+
+    /// Weight of an action's loss, and of a pair's.
+    pub(super) fn weights<'a>(&'a self, device: &'a D) -> Result<[Input<'a, f32>; 2]> {
+        let weights = self.floats(device, &self.float.weights)?;
+        Ok([weights.part(0..1)?, weights.part(1..2)?])
+    }
+
+    /// Both, to write.
+    pub(super) fn weights_mut<'a>(&'a mut self, device: &'a D) -> Result<Output<'a, f32>> {
+        let memory = self.floats.memory.as_mut().ok_or(BackendError::NotStaged)?;
+        Ok(device.output(memory, self.float.weights.clone())?)
     }
 
     /// Returns to go.

@@ -935,10 +935,11 @@ impl<D: Device, T: Compute> Backend for Gpu<D, T> {
         let memory_loss = match (&attention.supervised, &state.supervised) {
             (Some(supervised), Some(state)) => {
                 let rows = batch.tokens * supervised.heads.len();
+                let [_, grad_loss] = batch.weights(device)?;
                 Some(attention::MemoryLossGradient {
                     supervision: self.supervision(batch, supervised, &state.slots)?,
                     // The weight in the batch has the divisor in it.
-                    grad_loss: batch.floats(device, &batch.float.pair_weight)?,
+                    grad_loss,
                     factor: batch.floats(device, &batch.float.one)?,
                     peak: device.input(&state.peak, 0..rows)?,
                     shift: device.input(&state.rows, third(0, rows))?,
@@ -1068,12 +1069,13 @@ impl<D: Device, T: Compute> Backend for Gpu<D, T> {
         };
         let mut workspace = self.floats.lock(device, shape.workspace()?)?;
         const { assert!(Metric::ActionLoss as usize == 0 && Metric::Correct as usize == 1) };
+        let [scale, _] = batch.weights(device)?;
         let tensors = cross_entropy::Tensors {
             logits: logits.read(device, 0..shape.rows * actions)?,
             targets: batch
                 .ints(device, &batch.int.targets)?
                 .slice(rows.clone())?,
-            scale: batch.floats(device, &batch.float.action_weight)?,
+            scale,
             dlogits: grad_logits.write(device, 0..shape.rows * actions)?,
             metrics: metrics.write_exact(device, 0..2)?,
             workspace: workspace.output(device)?,
@@ -1081,22 +1083,48 @@ impl<D: Device, T: Compute> Backend for Gpu<D, T> {
         Ok(shape.loss_and_gradient(device, tensors)?)
     }
 
+    fn scale_losses(&self, batch: &mut Self::Batch, loss_scale: &Self::Buffer) -> Result<()> {
+        if !T::UNDERFLOWS {
+            return Ok(());
+        }
+        let device = &self.device;
+        let state = loss_scale.read_exact(device, 0..loss_scale.len)?;
+        Ok(adamw::scale_losses(
+            device,
+            state,
+            batch.weights_mut(device)?,
+        )?)
+    }
+
     fn norm(
         &self,
         len: usize,
         gradients: &Self::Buffer,
         clip: Option<f64>,
+        loss_scale: &mut Self::Buffer,
         metrics: &mut Self::Buffer,
     ) -> Result<()> {
         let device = &self.device;
         let shape = adamw::Shape { parameters: len };
         let mut workspace = self.floats.lock(device, shape.workspace()?)?;
         const NORM: usize = Metric::GradientNorm as usize;
-        const { assert!(Metric::GradientScale as usize == NORM + 1 && NORM + 2 == METRICS) };
+        const { assert!(Metric::GradientScale as usize == NORM + 1) };
+        const USED: usize = Metric::LossScale as usize;
+        let [norm_and_scale, used] = metrics
+            .write_exact(device, 0..METRICS)?
+            .parts([NORM..NORM + 2, USED..USED + 1])?;
+        let state_len = loss_scale.len;
         let tensors = adamw::Norm {
             gradient: gradients.read_exact(device, 0..len)?,
-            norm_and_scale: metrics.write_exact(device, NORM..METRICS)?,
+            norm_and_scale,
             max_norm: clip.map_or(f32::INFINITY, |clip| clip as f32),
+            loss_scale: match T::UNDERFLOWS {
+                true => Some(adamw::LossScale {
+                    state: loss_scale.write_exact(device, 0..state_len)?,
+                    used,
+                }),
+                false => None,
+            },
             workspace: workspace.output(device)?,
         };
         Ok(shape.norm(device, tensors)?)
