@@ -161,7 +161,8 @@ fn train_step(criterion: &mut Criterion) {
                 step += 1;
                 training
                     .step(&mut model, &batch, 0, step, &optimiser)
-                    .expect("a step")
+                    .expect("a step");
+                training.collect(&model).expect("its metrics")
             });
         });
     }

@@ -10,8 +10,6 @@ use tracing::info;
 
 /// Time between two lines where there is no terminal.
 const LINE_EVERY: Duration = Duration::from_secs(10);
-/// Weight of the past in the speed that is shown.
-const SMOOTHING: f64 = 0.98;
 
 /// Shows events.
 #[derive(Debug)]
@@ -19,9 +17,8 @@ pub struct Progress {
     bars: MultiProgress,
     terminal: bool,
     current: Option<Current>,
-    /// Tokens and seconds of the last steps, the older the fainter.
-    tokens: f64,
-    seconds: f64,
+    /// The last metrics of a training.
+    metrics: String,
 }
 
 /// The phase that is under way.
@@ -50,8 +47,7 @@ impl Progress {
             bars,
             terminal: io::stderr().is_terminal(),
             current: None,
-            tokens: 0.0,
-            seconds: 0.0,
+            metrics: String::new(),
         }
     }
 
@@ -64,21 +60,15 @@ impl Progress {
             Event::Evaluation { done, total } => {
                 self.advance("evaluating", done, total, String::new);
             }
-            Event::Step {
-                step,
-                steps,
-                metrics,
-                seconds,
-            } => {
-                self.tokens = self.tokens * SMOOTHING + metrics.tokens as f64;
-                self.seconds = self.seconds * SMOOTHING + seconds;
-                let speed = self.tokens / self.seconds.max(1e-9);
-                self.advance("training", step, steps, || {
-                    format!(
-                        "loss {:.4}  action {:.4}  memory {:.4}  accuracy {:.3}  {speed:.0} tokens/s",
-                        metrics.loss, metrics.action_loss, metrics.memory_loss, metrics.accuracy,
-                    )
-                });
+            Event::Step { step, steps } => {
+                let metrics = self.metrics.clone();
+                self.advance("training", step, steps, || metrics);
+            }
+            Event::Metrics(line) => {
+                self.metrics = format!(
+                    "loss {:.4}  action {:.4}  memory {:.4}  accuracy {:.3}  {:.0} tokens/s",
+                    line.loss, line.action_loss, line.memory_loss, line.accuracy, line.tokens_per_s,
+                );
             }
         }
     }

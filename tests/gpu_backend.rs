@@ -220,16 +220,15 @@ fn train<B: Backend<Element = f32>>(
     let mut training = Training::new(&model, capacity(&largest), 1).unwrap();
     // With a small loss at few tokens, gradients in f16 have to be small as well.
     training.set_loss_scale(&model, [1024.0, 0.0]).unwrap();
-    let metrics = (1..=steps)
-        .map(|step| {
-            // Three batches of each size: a GPU records the second, and repeats it for the third.
-            let count = 4 - (step as usize - 1) / 3;
-            let batch = Data::new(spaces, &lengths[..count], step as u32).pack(&model);
-            training
-                .step(&mut model, &batch, 3, step, &OPTIMISER)
-                .unwrap()
-        })
-        .collect();
+    for step in 1..=steps {
+        // Three batches of each size: a GPU records the second, and repeats it for the third.
+        let count = 4 - (step as usize - 1) / 3;
+        let batch = Data::new(spaces, &lengths[..count], step as u32).pack(&model);
+        training
+            .step(&mut model, &batch, 3, step, &OPTIMISER)
+            .unwrap();
+    }
+    let metrics = training.collect(&model).unwrap();
     (metrics, model.values().unwrap())
 }
 
@@ -353,9 +352,10 @@ fn check_overflow<D: Device>(device: D) {
     training.set_loss_scale(&model, [scale, 5.0]).unwrap();
     let before = model.values().unwrap();
     let mut step = |model: &mut Model<_>, number| {
-        let metrics = training.step(model, &batch, 3, number, &OPTIMISER);
+        training.step(model, &batch, 3, number, &OPTIMISER).unwrap();
+        let metrics = training.collect(model).unwrap().remove(0);
         let state = training.loss_scale(model).unwrap();
-        (metrics.unwrap(), state, training.moments(model).unwrap())
+        (metrics, state, training.moments(model).unwrap())
     };
     let mut first = 1;
     let started = loop {

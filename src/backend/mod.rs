@@ -512,14 +512,21 @@ pub trait Backend: Send + Sync {
         work: impl FnOnce() -> std::result::Result<(), E>,
     ) -> std::result::Result<(), E>;
 
-    /// Brings a batch to the backend, reusing the memory of `to`.
+    /// Brings a batch to the backend, reusing the memory of `to`. What was asked for before may
+    /// still be going on.
     fn stage(&self, batch: &PackedBatch, to: &mut Self::Batch) -> Result<()>;
 
     /// buffer\[span\] = 0.
     fn zero(&self, buffer: &mut Self::Buffer, span: Span) -> Result<()>;
 
-    /// Copies `len` numbers from the start of one buffer to that of another.
-    fn copy(&self, from: &Self::Buffer, to: &mut Self::Buffer, len: usize) -> Result<()>;
+    /// Copies `len` numbers from the start of one buffer to `offset` in another of its kind.
+    fn copy(
+        &self,
+        from: &Self::Buffer,
+        to: &mut Self::Buffer,
+        offset: usize,
+        len: usize,
+    ) -> Result<()>;
 
     /// Sums of weight rows: the family's rows of `out` [rows of that kind, width].
     fn one_hot(

@@ -367,7 +367,7 @@ pub(super) fn ceilings<P: Place>(place: &P, backend: &P::Backend) -> Result<Ceil
     let [len, rows] = P::LARGE;
     let from = random(backend, Kind::Activation, len, 1.0)?;
     let mut to = backend.buffer(len, Kind::Activation)?;
-    let copy = best(&mut || Ok(backend.copy(&from, &mut to, len)?))?;
+    let copy = best(&mut || Ok(backend.copy(&from, &mut to, 0, len)?))?;
     drop((from, to));
     let weight = random(backend, Kind::Parameter, rows * rows, 0.05)?;
     let x = random(backend, Kind::Activation, rows * rows, 1.0)?;

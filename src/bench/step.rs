@@ -89,8 +89,7 @@ impl<B: Backend<Element = f32>> Step<B> {
         })
     }
 
-    /// Seconds of so many steps. Each ends with its metrics on the host, so that a clock there sees
-    /// what a trainer waits for.
+    /// Seconds of so many steps, with their metrics on the host in the end, as a trainer does it.
     pub fn time(&mut self, runs: u64) -> Result<f64> {
         let start = Instant::now();
         for _ in 0..runs {
@@ -99,6 +98,7 @@ impl<B: Backend<Element = f32>> Step<B> {
             self.training
                 .step(model, batch, 0, self.number, &OPTIMISER)?;
         }
+        self.training.collect(&self.model)?;
         Ok(start.elapsed().as_secs_f64())
     }
 }

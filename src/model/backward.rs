@@ -327,7 +327,7 @@ impl<B: Backend> Model<B> {
         let (width, wide) = (self.config.width, block.up.outputs);
         let grad_down = match pass.mask(self.config.dropout, Site::FeedForward(index))? {
             Some(mask) => {
-                backend.copy(&grads.stream, &mut grads.branch, rows * width)?;
+                backend.copy(&grads.stream, &mut grads.branch, 0, rows * width)?;
                 backend.dropout(mask, width, &mut grads.branch)?;
                 &grads.branch
             }

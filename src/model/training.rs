@@ -11,6 +11,9 @@ use super::{Capacity, Model, ModelError};
 use crate::backend::{AdamW, Backend, FIRST_LOSS_SCALE, Kind, METRICS, Metric, Span, Trained};
 use crate::batch::{BatchSize, LossWeights, PackedBatch, TrainingStep};
 
+/// Most steps whose metrics wait on the backend.
+const WAITING: usize = 256;
+
 /// Settings of the optimiser for one step.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct OptimiserStep {
@@ -61,6 +64,39 @@ impl StepMetrics {
     }
 }
 
+/// What turns the sums of a step into its metrics.
+#[derive(Debug, Clone, Copy)]
+struct Measure {
+    weights: LossWeights,
+    /// 1 / the memory loss's denominator.
+    per_pair: f64,
+    tokens: usize,
+}
+
+impl Measure {
+    fn new<B: Backend>(model: &Model<B>, batch: &PackedBatch) -> Self {
+        Self {
+            weights: model.loss_weights(batch),
+            per_pair: model.per_pair(batch),
+            tokens: batch.tokens(),
+        }
+    }
+
+    fn metrics<T: Scalar>(&self, sums: &[T; METRICS]) -> StepMetrics {
+        let sum = |metric: Metric| sums[metric as usize].to_f64();
+        let action_loss = self.weights.action * sum(Metric::ActionLoss);
+        StepMetrics {
+            loss: action_loss + self.weights.pair * sum(Metric::MemoryLoss),
+            action_loss,
+            memory_loss: self.per_pair * sum(Metric::MemoryLoss),
+            accuracy: self.weights.action * sum(Metric::Correct),
+            gradient_norm: sum(Metric::GradientNorm),
+            loss_scale: Some(sum(Metric::LossScale)).filter(|&scale| scale > 0.0),
+            tokens: self.tokens,
+        }
+    }
+}
+
 /// Everything that training needs beside the parameters, allocated once.
 ///
 /// A batch is divided into shards of whole sequences, of about the same number of tokens, and each
@@ -77,6 +113,11 @@ pub struct Training<B: Backend> {
     loss_scale: B::Buffer,
     /// Of a whole step.
     recording: B::Recording,
+    /// Sums of the steps that wait to be collected [WAITING, METRICS], and what they measure.
+    sums: B::Buffer,
+    waiting: Vec<Measure>,
+    /// Metrics that had to make room for further ones.
+    collected: Vec<StepMetrics>,
     /// Sequences of the batch, longest first.
     order: Vec<usize>,
 }
@@ -191,6 +232,9 @@ impl<B: Backend> Training<B> {
             second_moment: backend.buffer(trained, Kind::Exact)?,
             loss_scale: backend.buffer(FIRST_LOSS_SCALE.len(), Kind::Exact)?,
             recording: B::Recording::default(),
+            sums: backend.buffer(WAITING * METRICS, Kind::Exact)?,
+            waiting: Vec::with_capacity(WAITING),
+            collected: Vec::new(),
             order: Vec::with_capacity(capacity.sequences),
         };
         backend.zero(&mut training.first_moment, model.trained_span())?;
@@ -231,7 +275,10 @@ impl<B: Backend> Training<B> {
     ) -> Result<StepMetrics, ModelError> {
         self.stage(model, batch, step, None)?;
         self.accumulate(model, seed, None)?;
-        self.metrics(model, batch)
+        let mut sums = [B::Element::default(); METRICS];
+        let metrics = &self.shards[0].activations.metrics;
+        model.backend.download(metrics, 0, &mut sums)?;
+        Ok(Measure::new(model, batch).metrics(&sums))
     }
 
     /// Divides a batch and brings it to the backend.
@@ -277,24 +324,6 @@ impl<B: Backend> Training<B> {
         Ok(())
     }
 
-    fn metrics(&self, model: &Model<B>, batch: &PackedBatch) -> Result<StepMetrics, ModelError> {
-        let mut metrics = [B::Element::default(); METRICS];
-        let first = &self.shards[0].activations.metrics;
-        model.backend.download(first, 0, &mut metrics)?;
-        let metric = |metric: Metric| metrics[metric as usize].to_f64();
-        let weights = model.loss_weights(batch);
-        let action_loss = weights.action * metric(Metric::ActionLoss);
-        Ok(StepMetrics {
-            loss: action_loss + weights.pair * metric(Metric::MemoryLoss),
-            action_loss,
-            memory_loss: model.per_pair(batch) * metric(Metric::MemoryLoss),
-            accuracy: weights.action * metric(Metric::Correct),
-            gradient_norm: metric(Metric::GradientNorm),
-            loss_scale: Some(metric(Metric::LossScale)).filter(|&scale| scale > 0.0),
-            tokens: batch.tokens(),
-        })
-    }
-
     /// The gradients of the last call of [`Self::gradients`] or [`Self::step`], of losses that are
     /// scaled where [`StepMetrics::loss_scale`] says so: the trained part of the arena.
     pub fn gradient_values(&self, model: &Model<B>) -> Result<Vec<B::Element>, ModelError> {
@@ -302,7 +331,8 @@ impl<B: Backend> Training<B> {
     }
 
     /// One optimiser step, number `step` from 1. Nothing is updated if the gradient is not finite:
-    /// see [`StepMetrics::is_finite`].
+    /// see [`StepMetrics::is_finite`]. A backend may still be at it when this returns; how the step
+    /// went is asked for by [`Self::collect`].
     pub fn step(
         &mut self,
         model: &mut Model<B>,
@@ -310,7 +340,7 @@ impl<B: Backend> Training<B> {
         seed: u64,
         step: u64,
         optimiser: &OptimiserStep,
-    ) -> Result<StepMetrics, ModelError> {
+    ) -> Result<(), ModelError> {
         let hyper = AdamW {
             learning_rate: optimiser.learning_rate,
             beta1: optimiser.beta1,
@@ -331,7 +361,31 @@ impl<B: Backend> Training<B> {
         });
         self.recording = recording;
         done?;
-        self.metrics(model, batch)
+        let metrics = &self.shards[0].activations.metrics;
+        let place = self.waiting.len() * METRICS;
+        backend.copy(metrics, &mut self.sums, place, METRICS)?;
+        self.waiting.push(Measure::new(model, batch));
+        if self.waiting.len() == WAITING {
+            self.fetch(model)?;
+        }
+        Ok(())
+    }
+
+    /// Metrics of the steps since the last call, in their order. Waits for the last of them.
+    pub fn collect(&mut self, model: &Model<B>) -> Result<Vec<StepMetrics>, ModelError> {
+        self.fetch(model)?;
+        Ok(std::mem::take(&mut self.collected))
+    }
+
+    fn fetch(&mut self, model: &Model<B>) -> Result<(), ModelError> {
+        let mut sums = vec![[B::Element::default(); METRICS]; self.waiting.len()];
+        model
+            .backend
+            .download(&self.sums, 0, sums.as_flattened_mut())?;
+        let steps = self.waiting.drain(..).zip(&sums);
+        self.collected
+            .extend(steps.map(|(measure, sums)| measure.metrics(sums)));
+        Ok(())
     }
 
     fn update(&mut self, model: &mut Model<B>) -> Result<(), ModelError> {

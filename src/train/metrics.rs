@@ -45,18 +45,16 @@ pub struct Window {
     steps: u64,
     skipped: u64,
     tokens: u64,
-    seconds: f64,
     sums: [f64; 4],
     norms: f64,
     loss_scale: Option<f64>,
 }
 
 impl Window {
-    /// Adds a step that took `seconds`.
-    pub fn add(&mut self, step: &StepMetrics, seconds: f64) {
+    /// Adds a step.
+    pub fn add(&mut self, step: &StepMetrics) {
         self.steps += 1;
         self.tokens += step.tokens as u64;
-        self.seconds += seconds;
         let values = [step.loss, step.action_loss, step.memory_loss, step.accuracy];
         for (sum, value) in self.sums.iter_mut().zip(values) {
             *sum += value;
@@ -68,16 +66,15 @@ impl Window {
         self.loss_scale = step.loss_scale;
     }
 
-    /// The line of the steps so far, if there is any, and a new start. `step` and `tokens` are
-    /// those of the whole run.
-    pub fn take(&mut self, step: u64, tokens: u64, learning_rate: f64) -> Option<Line> {
-        let window = std::mem::take(self);
-        if window.steps == 0 {
+    /// The line of these steps, which took `seconds`, if there are any. `step` and `tokens` are those
+    /// of the whole run.
+    pub fn line(self, seconds: f64, step: u64, tokens: u64, learning_rate: f64) -> Option<Line> {
+        if self.steps == 0 {
             return None;
         }
         let [loss, action_loss, memory_loss, accuracy] =
-            window.sums.map(|sum| sum / window.steps as f64);
-        let updates = window.steps - window.skipped;
+            self.sums.map(|sum| sum / self.steps as f64);
+        let updates = self.steps - self.skipped;
         Some(Line {
             step,
             tokens,
@@ -86,10 +83,10 @@ impl Window {
             memory_loss,
             accuracy,
             learning_rate,
-            gradient_norm: window.norms / updates.max(1) as f64,
-            loss_scale: window.loss_scale,
-            skipped: window.loss_scale.map(|_| window.skipped),
-            tokens_per_s: per_second(window.tokens, window.seconds),
+            gradient_norm: self.norms / updates.max(1) as f64,
+            loss_scale: self.loss_scale,
+            skipped: self.loss_scale.map(|_| self.skipped),
+            tokens_per_s: per_second(self.tokens, seconds),
         })
     }
 }
@@ -174,22 +171,19 @@ mod tests {
             loss_scale: None,
             tokens: 10,
         };
-        window.add(&metrics, 1.0);
-        window.add(
-            &StepMetrics {
-                loss: 1.0,
-                ..metrics
-            },
-            3.0,
-        );
-        window.take(step, 20, 1e-3).unwrap()
+        window.add(&metrics);
+        window.add(&StepMetrics {
+            loss: 1.0,
+            ..metrics
+        });
+        window.line(4.0, step, 20, 1e-3).unwrap()
     }
 
     #[test]
     fn a_line_holds_the_means_of_its_steps() {
         let line = line(2);
         assert_eq!((line.loss, line.tokens_per_s), (2.0, 5.0));
-        assert_eq!(Window::default().take(1, 0, 0.0), None);
+        assert_eq!(Window::default().line(1.0, 1, 0, 0.0), None);
     }
 
     #[test]
@@ -209,9 +203,9 @@ mod tests {
         };
         let mut window = Window::default();
         for step in [overflow, good, overflow, good] {
-            window.add(&step, 1.0);
+            window.add(&step);
         }
-        let line = window.take(4, 40, 1e-3).unwrap();
+        let line = window.line(4.0, 4, 40, 1e-3).unwrap();
         assert_eq!((line.gradient_norm, line.skipped), (2.0, Some(2)));
         assert_eq!(line.loss_scale, Some(4.0));
         // With a scale of 1 nothing can be lowered: not an overflow of the scaled gradient.

@@ -11,12 +11,12 @@ use super::checkpoint::{self, ModelHeader, State, StateHeader};
 use super::config::{Config, OptimiserKind, TrainConfig, validate_spaces};
 use super::data::{Batches, Chosen, Mixture, TrainingData};
 use super::evaluate::{self, Episodes, TaskResult, wilson};
-use super::metrics::{MetricsFile, Window, per_second};
+use super::metrics::{Line, MetricsFile, Window, per_second};
 use super::schedule::Schedule;
 use super::{Error, plots};
 use crate::backend::Backend;
 use crate::batch::Trajectory;
-use crate::model::{Model, OptimiserStep, StepMetrics, SupervisedPart, Training};
+use crate::model::{Model, OptimiserStep, SupervisedPart, Training};
 use crate::tasks::{Demonstrations, Split, Task, write_beside};
 
 /// The files of an output folder.
@@ -104,17 +104,15 @@ pub enum Event<'a> {
         /// Of how many.
         total: u64,
     },
-    /// A step has been done.
+    /// A step has been done, or handed to a backend that is still at it.
     Step {
         /// Which, from 1.
         step: u64,
         /// Of how many.
         steps: u64,
-        /// How it went.
-        metrics: &'a StepMetrics,
-        /// Seconds it took.
-        seconds: f64,
     },
+    /// A line of the metrics has been written.
+    Metrics(&'a Line),
     /// Episodes have been evaluated.
     Evaluation {
         /// How many.
@@ -458,19 +456,53 @@ struct Run<'a, B: Backend> {
 }
 
 impl<B: Backend<Element = f32>> Run<'_, B> {
-    /// Steps until the end or until `stop`, and saves.
+    /// Steps until the end or until `stop`, and saves. How steps went is asked for where a line is
+    /// due, or a checkpoint, so that a GPU need not wait for the host after each.
     fn learn(&mut self, stop: &AtomicBool, watch: &mut dyn FnMut(Event)) -> Result<(), Error> {
         let train = &self.config.train;
         let schedule = Schedule::new(train, self.steps);
-        let mut window = Window::default();
-        while self.state.step < self.steps && !stop.load(Ordering::Relaxed) {
-            let start = Instant::now();
+        let mut clock = Instant::now();
+        let mut stopped = stop.load(Ordering::Relaxed);
+        while self.state.step < self.steps && !stopped {
             let step = self.state.step + 1;
             let optimiser = optimiser_step(train, schedule.learning_rate(step));
             let batch = self.batches.next_batch()?;
-            let metrics =
-                self.training
-                    .step(&mut self.model, batch, self.config.seed, step, &optimiser)?;
+            self.state.tokens += batch.tokens() as u64;
+            self.training
+                .step(&mut self.model, batch, self.config.seed, step, &optimiser)?;
+            self.state.step = step;
+            self.state.position = self.batches.position();
+            watch(Event::Step {
+                step,
+                steps: self.steps,
+            });
+            stopped = stop.load(Ordering::Relaxed);
+            let last = stopped || step == self.steps;
+            let save = last || step.is_multiple_of(train.checkpoint_every);
+            if save || step.is_multiple_of(train.log_every) {
+                let window = self.collect()?;
+                let seconds = clock.elapsed().as_secs_f64();
+                let tokens = self.state.tokens;
+                self.state.seconds += seconds;
+                if let Some(line) = window.line(seconds, step, tokens, optimiser.learning_rate) {
+                    self.metrics.append(line)?;
+                    watch(Event::Metrics(&line));
+                }
+                if save {
+                    self.save()?;
+                }
+                clock = Instant::now();
+            }
+        }
+        Ok(())
+    }
+
+    /// The steps since the last time. Errors: one of them was not finite.
+    fn collect(&mut self) -> Result<Window, Error> {
+        let all = self.training.collect(&self.model)?;
+        let before = self.state.step - all.len() as u64;
+        let mut window = Window::default();
+        for (metrics, step) in all.iter().zip(before + 1..) {
             for (what, value) in [
                 ("the loss", metrics.loss),
                 ("the norm of the gradient", metrics.gradient_norm),
@@ -479,35 +511,9 @@ impl<B: Backend<Element = f32>> Run<'_, B> {
                     return Err(self.not_finite(step, what, value));
                 }
             }
-            let seconds = start.elapsed().as_secs_f64();
-            self.state.step = step;
-            self.state.position = self.batches.position();
-            self.state.tokens += metrics.tokens as u64;
-            self.state.seconds += seconds;
-            window.add(&metrics, seconds);
-            watch(Event::Step {
-                step,
-                steps: self.steps,
-                metrics: &metrics,
-                seconds,
-            });
-            let last = step == self.steps || stop.load(Ordering::Relaxed);
-            let save = last || step.is_multiple_of(train.checkpoint_every);
-            if save || step.is_multiple_of(train.log_every) {
-                let tokens = self.state.tokens;
-                if let Some(line) = window.take(step, tokens, optimiser.learning_rate) {
-                    self.metrics.append(line)?;
-                }
-            }
-            if save {
-                self.save()?;
-            }
+            window.add(metrics);
         }
-        // A stop that came between two steps.
-        if self.saved_step != Some(self.state.step) && self.state.step > 0 {
-            self.save()?;
-        }
-        Ok(())
+        Ok(window)
     }
 
     fn not_finite(&self, step: u64, what: &'static str, value: f64) -> Error {

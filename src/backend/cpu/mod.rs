@@ -640,8 +640,8 @@ impl<T: Scalar> Backend for Cpu<T> {
         Ok(())
     }
 
-    fn copy(&self, from: &Vec<T>, to: &mut Vec<T>, len: usize) -> Result<()> {
-        front_mut("copy", to, len)?
+    fn copy(&self, from: &Vec<T>, to: &mut Vec<T>, offset: usize, len: usize) -> Result<()> {
+        part_mut("copy", to, Span { offset, len })?
             .par_chunks_mut(ELEMENTS)
             .zip(front("copy", from, len)?.par_chunks(ELEMENTS))
             .for_each(|(to, from)| to.copy_from_slice(from));

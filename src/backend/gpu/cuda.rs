@@ -6,17 +6,18 @@ use std::sync::Arc;
 use std::fmt;
 
 use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
-use cudarc::driver::{CudaGraph, CudaSlice, CudaStream};
+use cudarc::driver::{CudaEvent, CudaGraph, CudaSlice, CudaStream, PinnedHostSlice};
 
 use super::blas::{Blas, Multiply};
 use super::device::{Compute, Device, Element, Product, check_range};
 use crate::ops::{Error, Gpu, Input, Launch, Launcher, Output, Result};
 
-/// One GPU and one stream on it.
+/// One GPU, one stream on it for all that is computed, and one for what is on its way to it.
 #[derive(Debug)]
 pub struct CudaDevice {
     gpu: Gpu,
     stream: Arc<CudaStream>,
+    way: Arc<CudaStream>,
     blas: Blas,
 }
 
@@ -24,11 +25,18 @@ impl CudaDevice {
     /// GPU number `ordinal`. Errors: no driver, no such GPU, no cuBLASLt.
     pub fn new(ordinal: usize, multiply: Multiply) -> Result<Self> {
         let gpu = Gpu::new(ordinal)?;
-        // SAFETY: all memory of this device is used on its one stream, so that its order is enough.
+        // SAFETY: all memory of this device is used on its one stream, so that its order is enough;
+        // what two streams use has events of its own.
         unsafe { gpu.context().disable_event_tracking() };
         let stream = gpu.context().new_stream()?;
+        let way = gpu.context().new_stream()?;
         let blas = Blas::new(&stream, multiply)?;
-        Ok(Self { gpu, stream, blas })
+        Ok(Self {
+            gpu,
+            stream,
+            way,
+            blas,
+        })
     }
 
     /// The GPU's name.
@@ -39,6 +47,71 @@ impl CudaDevice {
     /// The stream that everything happens on.
     pub fn stream(&self) -> &Arc<CudaStream> {
         &self.stream
+    }
+}
+
+/// Two stations on the way to the device, of which one is filled while the other is emptied.
+#[derive(Debug)]
+pub struct Staging<E: Element> {
+    stations: [Option<Station<E>>; 2],
+    next: usize,
+}
+
+impl<E: Element> Default for Staging<E> {
+    fn default() -> Self {
+        Self {
+            stations: [None, None],
+            next: 0,
+        }
+    }
+}
+
+/// Pinned memory, and the memory on the device that a copy of it goes to while the device computes.
+#[derive(Debug)]
+struct Station<E: Element> {
+    pinned: PinnedHostSlice<E>,
+    arrived: CudaSlice<E>,
+    /// When the pinned memory may be written again.
+    sent: CudaEvent,
+    /// When what arrived may be overwritten.
+    taken: CudaEvent,
+}
+
+impl<E: Element> Station<E> {
+    fn new(device: &CudaDevice, len: usize) -> Result<Self> {
+        let context = device.gpu.context();
+        let station = Self {
+            // SAFETY: written before it is read.
+            pinned: unsafe { context.alloc_pinned(len) }?,
+            arrived: device.allocate(len)?,
+            sent: context.new_event(None)?,
+            taken: context.new_event(None)?,
+        };
+        // The other stream must not write before there is memory.
+        device.stream.synchronize()?;
+        Ok(station)
+    }
+
+    fn send(&mut self, device: &CudaDevice, from: &[E], to: &mut CudaSlice<E>) -> Result<()> {
+        self.sent.synchronize()?;
+        let pinned = &mut self.pinned.as_mut_slice()?[..from.len()];
+        pinned.copy_from_slice(from);
+        device.way.wait(&self.taken)?;
+        let mut arrived = self.arrived.slice_mut(..from.len());
+        device.way.memcpy_htod(&*pinned, &mut arrived)?;
+        self.sent.record(&device.way)?;
+        device.stream.wait(&self.sent)?;
+        device.copy(&self.arrived, to, 0, from.len())?;
+        Ok(self.taken.record(&device.stream)?)
+    }
+}
+
+impl<E: Element> Drop for Station<E> {
+    /// Both memories are freed after this.
+    fn drop(&mut self) {
+        for event in [&self.sent, &self.taken] {
+            self.pinned.context().record_err(event.synchronize());
+        }
     }
 }
 
@@ -63,6 +136,8 @@ impl Launcher for CudaDevice {
 
 impl Device for CudaDevice {
     type Memory<T: Element> = CudaSlice<T>;
+
+    type Staging<E: Element> = Staging<E>;
 
     type Recording = Recording;
 
@@ -108,6 +183,30 @@ impl Device for CudaDevice {
         Ok(self.stream.memcpy_htod(from, &mut to.slice_mut(range))?)
     }
 
+    fn send<E: Element>(
+        &self,
+        from: &[E],
+        staging: &mut Staging<E>,
+        to: &mut CudaSlice<E>,
+    ) -> Result<()> {
+        if from.is_empty() {
+            return Ok(());
+        }
+        check_range(&(0..from.len()), to.len())?;
+        let station = &mut staging.stations[staging.next];
+        staging.next = 1 - staging.next;
+        if station
+            .as_ref()
+            .is_none_or(|station| station.pinned.len() < from.len())
+        {
+            *station = Some(Station::new(self, from.len().next_power_of_two())?);
+        }
+        match station {
+            Some(station) => station.send(self, from, to),
+            None => Ok(()),
+        }
+    }
+
     fn download<T: Element>(&self, from: &CudaSlice<T>, offset: usize, to: &mut [T]) -> Result<()> {
         if to.is_empty() {
             return Ok(());
@@ -130,13 +229,15 @@ impl Device for CudaDevice {
         &self,
         from: &CudaSlice<T>,
         to: &mut CudaSlice<T>,
+        offset: usize,
         len: usize,
     ) -> Result<()> {
         if len == 0 {
             return Ok(());
         }
-        check_range(&(0..len), from.len().min(to.len()))?;
-        let mut to = to.slice_mut(..len);
+        check_range(&(0..len), from.len())?;
+        check_range(&(offset..offset + len), to.len())?;
+        let mut to = to.slice_mut(offset..offset + len);
         Ok(self.stream.memcpy_dtod(&from.slice(..len), &mut to)?)
     }
 

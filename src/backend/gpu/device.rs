@@ -105,10 +105,13 @@ pub struct Product<'a, T, U> {
 }
 
 /// Memory and its arithmetic. What is asked for happens in the order in which it is asked for;
-/// only [`Device::download`] waits.
+/// only [`Device::download`] waits for it.
 pub trait Device: Launcher + Debug + Send + Sync {
     /// Elements on the device.
     type Memory<T: Element>: Debug + Send + Sync + 'static;
+
+    /// Where elements wait on their way to the device, for [`Device::send`].
+    type Staging<E: Element>: Default + Debug + Send + Sync + 'static;
 
     /// What [`Device::record`] gives.
     type Recording: Debug;
@@ -136,6 +139,16 @@ pub trait Device: Launcher + Debug + Send + Sync {
     fn upload<T: Element>(&self, from: &[T], to: &mut Self::Memory<T>, offset: usize)
     -> Result<()>;
 
+    /// Copies from the host to the start of `to`, in the order of all that is asked for; but the way
+    /// to the device does not wait for it, and the host for neither: only for what it sent through
+    /// this staging the time before last.
+    fn send<E: Element>(
+        &self,
+        from: &[E],
+        staging: &mut Self::Staging<E>,
+        to: &mut Self::Memory<E>,
+    ) -> Result<()>;
+
     /// Copies `from[offset..]` to the host, when everything before it is done.
     fn download<T: Element>(
         &self,
@@ -147,11 +160,12 @@ pub trait Device: Launcher + Debug + Send + Sync {
     /// memory\[range\] = 0.
     fn zero<T: Element>(&self, memory: &mut Self::Memory<T>, range: Range<usize>) -> Result<()>;
 
-    /// Copies the first `len` elements.
+    /// Copies the first `len` elements to `to[offset..]`.
     fn copy<T: Element>(
         &self,
         from: &Self::Memory<T>,
         to: &mut Self::Memory<T>,
+        offset: usize,
         len: usize,
     ) -> Result<()>;
 

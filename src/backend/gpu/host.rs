@@ -139,6 +139,7 @@ impl Launcher for HostDevice {
 
 impl Device for HostDevice {
     type Memory<T: Element> = Buffer<T>;
+    type Staging<E: Element> = ();
     type Recording = Recording;
 
     fn record<E: From<Error>>(
@@ -175,6 +176,11 @@ impl Device for HostDevice {
         self.write(to.slice(range), from)
     }
 
+    /// Nothing goes on meanwhile.
+    fn send<E: Element>(&self, from: &[E], (): &mut (), to: &mut Buffer<E>) -> Result<()> {
+        self.upload(from, to, 0)
+    }
+
     fn download<T: Element>(&self, from: &Buffer<T>, offset: usize, to: &mut [T]) -> Result<()> {
         self.check_not_recording()?;
         let range = offset..offset + to.len();
@@ -189,9 +195,16 @@ impl Device for HostDevice {
         self.command(move |device| device.write(view, &vec![T::default(); len]))
     }
 
-    fn copy<T: Element>(&self, from: &Buffer<T>, to: &mut Buffer<T>, len: usize) -> Result<()> {
-        check_range(&(0..len), from.len().min(to.len()))?;
-        let (from, to) = (from.slice(0..len), to.slice(0..len));
+    fn copy<T: Element>(
+        &self,
+        from: &Buffer<T>,
+        to: &mut Buffer<T>,
+        offset: usize,
+        len: usize,
+    ) -> Result<()> {
+        check_range(&(0..len), from.len())?;
+        check_range(&(offset..offset + len), to.len())?;
+        let (from, to) = (from.slice(0..len), to.slice(offset..offset + len));
         self.command(move |device| device.write(to, &device.read::<T>(from)?))
     }
 

@@ -91,6 +91,7 @@ const WRONG_KIND: BackendError = BackendError::Kind;
 #[derive(Debug)]
 struct Upload<D: Device, E: Element> {
     host: Vec<E>,
+    staging: D::Staging<E>,
     memory: Option<D::Memory<E>>,
     /// How often the memory has been another one.
     grown: u32,
@@ -100,6 +101,7 @@ impl<D: Device, E: Element> Default for Upload<D, E> {
     fn default() -> Self {
         Self {
             host: Vec::new(),
+            staging: D::Staging::default(),
             memory: None,
             grown: 0,
         }
@@ -126,7 +128,7 @@ impl<D: Device, E: Element> Upload<D, E> {
             self.grown += 1;
         }
         if let Some(memory) = &mut self.memory {
-            device.upload(&self.host, memory, 0)?;
+            device.send(&self.host, &mut self.staging, memory)?;
         }
         self.host.clear();
         Ok(())

@@ -1,8 +1,8 @@
 //! The GPU backend: the kernels of [`crate::ops`] and a library's matrix products.
 //!
-//! Everything happens on one stream, in the order of the calls; nothing waits but
-//! [`Backend::download`]. What changes from step to step lies in the staged batch, in the device's
-//! memory.
+//! Everything happens in the order of the calls; nothing waits but [`Backend::download`], and
+//! [`Backend::stage`] for the batch before last. What changes from step to step lies in the staged
+//! batch, in the device's memory.
 
 mod acting;
 #[allow(unsafe_code)] // the boundary to cuBLASLt
@@ -357,10 +357,25 @@ impl<D: Device, T: Compute> Backend for Gpu<D, T> {
         Ok(())
     }
 
-    fn copy(&self, from: &Self::Buffer, to: &mut Self::Buffer, len: usize) -> Result<()> {
-        let from = from.compute.as_ref().ok_or(BackendError::Kind)?;
-        let to = to.compute.as_mut().ok_or(BackendError::Kind)?;
-        Ok(self.device.copy(from, to, len)?)
+    fn copy(
+        &self,
+        from: &Self::Buffer,
+        to: &mut Self::Buffer,
+        offset: usize,
+        len: usize,
+    ) -> Result<()> {
+        let device = &self.device;
+        match (&from.compute, &mut to.compute) {
+            (Some(from), Some(to)) => device.copy(from, to, offset, len)?,
+            (None, None) => {}
+            _ => return Err(BackendError::Kind),
+        }
+        match (&from.exact, &mut to.exact) {
+            (Some(from), Some(to)) => device.copy(from, to, offset, len)?,
+            (None, None) => {}
+            _ => return Err(BackendError::Kind),
+        }
+        Ok(())
     }
 
     fn one_hot(
