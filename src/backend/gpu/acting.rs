@@ -1,4 +1,4 @@
-//! Acting: attention with a cache of keys and values.
+//! Acting: attention with a cache of keys and values, which is read where it stands.
 
 use super::device::{Compute, Device};
 use super::memory::{Batch, Buffer};
@@ -6,8 +6,7 @@ use super::{AttentionState, Gpu, attention, tokens};
 use crate::backend::{Attention, BackendError, KeyValueCache, Result};
 
 impl<D: Device, T: Compute> Gpu<D, T> {
-    /// Writes the keys and values of the batch's tokens behind the cached ones, packs what each
-    /// sequence sees, and attends to it.
+    /// Writes the keys and values of the batch's tokens behind the cached ones, and attends to both.
     pub(super) fn act(
         &self,
         batch: &Batch<D, T>,
@@ -22,30 +21,23 @@ impl<D: Device, T: Compute> Gpu<D, T> {
         let device = &self.device;
         let width = attention.width();
         let cached = cache.keys.len / width;
-        let seen = Seen::new(&batch.cu_seqlens, rows, prefix, cache.capacity);
-        let keys = seen.from.len();
+        let seen = Seen::new(&batch.cu_seqlens, rows, prefix, cache.capacity, cached);
+        let (new, offsets) = (seen.to.len(), seen.cu_seqlens_q.len());
         let mut indices = self.indices.upload(
             device,
-            &[&seen.to[..], &seen.from[..], &seen.cu_seqlens_k[..]].concat(),
+            &[&seen.to[..], &seen.cu_seqlens_q[..], &seen.cu_seqlens_k[..]].concat(),
         )?;
-        let [to, from, cu_seqlens_k] = indices.output(device)?.parts([
-            0..batch.tokens,
-            batch.tokens..batch.tokens + keys,
-            batch.tokens + keys..batch.tokens + keys + seen.cu_seqlens_k.len(),
+        let [to, cu_seqlens_q, cu_seqlens_k] = indices.output(device)?.parts([
+            0..new,
+            new..new + offsets,
+            new + offsets..new + 2 * offsets,
         ])?;
-        let mut packed = self.activations.lock(device, 2 * keys * width)?;
-        let [mut packed_keys, mut packed_values] = packed
-            .output(device)?
-            .parts([0..keys * width, keys * width..2 * keys * width])?;
         let columns = || {
             let qkv = qkv.read(device, 0..batch.tokens * 3 * width)?;
             Ok::<_, BackendError>(qkv.rows(3 * width).columns([width; 3]))
         };
         let [q, new_keys, new_values] = columns()?;
-        for (new, cache, packed) in [
-            (new_keys, &mut cache.keys, &mut packed_keys),
-            (new_values, &mut cache.values, &mut packed_values),
-        ] {
+        for (new, cache) in [(new_keys, &mut cache.keys), (new_values, &mut cache.values)] {
             let shape = tokens::CopyShape {
                 rows: batch.tokens,
                 width,
@@ -61,26 +53,11 @@ impl<D: Device, T: Compute> Gpu<D, T> {
                     y: cache.write(device, 0..cached * width)?.rows(width),
                 },
             )?;
-            let shape = tokens::CopyShape {
-                rows: keys,
-                width,
-                x_rows: cached,
-                y_rows: keys,
-            };
-            shape.copy(
-                device,
-                tokens::Copy {
-                    x: cache.read(device, 0..cached * width)?.rows(width),
-                    from: Some(from.as_input()),
-                    to: None,
-                    y: packed.reborrow().rows(width),
-                },
-            )?;
         }
         let shape = attention::Shape {
-            sequences: batch.sequences,
+            sequences: offsets - 1,
             queries: batch.tokens,
-            keys,
+            keys: cached,
             heads: attention.heads,
             key_heads: attention.heads,
             width: attention.head_width,
@@ -88,10 +65,10 @@ impl<D: Device, T: Compute> Gpu<D, T> {
         };
         let tensors = attention::Forward {
             q,
-            k: packed_keys.as_input().rows(width),
-            v: packed_values.as_input().rows(width),
+            k: cache.keys.read(device, 0..cached * width)?.rows(width),
+            v: cache.values.read(device, 0..cached * width)?.rows(width),
             pack: attention::Pack {
-                cu_seqlens_q: batch.ints(device, &batch.int.cu_seqlens)?,
+                cu_seqlens_q: cu_seqlens_q.as_input(),
                 cu_seqlens_k: cu_seqlens_k.as_input(),
                 groups: None,
             },
@@ -106,30 +83,40 @@ impl<D: Device, T: Compute> Gpu<D, T> {
     }
 }
 
-/// Which rows of the cache the tokens of a batch are, and which they see.
+/// Which tokens of the cache those of a batch are, and which they see.
+///
+/// What lies between two rows of the cache, and behind what a row holds so far, counts as a sequence
+/// that nobody asks for: so the cache is one pack of sequences as it stands.
 struct Seen {
-    /// Row of each token of the batch.
+    /// Token of the cache, of each token of the batch.
     to: Vec<i32>,
-    /// Rows of all cached tokens, sequence by sequence.
-    from: Vec<i32>,
-    /// Where each sequence begins in `from`.
+    cu_seqlens_q: Vec<i32>,
     cu_seqlens_k: Vec<i32>,
 }
 
 impl Seen {
-    fn new(cu_seqlens: &[i32], rows: &[usize], prefix: usize, capacity: usize) -> Self {
+    /// `rows` ascending, of a cache of `cached` tokens.
+    fn new(
+        cu_seqlens: &[i32],
+        rows: &[usize],
+        prefix: usize,
+        capacity: usize,
+        cached: usize,
+    ) -> Self {
         let mut seen = Self {
             to: Vec::new(),
-            from: Vec::new(),
+            cu_seqlens_q: vec![0],
             cu_seqlens_k: vec![0],
         };
         for (ends, row) in cu_seqlens.windows(2).zip(rows) {
             let first = row * capacity;
             let end = first + prefix + (ends[1] - ends[0]) as usize;
             seen.to.extend((first + prefix..end).map(|row| row as i32));
-            seen.from.extend((first..end).map(|row| row as i32));
-            seen.cu_seqlens_k.push(seen.from.len() as i32);
+            seen.cu_seqlens_q.extend(ends);
+            seen.cu_seqlens_k.extend([first as i32, end as i32]);
         }
+        seen.cu_seqlens_q.extend(cu_seqlens.last());
+        seen.cu_seqlens_k.push(cached as i32);
         seen
     }
 }
