@@ -12,8 +12,9 @@ use dtmem::backend::Backend;
 use dtmem::tasks::{Demonstrations, Task};
 use dtmem::train::checkpoint;
 use dtmem::train::config::{Config, TaskConfig};
-use dtmem::train::device::{Job, run_on};
+use dtmem::train::device::{Job, Place, run_on};
 use dtmem::train::evaluate::{self, Episodes};
+use dtmem::train::ranks::Ranks;
 use dtmem::train::run::{self, Event, Folder, Options, Outcome, Start, Summary};
 use serde_json::{Map, Value};
 use tracing::info;
@@ -78,12 +79,18 @@ pub fn train(arguments: &Train) -> Result<ExitCode> {
             watch: &mut |event| progress.show(event),
         },
     };
-    let outcome = run_on(arguments.device, config.train.precision, job)?;
-    match outcome {
+    let ranks = Ranks::from_environment(|name| std::env::var(name).ok())?;
+    let place = Place {
+        device: arguments.device,
+        precision: config.train.precision,
+        ranks: ranks.as_ref(),
+    };
+    match run_on(place, job)? {
         Outcome::Finished(summary) => {
             print_json(&summary)?;
             Ok(ExitCode::SUCCESS)
         }
+        Outcome::Helped => Ok(ExitCode::SUCCESS),
         Outcome::Stopped { step } => {
             let mut command = format!("dtmem train {}", arguments.config.display());
             for argument in &arguments.overrides {
@@ -171,7 +178,12 @@ pub fn eval(arguments: &Eval) -> Result<ExitCode> {
         stop: &stop,
         progress: Progress::new(),
     };
-    match run_on(arguments.device, config.train.precision, job)? {
+    let place = Place {
+        device: arguments.device,
+        precision: config.train.precision,
+        ranks: None,
+    };
+    match run_on(place, job)? {
         Some(summary) => {
             print_json(&summary)?;
             Ok(ExitCode::SUCCESS)

@@ -6,7 +6,7 @@ use data::{Data, capacity, grid, several};
 use dtmem::backend::gpu::{
     Compute, CudaDevice, Device, Factor, Gpu, HostDevice, Multiply, Product,
 };
-use dtmem::backend::{Backend, Cpu};
+use dtmem::backend::{Backend, Cpu, Member};
 use dtmem::batch::TokenLayout;
 use dtmem::model::{
     Actor, AdapterConfig, AttentionSpan, Block, FrontEnd, MemoryConfig, Model, ModelConfig,
@@ -379,6 +379,52 @@ fn check_overflow<D: Device>(device: D) {
         assert!(last.is_finite());
     }
     assert!(last.loss < started.loss, "{last:?} after {started:?}");
+}
+
+/// Ranks on parts of each batch follow one rank on the whole of it.
+fn check_ranks(size: usize, config: &ModelConfig, supervision: Option<&SupervisionConfig>) {
+    let train_with = |device: HostDevice| {
+        let backend = Gpu::<_, f32>::new(device);
+        train(backend, config, &grid(), supervision.cloned(), 10)
+    };
+    let (expected, _) = train_with(HostDevice::default());
+    let ranks: Vec<_> = std::thread::scope(|scope| {
+        let device = |member| HostDevice::default().with_member(member);
+        let threads: Vec<_> = Member::group(size)
+            .into_iter()
+            .map(|member| scope.spawn(move || train_with(device(member))))
+            .collect();
+        let join = |thread: std::thread::ScopedJoinHandle<'_, _>| thread.join().unwrap();
+        threads.into_iter().map(join).collect()
+    });
+    let (first, parameters) = &ranks[0];
+    for (found, expected) in first.iter().zip(&expected) {
+        for (found, expected) in [
+            (found.loss, expected.loss),
+            (found.memory_loss, expected.memory_loss),
+            (found.gradient_norm, expected.gradient_norm),
+        ] {
+            let error = (found - expected).abs();
+            assert!(error <= 1e-4 * expected, "{found}, expected {expected}");
+        }
+        assert_eq!(
+            (found.accuracy, found.tokens),
+            (expected.accuracy, expected.tokens)
+        );
+    }
+    for (metrics, others) in &ranks[1..] {
+        assert!(metrics == first && others == parameters, "ranks differ");
+    }
+}
+
+#[test]
+fn two_ranks_on_halves_of_a_batch_are_one_on_the_whole() {
+    for (config, supervision) in [
+        (tuner(FrontEnd::Linear), Some(supervision())),
+        (both(), Some(supervision())),
+    ] {
+        check_ranks(2, &config, supervision.as_ref());
+    }
 }
 
 #[test]

@@ -247,6 +247,7 @@ fn stopping_anywhere_and_resuming_gives_the_bits_of_never_stopping() {
                 match run(&config, folder.path(), start, Some(stop)).unwrap() {
                     Outcome::Stopped { step } => assert_eq!(step, stop.min(steps)),
                     Outcome::Finished(_) => assert!(stop > steps),
+                    Outcome::Helped => panic!("there are no other ranks"),
                 }
             }
             finish(&config, folder.path(), Start::Resume);

@@ -8,6 +8,8 @@
 pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod gpu;
+mod ranks;
+mod room;
 
 use std::fmt::Debug;
 
@@ -21,6 +23,8 @@ use thiserror::Error;
 
 use crate::batch::PackedBatch;
 pub use cpu::Cpu;
+pub use ranks::{Deserted, Member, Rank};
+pub use room::{Bytes, Room};
 
 /// Why a backend could not do what it was asked.
 #[derive(Debug, Clone, PartialEq, Error)]
@@ -42,6 +46,14 @@ pub enum BackendError {
         found: usize,
         /// The length that the shapes ask for.
         expected: usize,
+    },
+    /// The device's memory is full.
+    #[error("out of device memory: {needed} are needed at once, and {room}")]
+    OutOfMemory {
+        /// What was asked for.
+        needed: Bytes,
+        /// What there is.
+        room: Room,
     },
     /// A device, or a launch on it, failed.
     #[error("{reason}")]
@@ -69,8 +81,21 @@ pub enum BackendError {
 #[cfg(feature = "cuda")]
 impl From<crate::ops::Error> for BackendError {
     fn from(error: crate::ops::Error) -> Self {
-        Self::Device {
-            reason: error.to_string(),
+        match error {
+            crate::ops::Error::OutOfMemory {
+                needed,
+                free,
+                total,
+            } => Self::OutOfMemory {
+                needed: Bytes(needed),
+                room: Room {
+                    free: Bytes(free),
+                    total: Bytes(total),
+                },
+            },
+            error => Self::Device {
+                reason: error.to_string(),
+            },
         }
     }
 }
@@ -477,6 +502,16 @@ pub trait Backend: Send + Sync {
     /// Short name for messages: `cpu`.
     fn name(&self) -> &'static str;
 
+    /// Which one of several ranks this is that train a model together.
+    fn rank(&self) -> Rank;
+
+    /// The first `len` numbers of a buffer of [`Kind::Exact`] become their sum over all ranks, with
+    /// the same bits for each of them. All ranks ask for it, in the same order.
+    fn sum_over_ranks(&self, buffer: &mut Self::Buffer, len: usize) -> Result<()>;
+
+    /// How many episodes to act in at once, each of which keeps so many numbers on the backend.
+    fn episodes_at_once(&self, numbers: usize) -> usize;
+
     /// How many shards to divide a batch into, where so many suit threads.
     fn shards(&self, for_threads: usize) -> usize;
 
@@ -486,6 +521,10 @@ pub trait Backend: Send + Sync {
         items: &mut [S],
         work: impl Fn(&mut S) -> std::result::Result<(), E> + Sync,
     ) -> std::result::Result<(), E>;
+
+    /// Memory that the buffers made in `work` would take, which cannot be used; 0 where they take the
+    /// host's.
+    fn needed_for(&self, work: impl FnOnce()) -> Bytes;
 
     /// A buffer of `len` numbers. Its content is not defined.
     fn buffer(&self, len: usize, kind: Kind) -> Result<Self::Buffer>;

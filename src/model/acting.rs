@@ -1,10 +1,10 @@
 //! Acting: many episodes in lockstep, one time step after another, without computing the past again.
 
 use super::activations::Activations;
-use super::config::AttentionSpan;
+use super::config::{AttentionSpan, ModelConfig};
 use super::forward::{ActingState, Counts, Pass};
-use super::{Capacity, Model, ModelError};
-use crate::backend::{Backend, KeyValueCache, Kind, Span};
+use super::{Capacity, Model, ModelError, allocate};
+use crate::backend::{Backend, BackendError, KeyValueCache, Kind, Span};
 use crate::batch::{Packer, TokenLayout};
 
 /// Acts greedily in up to a fixed number of episodes that all started together.
@@ -44,19 +44,73 @@ struct Window {
     actions: Vec<u8>,
 }
 
-impl<B: Backend> Actor<B> {
-    /// An actor for `episodes` episodes of a family, all at their first step.
-    pub fn new(model: &Model<B>, family: usize, episodes: usize) -> Result<Self, ModelError> {
-        model.family(family)?;
-        let (backend, config) = (&*model.backend, &model.config);
+/// What makes acting need less memory on a device.
+const LOWER: &str = "model.width or model.layers, or compute with train.precision = \"bf16\"";
+
+/// What acting keeps of an episode.
+struct Sizes {
+    /// Steps between two commits of a whole segment; 0: every step is a commit.
+    segment: usize,
+    /// Most steps since the last commit.
+    window: usize,
+    /// Tokens whose keys and values are kept.
+    cached: usize,
+}
+
+impl Sizes {
+    fn new(config: &ModelConfig, steps: usize) -> Self {
         let per_step = config.layout.tokens_per_step();
-        let steps = model.spaces.steps;
         let segment = match (config.segment_steps, &config.memory) {
             (0, None) => 0,
             (0, Some(_)) => steps,
             (segment, _) => segment.min(steps),
         };
         let window = segment.max(1);
+        let seen = match config.attention {
+            AttentionSpan::Episode => steps,
+            AttentionSpan::Segment => window,
+        };
+        Self {
+            segment,
+            window,
+            cached: seen * per_step,
+        }
+    }
+}
+
+impl<B: Backend> Model<B> {
+    /// How many episodes to act in at once: as many as the backend has room for.
+    pub fn episodes_at_once(&self) -> usize {
+        let config = &self.config;
+        let sizes = Sizes::new(config, self.spaces.steps);
+        let slots = config.memory.as_ref().map_or(0, |memory| memory.slots);
+        // Rows of every layer: keys and values, the memory with its states, and about what the tokens
+        // of a window leave behind.
+        let of_token = 16 + 2 * config.feed_forward / config.width.max(1);
+        let tokens = (sizes.window + 1).saturating_mul(config.layout.tokens_per_step());
+        let rows = sizes
+            .cached
+            .saturating_mul(2)
+            .saturating_add(slots.saturating_mul(4))
+            .saturating_add(tokens.saturating_mul(of_token));
+        let numbers = rows
+            .saturating_mul(config.layers)
+            .saturating_mul(config.width);
+        self.backend.episodes_at_once(numbers)
+    }
+}
+
+impl<B: Backend> Actor<B> {
+    /// An actor for `episodes` episodes of a family, all at their first step.
+    pub fn new(model: &Model<B>, family: usize, episodes: usize) -> Result<Self, ModelError> {
+        model.family(family)?;
+        let (backend, config) = (&*model.backend, &model.config);
+        let per_step = config.layout.tokens_per_step();
+        let Sizes {
+            segment,
+            window,
+            cached,
+        } = Sizes::new(config, model.spaces.steps);
         // A window may also hold the last action before it.
         let capacity = Capacity {
             tokens: episodes * window * per_step.max(2) + episodes,
@@ -64,20 +118,20 @@ impl<B: Backend> Actor<B> {
             sequences: episodes,
             segments: 2 * episodes,
         };
-        let cached = match config.attention {
-            AttentionSpan::Episode => steps * per_step,
-            AttentionSpan::Segment => window * per_step,
-        };
         let len = episodes * cached * config.width;
-        let caches = (0..config.layers)
-            .map(|_| {
+        let purpose = || format!("acting in {episodes} episodes at once");
+        let (caches, activations) = allocate(backend, purpose, LOWER, || {
+            let cache = |_| {
                 Ok(KeyValueCache {
                     keys: backend.buffer(len, Kind::Activation)?,
                     values: backend.buffer(len, Kind::Activation)?,
                     capacity: cached,
                 })
-            })
-            .collect::<Result<_, ModelError>>()?;
+            };
+            let caches: Result<Vec<_>, BackendError> = (0..config.layers).map(cache).collect();
+            let activations = Activations::new(backend, &model.network, config, capacity)?;
+            Ok((caches?, activations))
+        })?;
         let mut memories = Vec::new();
         for memory in model
             .network
@@ -99,7 +153,7 @@ impl<B: Backend> Actor<B> {
             packer: model.packer(),
             batch: B::Batch::default(),
             capacity,
-            activations: Activations::new(backend, &model.network, config, capacity)?,
+            activations,
             caches,
             memories,
             all_logits: Vec::new(),

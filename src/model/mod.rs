@@ -24,7 +24,7 @@ pub use training::{OptimiserStep, StepMetrics, Training};
 
 pub use crate::spaces::{ActionSpace, Content, Family, ObservationSpace, SpaceError, Spaces};
 
-use crate::backend::{Backend, BackendError, Kind, Positions};
+use crate::backend::{Backend, BackendError, Bytes, Kind, Positions, Rank, Room};
 use crate::batch::{BatchError, PackedBatch, Packer};
 use activations::Activations;
 use forward::{Counts, Pass};
@@ -67,6 +67,21 @@ pub enum ModelError {
     /// A batch cannot be built.
     #[error(transparent)]
     Batch(#[from] BatchError),
+    /// The device's memory is full.
+    #[error(
+        "out of device memory: {purpose} takes {needed}, and {room}: lower {settings}, or end other \
+         programs on this device"
+    )]
+    OutOfMemory {
+        /// What memory was needed for.
+        purpose: String,
+        /// All of it.
+        needed: Bytes,
+        /// What there is.
+        room: Room,
+        /// What lowers it.
+        settings: &'static str,
+    },
     /// The backend failed.
     #[error(transparent)]
     Backend(#[from] BackendError),
@@ -82,6 +97,25 @@ impl ModelError {
             found: found.to_string(),
             expected: expected.to_string(),
         }
+    }
+}
+
+/// Makes the buffers for a purpose. An error of memory says how much all of them take, and which
+/// settings lower it.
+fn allocate<B: Backend, T>(
+    backend: &B,
+    purpose: impl FnOnce() -> String,
+    settings: &'static str,
+    work: impl Fn() -> Result<T, BackendError>,
+) -> Result<T, ModelError> {
+    match work() {
+        Err(BackendError::OutOfMemory { needed, room }) => Err(ModelError::OutOfMemory {
+            purpose: purpose(),
+            needed: needed.max(backend.needed_for(|| drop(work()))),
+            room,
+            settings,
+        }),
+        other => Ok(other?),
     }
 }
 
@@ -111,7 +145,12 @@ impl<B: Backend> Model<B> {
         let (parameters, network) = Parameters::plan(|declare| {
             Network::declare(declare, &config, &spaces, supervision.as_ref())
         });
-        let values = backend.buffer(parameters.len(), Kind::Parameter)?;
+        let values = allocate(
+            &backend,
+            || format!("a model of {} parameters", parameters.len()),
+            "model.width, model.layers or model.feed_forward",
+            || backend.buffer(parameters.len(), Kind::Parameter),
+        )?;
         let table = match network.positions {
             Positions::Constant(_) => sinusoids(spaces.steps, config.width),
             Positions::Learned(_) => Vec::new(),
@@ -172,6 +211,11 @@ impl<B: Backend> Model<B> {
             });
         }
         Ok(self.backend.upload(values, &mut self.values, 0)?)
+    }
+
+    /// Which one this is of several ranks that train it together.
+    pub fn rank(&self) -> Rank {
+        self.backend.rank()
     }
 
     /// The settings that the model was made from.

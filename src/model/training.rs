@@ -7,10 +7,15 @@ use dtmem_reference::Scalar;
 
 use super::activations::{Activations, Backward};
 use super::forward::{Counts, Pass};
-use super::{Capacity, Model, ModelError};
-use crate::backend::{AdamW, Backend, FIRST_LOSS_SCALE, Kind, METRICS, Metric, Span, Trained};
+use super::{Capacity, Model, ModelError, allocate};
+use crate::backend::{
+    AdamW, Backend, BackendError, FIRST_LOSS_SCALE, Kind, METRICS, Metric, Span, Trained,
+};
 use crate::batch::{BatchSize, LossWeights, PackedBatch, TrainingStep};
 
+/// What makes a training need less memory on a device.
+const LOWER: &str = "train.batch_tokens, model.width, model.layers or model.feed_forward, or compute \
+                     with train.precision = \"bf16\"";
 /// Most steps whose metrics wait on the backend.
 const WAITING: usize = 256;
 
@@ -99,10 +104,10 @@ impl Measure {
 
 /// Everything that training needs beside the parameters, allocated once.
 ///
-/// A batch is divided into shards of whole sequences, of about the same number of tokens, and each
-/// goes forward and backward on its own, so that threads meet once a step. The number of shards
-/// is part of the arithmetic (their gradients are added in order): the same number gives the same
-/// bits on any number of threads.
+/// A batch is divided into parts of whole sequences, of about the same number of tokens: a shard
+/// for each, on each rank as many. A shard goes forward and backward on its own, so that threads,
+/// and ranks, meet once a step. The number of parts is part of the arithmetic (their gradients are
+/// added in order): the same number gives the same bits on any number of threads.
 #[derive(Debug)]
 pub struct Training<B: Backend> {
     capacity: Capacity,
@@ -111,22 +116,33 @@ pub struct Training<B: Backend> {
     second_moment: B::Buffer,
     /// As [`FIRST_LOSS_SCALE`].
     loss_scale: B::Buffer,
-    /// Of a whole step.
-    recording: B::Recording,
+    /// Of a whole step; with several ranks, of what comes before they meet, and after.
+    recordings: [B::Recording; 2],
     /// Sums of the steps that wait to be collected [WAITING, METRICS], and what they measure.
     sums: B::Buffer,
     waiting: Vec<Measure>,
+    /// One number.
+    flag: B::Buffer,
     /// Metrics that had to make room for further ones.
     collected: Vec<StepMetrics>,
     /// Sequences of the batch, longest first.
     order: Vec<usize>,
+    /// Those of each rank's shards.
+    parts: Vec<Part>,
 }
 
-/// The part of one shard.
-#[derive(Debug)]
-struct Shard<B: Backend> {
+/// A part of a batch.
+#[derive(Debug, Clone, Default)]
+struct Part {
     sequences: Vec<usize>,
     tokens: usize,
+}
+
+/// What one part needs.
+#[derive(Debug)]
+struct Shard<B: Backend> {
+    /// Which part.
+    number: usize,
     /// With room for what fills a batch up.
     size: BatchSize,
     part: PackedBatch,
@@ -137,11 +153,10 @@ struct Shard<B: Backend> {
 }
 
 impl<B: Backend> Shard<B> {
-    fn new(model: &Model<B>, capacity: Capacity) -> Result<Self, ModelError> {
+    fn new(model: &Model<B>, capacity: Capacity, number: usize) -> Result<Self, BackendError> {
         let (backend, network, config) = (&*model.backend, &model.network, &model.config);
         Ok(Self {
-            sequences: Vec::with_capacity(capacity.sequences),
-            tokens: 0,
+            number,
             size: BatchSize {
                 tokens: capacity.tokens,
                 rows: capacity.observations,
@@ -161,10 +176,11 @@ impl<B: Backend> Shard<B> {
         &mut self,
         model: &Model<B>,
         batch: &PackedBatch,
+        parts: &[Part],
         training: TrainingStep,
     ) -> Result<(), ModelError> {
         let backend = &*model.backend;
-        batch.select(&self.sequences, &mut self.part);
+        batch.select(&parts[self.number].sequences, &mut self.part);
         self.part.training = training;
         // The kernels of the memory are launched for the segments that a batch really has, and those
         // of a family's embeddings and head for its rows.
@@ -199,6 +215,10 @@ impl<B: Backend> Shard<B> {
                 len: METRICS,
             },
         )?;
+        // There may be more parts than sequences.
+        if self.part.tokens() == 0 {
+            return Ok(());
+        }
         model.forward(pass, None, acts)?;
         model.backward(pass, acts, &mut self.backward, &mut self.gradients)
     }
@@ -211,11 +231,13 @@ impl<B: Backend> Training<B> {
         if shards == 0 {
             return Err(ModelError::setting("shards", shards, "at least 1"));
         }
-        // Given longest first to the emptiest, a shard is at most one sequence above the mean.
+        // Given longest first to the emptiest, a part is at most one sequence above the mean.
         let longest = model.spaces.steps * model.config.layout.tokens_per_step();
+        let rank = backend.rank();
+        let parts = shards * rank.of;
         let tokens = capacity
             .tokens
-            .min(capacity.tokens.div_ceil(shards) + longest);
+            .min(capacity.tokens.div_ceil(parts) + longest);
         let of_shard = Capacity {
             tokens,
             observations: capacity.observations.min(tokens),
@@ -223,19 +245,28 @@ impl<B: Backend> Training<B> {
             ..capacity
         };
         let trained = model.parameters.trained();
+        let purpose = || format!("training on batches of {tokens} tokens");
+        let (shards, [first_moment, second_moment]) = allocate(backend, purpose, LOWER, || {
+            let numbers = rank.number * shards..(rank.number + 1) * shards;
+            let shards: Result<Vec<_>, _> = numbers
+                .map(|number| Shard::new(model, of_shard, number))
+                .collect();
+            let moment = || backend.buffer(trained, Kind::Exact);
+            Ok((shards?, [moment()?, moment()?]))
+        })?;
         let mut training = Self {
             capacity,
-            shards: (0..shards)
-                .map(|_| Shard::new(model, of_shard))
-                .collect::<Result<_, _>>()?,
-            first_moment: backend.buffer(trained, Kind::Exact)?,
-            second_moment: backend.buffer(trained, Kind::Exact)?,
+            shards,
+            first_moment,
+            second_moment,
             loss_scale: backend.buffer(FIRST_LOSS_SCALE.len(), Kind::Exact)?,
-            recording: B::Recording::default(),
+            recordings: Default::default(),
             sums: backend.buffer(WAITING * METRICS, Kind::Exact)?,
             waiting: Vec::with_capacity(WAITING),
+            flag: backend.buffer(1, Kind::Exact)?,
             collected: Vec::new(),
             order: Vec::with_capacity(capacity.sequences),
+            parts: vec![Part::default(); parts],
         };
         backend.zero(&mut training.first_moment, model.trained_span())?;
         backend.zero(&mut training.second_moment, model.trained_span())?;
@@ -243,24 +274,24 @@ impl<B: Backend> Training<B> {
         Ok(training)
     }
 
-    /// Gives every sequence to a shard.
+    /// Gives every sequence to a part.
     fn divide(&mut self, batch: &PackedBatch) {
         self.order.clear();
         self.order.extend(0..batch.sequences());
         self.order
             .sort_unstable_by_key(|&sequence| (Reverse(batch.tokens_of(sequence).len()), sequence));
-        for shard in &mut self.shards {
-            shard.sequences.clear();
-            shard.tokens = 0;
+        for part in &mut self.parts {
+            part.sequences.clear();
+            part.tokens = 0;
         }
         for &sequence in &self.order {
-            if let Some(shard) = self.shards.iter_mut().min_by_key(|shard| shard.tokens) {
-                shard.sequences.push(sequence);
-                shard.tokens += batch.tokens_of(sequence).len();
+            if let Some(part) = self.parts.iter_mut().min_by_key(|part| part.tokens) {
+                part.sequences.push(sequence);
+                part.tokens += batch.tokens_of(sequence).len();
             }
         }
-        for shard in &mut self.shards {
-            shard.sequences.sort_unstable();
+        for part in &mut self.parts {
+            part.sequences.sort_unstable();
         }
     }
 
@@ -274,7 +305,9 @@ impl<B: Backend> Training<B> {
         step: u64,
     ) -> Result<StepMetrics, ModelError> {
         self.stage(model, batch, step, None)?;
-        self.accumulate(model, seed, None)?;
+        self.accumulate(model, seed)?;
+        self.meet(model)?;
+        self.norm(model, None)?;
         let mut sums = [B::Element::default(); METRICS];
         let metrics = &self.shards[0].activations.metrics;
         model.backend.download(metrics, 0, &mut sums)?;
@@ -296,32 +329,61 @@ impl<B: Backend> Training<B> {
             weights: model.loss_weights(batch),
             optimiser,
         };
-        let backend = &*model.backend;
+        let (backend, parts) = (&*model.backend, &self.parts);
         backend.for_each(&mut self.shards, |shard| {
-            shard.stage(model, batch, training)
+            shard.stage(model, batch, parts, training)
         })
     }
 
-    /// Computes gradients, losses and the norm, into the first shard.
-    fn accumulate(
-        &mut self,
-        model: &Model<B>,
-        seed: u64,
-        clip: Option<f64>,
-    ) -> Result<(), ModelError> {
+    /// Computes gradients and losses of this rank's shards, into the first.
+    fn accumulate(&mut self, model: &Model<B>, seed: u64) -> Result<(), ModelError> {
         let backend = &*model.backend;
-        let loss_scale = &mut self.loss_scale;
+        let loss_scale = &self.loss_scale;
         backend.for_each(&mut self.shards, |shard| shard.run(model, seed, loss_scale))?;
         let trained = model.parameters.trained();
         if let [first, rest @ ..] = self.shards.as_mut_slice() {
-            let metrics = &mut first.activations.metrics;
             for shard in rest {
+                let metrics = &mut first.activations.metrics;
                 backend.add_assign(trained, &shard.gradients, &mut first.gradients)?;
                 backend.add_assign(METRICS, &shard.activations.metrics, metrics)?;
             }
-            backend.norm(trained, &first.gradients, clip, loss_scale, metrics)?;
         }
         Ok(())
+    }
+
+    /// Adds up over all ranks. As the losses' weights count the whole batch, the sum is what one
+    /// rank would have found alone.
+    fn meet(&mut self, model: &Model<B>) -> Result<(), ModelError> {
+        let (backend, first) = (&*model.backend, &mut self.shards[0]);
+        backend.sum_over_ranks(&mut first.gradients, model.parameters.trained())?;
+        Ok(backend.sum_over_ranks(&mut first.activations.metrics, METRICS)?)
+    }
+
+    /// Whether this is so on any rank.
+    ///
+    /// # Errors
+    /// Those of the backend.
+    pub fn any(&mut self, model: &Model<B>, flag: bool) -> Result<bool, ModelError> {
+        let backend = &*model.backend;
+        if backend.rank().is_alone() {
+            return Ok(flag);
+        }
+        let mut number = [B::Element::from_f64(f64::from(u8::from(flag)))];
+        backend.upload(&number, &mut self.flag, 0)?;
+        backend.sum_over_ranks(&mut self.flag, 1)?;
+        backend.download(&self.flag, 0, &mut number)?;
+        Ok(number[0].to_f64() > 0.0)
+    }
+
+    fn norm(&mut self, model: &Model<B>, clip: Option<f64>) -> Result<(), ModelError> {
+        let first = &mut self.shards[0];
+        Ok(model.backend.norm(
+            model.parameters.trained(),
+            &first.gradients,
+            clip,
+            &mut self.loss_scale,
+            &mut first.activations.metrics,
+        )?)
     }
 
     /// The gradients of the last call of [`Self::gradients`] or [`Self::step`], of losses that are
@@ -341,6 +403,29 @@ impl<B: Backend> Training<B> {
         step: u64,
         optimiser: &OptimiserStep,
     ) -> Result<(), ModelError> {
+        let tokens = batch.tokens();
+        self.try_step(model, batch, seed, step, optimiser)
+            .map_err(|error| match error {
+                ModelError::Backend(BackendError::OutOfMemory { needed, room }) => {
+                    ModelError::OutOfMemory {
+                        purpose: format!("a part of the step on a batch of {tokens} tokens"),
+                        needed,
+                        room,
+                        settings: LOWER,
+                    }
+                }
+                error => error,
+            })
+    }
+
+    fn try_step(
+        &mut self,
+        model: &mut Model<B>,
+        batch: &PackedBatch,
+        seed: u64,
+        step: u64,
+        optimiser: &OptimiserStep,
+    ) -> Result<(), ModelError> {
         let hyper = AdamW {
             learning_rate: optimiser.learning_rate,
             beta1: optimiser.beta1,
@@ -353,13 +438,23 @@ impl<B: Backend> Training<B> {
         self.stage(model, batch, step, Some(hyper))?;
         let with_memory = model.config.memory.is_some();
         let shape = model.backend.shape(&self.shards[0].batch, with_memory);
-        let mut recording = std::mem::take(&mut self.recording);
         let backend = Arc::clone(&model.backend);
-        let done = backend.repeat(&mut recording, shape, || {
-            self.accumulate(model, seed, optimiser.clip)?;
-            self.update(model)
-        });
-        self.recording = recording;
+        let [mut first, mut second] = std::mem::take(&mut self.recordings);
+        // What several ranks do together cannot be recorded: each would have to do so at once.
+        let done = if backend.rank().is_alone() {
+            backend.repeat(&mut first, shape, || {
+                self.accumulate(model, seed)?;
+                self.update(model, optimiser.clip)
+            })
+        } else {
+            backend
+                .repeat(&mut first, shape, || self.accumulate(model, seed))
+                .and_then(|()| self.meet(model))
+                .and_then(|()| {
+                    backend.repeat(&mut second, shape, || self.update(model, optimiser.clip))
+                })
+        };
+        self.recordings = [first, second];
         done?;
         let metrics = &self.shards[0].activations.metrics;
         let place = self.waiting.len() * METRICS;
@@ -388,7 +483,8 @@ impl<B: Backend> Training<B> {
         Ok(())
     }
 
-    fn update(&mut self, model: &mut Model<B>) -> Result<(), ModelError> {
+    fn update(&mut self, model: &mut Model<B>, clip: Option<f64>) -> Result<(), ModelError> {
+        self.norm(model, clip)?;
         let first = &self.shards[0];
         let trained = Trained {
             len: model.parameters.trained(),

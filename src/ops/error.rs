@@ -140,6 +140,30 @@ pub enum Error {
         /// What it said.
         source: cudarc::cublaslt::result::CublasError,
     },
+    /// There is no NCCL.
+    #[error(
+        "the library nccl cannot be loaded, which several ranks need: install it (PyTorch's packages have it), or set \
+         LD_LIBRARY_PATH to its folder; or train with WORLD_SIZE=1"
+    )]
+    NoNccl,
+    /// NCCL failed.
+    #[error("NCCL, {what}: {code}; NCCL_DEBUG=INFO makes it say why")]
+    Nccl {
+        /// What it was asked for.
+        what: &'static str,
+        /// What it said.
+        code: String,
+    },
+    /// The device's memory is full.
+    #[error("out of device memory: {needed} bytes are needed at once, {free} of {total} are free")]
+    OutOfMemory {
+        /// Bytes that were asked for.
+        needed: usize,
+        /// Bytes that nobody uses.
+        free: usize,
+        /// Bytes that the device has.
+        total: usize,
+    },
     /// A capture that gave nothing.
     #[error("the CUDA stream gave no graph of what it was asked for")]
     NoGraph,

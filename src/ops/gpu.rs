@@ -169,6 +169,11 @@ impl Gpu {
         Ok(fits)
     }
 
+    /// Fails early where the driver does not take this binary's images: all are made alike.
+    pub fn check_images(&self) -> Result<()> {
+        self.family("activation").map(drop)
+    }
+
     fn family(&self, family: &'static str) -> Result<Arc<CudaModule>> {
         let mut loaded = self.families.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(module) = loaded.get(family) {

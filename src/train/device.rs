@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use tracing::info;
 
 use super::Error;
+use super::ranks::Ranks;
 #[cfg(feature = "cuda")]
 use crate::backend::gpu::{Compute, CudaDevice, Gpu, Multiply};
 use crate::backend::{Backend, Cpu};
@@ -64,6 +65,17 @@ pub enum Precision {
     F16,
 }
 
+/// Where something is computed.
+#[derive(Debug, Clone, Copy)]
+pub struct Place<'a> {
+    /// `--device`.
+    pub device: DeviceChoice,
+    /// What a GPU computes in.
+    pub precision: Precision,
+    /// The ranks that train together; none if this process is alone.
+    pub ranks: Option<&'a Ranks>,
+}
+
 /// What is done on whatever backend was chosen.
 pub trait Job {
     /// Its result.
@@ -73,49 +85,55 @@ pub trait Job {
     fn run<B: Backend<Element = f32>>(self, backend: B) -> Result<Self::Output, Error>;
 }
 
-/// Does a job where the choice says; the log tells where that is, and why.
+/// Does a job at that place; the log tells where that is, and why.
 ///
 /// # Errors
-/// A GPU that was asked for and does not work, and those of the job.
-pub fn run_on<J: Job>(
-    choice: DeviceChoice,
-    precision: Precision,
-    job: J,
-) -> Result<J::Output, Error> {
-    let number = match choice {
-        DeviceChoice::Cpu => {
+/// A GPU that was asked for and does not work, several ranks without GPUs, and those of the job.
+pub fn run_on<J: Job>(place: Place<'_>, job: J) -> Result<J::Output, Error> {
+    let Place { device, ranks, .. } = place;
+    let number = match (device, ranks) {
+        (DeviceChoice::Cpu, Some(ranks)) => {
+            return Err(Error::Device {
+                device,
+                reason: format!("the {} ranks of WORLD_SIZE train on GPUs", ranks.rank.of),
+            });
+        }
+        (DeviceChoice::Cpu, None) => {
             info!("device: cpu, as asked for");
             return job.run(Cpu::new());
         }
-        DeviceChoice::Auto => 0,
-        DeviceChoice::Cuda(number) => number,
+        (DeviceChoice::Auto, ranks) => ranks.map_or(0, |ranks| ranks.local),
+        (DeviceChoice::Cuda(number), _) => number,
     };
-    run_on_gpu(choice, number, precision, job)
+    run_on_gpu(place, number, job)
 }
 
 #[cfg(feature = "cuda")]
-fn run_on_gpu<J: Job>(
-    choice: DeviceChoice,
-    number: usize,
-    precision: Precision,
-    job: J,
-) -> Result<J::Output, Error> {
+fn run_on_gpu<J: Job>(place: Place<'_>, number: usize, job: J) -> Result<J::Output, Error> {
+    let Place {
+        device: choice,
+        precision,
+        ranks,
+    } = place;
     let multiply = match precision {
         Precision::Tf32 => Multiply::Tf32,
         _ => Multiply::Exact,
     };
+    let fails = |reason: crate::ops::Error| Error::Device {
+        device: choice,
+        reason: reason.to_string(),
+    };
     let device = match (CudaDevice::new(number, multiply), choice) {
         (Ok(device), _) => device,
-        (Err(reason), DeviceChoice::Auto) => {
+        (Err(reason), DeviceChoice::Auto) if ranks.is_none() => {
             info!("device: cpu, because there is no GPU to use: {reason}");
             return job.run(Cpu::new());
         }
-        (Err(reason), _) => {
-            return Err(Error::Device {
-                device: choice,
-                reason: reason.to_string(),
-            });
-        }
+        (Err(reason), _) => return Err(fails(reason)),
+    };
+    let device = match ranks {
+        Some(ranks) => among(ranks, device, fails)?,
+        None => device,
     };
     fn on<T: Compute, J: Job>(device: CudaDevice, job: J) -> Result<J::Output, Error> {
         job.run(Gpu::<_, T>::new(device))
@@ -129,16 +147,38 @@ fn run_on_gpu<J: Job>(
     }
 }
 
+/// A device as one of several ranks.
+#[cfg(feature = "nccl")]
+fn among(
+    ranks: &Ranks,
+    device: CudaDevice,
+    fails: impl Fn(crate::ops::Error) -> Error,
+) -> Result<CudaDevice, Error> {
+    let rank = ranks.rank;
+    info!(
+        "rank {} of {}: looking for the others",
+        rank.number, rank.of
+    );
+    let id = ranks.share(|| CudaDevice::rank_id().map_err(&fails))?;
+    device.with_rank(rank, &id).map_err(fails)
+}
+
+#[cfg(all(feature = "cuda", not(feature = "nccl")))]
+fn among(
+    ranks: &Ranks,
+    _: CudaDevice,
+    _: impl Fn(crate::ops::Error) -> Error,
+) -> Result<CudaDevice, Error> {
+    Err(Error::Ranks(super::ranks::RanksError::NotBuilt {
+        of: ranks.rank.of,
+    }))
+}
+
 #[cfg(not(feature = "cuda"))]
-fn run_on_gpu<J: Job>(
-    choice: DeviceChoice,
-    _number: usize,
-    _precision: Precision,
-    job: J,
-) -> Result<J::Output, Error> {
-    match choice {
-        DeviceChoice::Cuda(_) => Err(Error::Device {
-            device: choice,
+fn run_on_gpu<J: Job>(place: Place<'_>, _: usize, job: J) -> Result<J::Output, Error> {
+    match (place.device, place.ranks) {
+        (DeviceChoice::Cuda(_), _) | (_, Some(_)) => Err(Error::Device {
+            device: place.device,
             reason: "this binary was built without the feature `cuda`".to_owned(),
         }),
         _ => {

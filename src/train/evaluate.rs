@@ -6,14 +6,9 @@ use std::time::Instant;
 use super::Error;
 use super::config::{ConfigError, TaskConfig};
 use crate::backend::Backend;
-use crate::model::{Actor, Model, ModelConfig};
-use crate::spaces::Spaces;
+use crate::model::{Actor, Model, ModelError};
 use crate::tasks::{Split, Task};
 
-/// Most episodes that act in lockstep.
-const MOST_EPISODES: usize = 256;
-/// Memory for the keys, values and memories of the episodes that act in lockstep, in bytes.
-const CACHE_BYTES: usize = 1 << 30;
 /// 0.975 quantile of the normal distribution.
 const Z: f64 = 1.959_963_984_540_054;
 
@@ -156,7 +151,7 @@ pub fn evaluate<B: Backend<Element = f32>>(
             "a task that observes and acts as the model does",
         )
     })?;
-    let batch = lockstep(model.config(), model.spaces()) as u64;
+    let mut batch = model.episodes_at_once() as u64;
     let mut result = Evaluation {
         episodes: 0,
         successes: 0,
@@ -169,7 +164,14 @@ pub fn evaluate<B: Backend<Element = f32>>(
         let first = result.episodes;
         let count = batch.min(conditions.episodes - first);
         let episodes = first..first + count;
-        let done = play(model, family, task, conditions, episodes, stop)?;
+        let done = match play(model, family, task, conditions, episodes, stop) {
+            // Somebody else has taken what was free.
+            Err(Error::Model(ModelError::OutOfMemory { .. })) if count > 1 => {
+                batch = count / 2;
+                continue;
+            }
+            done => done?,
+        };
         let Some(done) = done else { return Ok(None) };
         result.episodes += count;
         result.successes += done.successes;
@@ -235,18 +237,6 @@ fn play<B: Backend<Element = f32>>(
     }
     played.returns = rewards.iter().sum();
     Ok(Some(played))
-}
-
-/// How many episodes act in lockstep: as many as fit into [`CACHE_BYTES`].
-fn lockstep(model: &ModelConfig, spaces: &Spaces) -> usize {
-    let tokens = spaces.steps.saturating_mul(model.layout.tokens_per_step());
-    let slots = model.memory.as_ref().map_or(0, |memory| memory.slots);
-    let rows = tokens.saturating_mul(2).saturating_add(slots);
-    let bytes = rows
-        .saturating_mul(model.layers)
-        .saturating_mul(model.width)
-        .saturating_mul(size_of::<f32>());
-    (CACHE_BYTES / bytes.max(1)).clamp(1, MOST_EPISODES)
 }
 
 #[cfg(test)]

@@ -19,6 +19,7 @@ pub mod device;
 pub mod evaluate;
 pub mod metrics;
 pub mod plots;
+pub mod ranks;
 pub mod run;
 pub mod schedule;
 
@@ -76,6 +77,9 @@ pub enum Error {
         /// Why it does not work.
         reason: String,
     },
+    /// Other ranks that are not found.
+    #[error(transparent)]
+    Ranks(#[from] ranks::RanksError),
     /// There is nothing to resume.
     #[error("{}: no run to resume in this folder: leave out --resume to start one", .0.display())]
     NothingToResume(PathBuf),
@@ -106,6 +110,16 @@ pub enum Error {
         what: &'static str,
         /// NaN or an infinity.
         value: f64,
+        /// What is left on disk.
+        kept: String,
+    },
+    /// The backend failed in the middle of a run.
+    #[error("step {step}: {source}; {kept}")]
+    Interrupted {
+        /// The step, from 1.
+        step: u64,
+        /// What failed.
+        source: ModelError,
         /// What is left on disk.
         kept: String,
     },

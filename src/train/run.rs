@@ -16,7 +16,7 @@ use super::schedule::Schedule;
 use super::{Error, plots};
 use crate::backend::Backend;
 use crate::batch::Trajectory;
-use crate::model::{Model, OptimiserStep, SupervisedPart, Training};
+use crate::model::{Model, ModelError, OptimiserStep, SupervisedPart, Training};
 use crate::tasks::{Demonstrations, Split, Task, write_beside};
 
 /// The files of an output folder.
@@ -139,6 +139,8 @@ pub struct Options<'a> {
 pub enum Outcome {
     /// It is done.
     Finished(Summary),
+    /// It is done, and rank 0 sums it up.
+    Helped,
     /// It was stopped; this many steps are saved.
     Stopped {
         /// Steps done.
@@ -242,7 +244,7 @@ impl Summary {
 }
 
 /// Trains on a backend as the configuration says, from the start or from where the folder's run was
-/// left.
+/// left. Of several ranks, all of which are to be called so, the first one writes and evaluates.
 pub fn train<B: Backend<Element = f32>>(
     backend: B,
     config: &Config,
@@ -255,7 +257,17 @@ pub fn train<B: Backend<Element = f32>>(
         watch,
     } = options;
     config.validate()?;
-    let saved = open_folder(folder, start, config)?;
+    let rank = backend.rank();
+    let saved = match rank.is_first() {
+        true => open_folder(folder, start, config)?,
+        false if start == Start::Resume => saved_state(folder, config)?,
+        false => None,
+    };
+    let mut silent = |_: Event| {};
+    let watch: &mut (dyn FnMut(Event) + Send) = match rank.is_first() {
+        true => watch,
+        false => &mut silent,
+    };
     let data = prepare_data(config, watch)?;
     let spaces = data.spaces().clone();
     validate_spaces(&config.model, &spaces)?;
@@ -298,7 +310,10 @@ pub fn train<B: Backend<Element = f32>>(
             .map(|((_, data), task)| task.target_return.unwrap_or_else(|| data.best_return()))
             .collect(),
         steps,
-        metrics: MetricsFile::open(&folder.metrics(), state.step)?,
+        metrics: match rank.is_first() {
+            true => Some(MetricsFile::open(&folder.metrics(), state.step)?),
+            false => None,
+        },
         saved_step: (state.step > 0).then_some(state.step),
         state: StateHeader {
             config: config.clone(),
@@ -314,7 +329,10 @@ pub fn train<B: Backend<Element = f32>>(
             step: run.state.step,
         });
     }
-    run.finish(&data, stop, watch)
+    match rank.is_first() {
+        true => run.finish(&data, stop, watch),
+        false => Ok(Outcome::Helped),
+    }
 }
 
 /// Makes the folder ready and returns the state to resume from, if there is one.
@@ -330,27 +348,37 @@ fn open_folder(folder: &Folder, start: Start, config: &Config) -> Result<Option<
                 std::fs::remove_file(file).map_err(Error::io("remove it", file))?;
             }
         }
-        Start::Resume if folder.state().exists() => {
-            let file = folder.state();
-            let bytes = std::fs::read(&file).map_err(Error::io("read it", &file))?;
-            let before = checkpoint::state_config(&file, &bytes)?;
-            if let Some((key, saved, found)) = before.difference(config)? {
-                return Err(Error::Changed {
-                    path: path.to_owned(),
-                    key,
-                    saved,
-                    found,
-                });
+        Start::Resume => {
+            saved = saved_state(folder, config)?;
+            if saved.is_none() {
+                info!("no checkpoint yet: starting from the beginning");
             }
-            saved = Some(bytes);
         }
-        Start::Resume => info!("no checkpoint yet: starting from the beginning"),
         Start::Fresh => {}
     }
     std::fs::create_dir_all(path).map_err(Error::io("create this folder", path))?;
     let file = folder.config();
     write_beside(&file, config.to_toml()?.as_bytes()).map_err(Error::io("write it", &file))?;
     Ok(saved)
+}
+
+/// The state that a folder holds, of a run of this configuration.
+fn saved_state(folder: &Folder, config: &Config) -> Result<Option<Vec<u8>>, Error> {
+    let file = folder.state();
+    if !file.exists() {
+        return Ok(None);
+    }
+    let bytes = std::fs::read(&file).map_err(Error::io("read it", &file))?;
+    let before = checkpoint::state_config(&file, &bytes)?;
+    match before.difference(config)? {
+        Some((key, saved, found)) => Err(Error::Changed {
+            path: folder.path().to_owned(),
+            key,
+            saved,
+            found,
+        }),
+        None => Ok(Some(bytes)),
+    }
 }
 
 fn prepare_data(config: &Config, watch: &mut dyn FnMut(Event)) -> Result<Mixture, Error> {
@@ -447,7 +475,8 @@ struct Run<'a, B: Backend> {
     /// Of each task.
     target_returns: Vec<f64>,
     steps: u64,
-    metrics: MetricsFile,
+    /// None but for the first of several ranks, which writes all files.
+    metrics: Option<MetricsFile>,
     saved_step: Option<u64>,
     state: StateHeader,
     model: Model<B>,
@@ -462,30 +491,42 @@ impl<B: Backend<Element = f32>> Run<'_, B> {
         let train = &self.config.train;
         let schedule = Schedule::new(train, self.steps);
         let mut clock = Instant::now();
-        let mut stopped = stop.load(Ordering::Relaxed);
+        let alone = self.model.rank().is_alone();
+        let mut stopped = self
+            .training
+            .any(&self.model, stop.load(Ordering::Relaxed))?;
         while self.state.step < self.steps && !stopped {
             let step = self.state.step + 1;
             let optimiser = optimiser_step(train, schedule.learning_rate(step));
             let batch = self.batches.next_batch()?;
             self.state.tokens += batch.tokens() as u64;
             self.training
-                .step(&mut self.model, batch, self.config.seed, step, &optimiser)?;
+                .step(&mut self.model, batch, self.config.seed, step, &optimiser)
+                .map_err(interrupted(self.folder, self.saved_step, step))?;
             self.state.step = step;
             self.state.position = self.batches.position();
             watch(Event::Step {
                 step,
                 steps: self.steps,
             });
-            stopped = stop.load(Ordering::Relaxed);
-            let last = stopped || step == self.steps;
-            let save = last || step.is_multiple_of(train.checkpoint_every);
-            if save || step.is_multiple_of(train.log_every) {
+            let logs = step.is_multiple_of(train.log_every);
+            let mut save = step == self.steps || step.is_multiple_of(train.checkpoint_every);
+            // Several ranks have to stop at one step, and do not talk about it after each.
+            if alone || logs || save {
+                stopped = self
+                    .training
+                    .any(&self.model, stop.load(Ordering::Relaxed))?;
+                save |= stopped;
+            }
+            if save || logs {
                 let window = self.collect()?;
                 let seconds = clock.elapsed().as_secs_f64();
                 let tokens = self.state.tokens;
                 self.state.seconds += seconds;
-                if let Some(line) = window.line(seconds, step, tokens, optimiser.learning_rate) {
-                    self.metrics.append(line)?;
+                if let Some(line) = window.line(seconds, step, tokens, optimiser.learning_rate)
+                    && let Some(metrics) = &mut self.metrics
+                {
+                    metrics.append(line)?;
                     watch(Event::Metrics(&line));
                 }
                 if save {
@@ -499,7 +540,11 @@ impl<B: Backend<Element = f32>> Run<'_, B> {
 
     /// The steps since the last time. Errors: one of them was not finite.
     fn collect(&mut self) -> Result<Window, Error> {
-        let all = self.training.collect(&self.model)?;
+        let all = self.training.collect(&self.model).map_err(interrupted(
+            self.folder,
+            self.saved_step,
+            self.state.step,
+        ))?;
         let before = self.state.step - all.len() as u64;
         let mut window = Window::default();
         for (metrics, step) in all.iter().zip(before + 1..) {
@@ -517,24 +562,20 @@ impl<B: Backend<Element = f32>> Run<'_, B> {
     }
 
     fn not_finite(&self, step: u64, what: &'static str, value: f64) -> Error {
-        let kept = match self.saved_step {
-            Some(saved) => format!(
-                "the checkpoint of step {saved} is in {}",
-                self.folder.path().display()
-            ),
-            None => "no checkpoint had been written yet".to_owned(),
-        };
         Error::NotFinite {
             step,
             what,
             value,
-            kept,
+            kept: kept(self.folder, self.saved_step),
         }
     }
 
     /// Writes the state, and then the model for everyone else. A kill between the two leaves a
     /// state and an older model; both load, and resuming writes the model again.
     fn save(&mut self) -> Result<(), Error> {
+        if self.metrics.is_none() {
+            return Ok(());
+        }
         let step = self.state.step;
         let [first_moment, second_moment] = self.training.moments(&self.model)?;
         self.state.loss_scale = self.training.loss_scale(&self.model)?;
@@ -596,7 +637,8 @@ impl<B: Backend<Element = f32>> Run<'_, B> {
             self.model.parameter_count(),
             self.steps
         );
-        plots::curves(&folder.curves(), &title, self.metrics.lines(), &results)?;
+        let lines = self.metrics.as_ref().map_or(&[][..], MetricsFile::lines);
+        plots::curves(&folder.curves(), &title, lines, &results)?;
         draw_attention(config, &self.model, data, &folder.attention())?;
         let summary = Summary::new(
             &results,
@@ -608,6 +650,30 @@ impl<B: Backend<Element = f32>> Run<'_, B> {
         save_summary(&folder.summary(), &summary)?;
         info!("the run is in {}", folder.path().display());
         Ok(Outcome::Finished(summary))
+    }
+}
+
+/// What a run that fails leaves behind.
+fn kept(folder: &Folder, saved_step: Option<u64>) -> String {
+    match saved_step {
+        Some(saved) => format!(
+            "the checkpoint of step {saved} is in {}",
+            folder.path().display()
+        ),
+        None => "no checkpoint had been written yet".to_owned(),
+    }
+}
+
+/// An error of the backend in a step.
+fn interrupted(
+    folder: &Folder,
+    saved_step: Option<u64>,
+    step: u64,
+) -> impl FnOnce(ModelError) -> Error + '_ {
+    move |source| Error::Interrupted {
+        step,
+        source,
+        kept: kept(folder, saved_step),
     }
 }
 

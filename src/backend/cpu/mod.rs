@@ -23,9 +23,9 @@ use attention::{Cached, HeadGradients, HeadSaved, Heads};
 use memory::{ChainGradients, Chains, Kept, MemoryState, Recall};
 
 use super::{
-    Activation, AdamW, Attention, Backend, BackendError, Codes, Convolutions, Dropped, In,
+    Activation, AdamW, Attention, Backend, BackendError, Bytes, Codes, Convolutions, Dropped, In,
     KeyValueCache, Kind, LayerNorm, Linear, METRICS, Memory, MemoryGradients, MemoryInputs,
-    MemoryStart, Metric, OneHot, Out, Positions, Result, Span, Trained,
+    MemoryStart, Metric, OneHot, Out, Positions, Rank, Result, Span, Trained,
 };
 use crate::batch::{FamilyRows, PackedBatch, TokenKind};
 
@@ -33,6 +33,9 @@ use crate::batch::{FamilyRows, PackedBatch, TokenKind};
 const ELEMENTS: usize = 1 << 14;
 /// Rows that one task of a gather copies.
 const GATHERED: usize = 64;
+/// Most episodes that act at once, and memory for what they keep.
+const MOST_EPISODES: usize = 256;
+const ACTING_BYTES: usize = 1 << 30;
 /// Partial parameter gradients of an operation that adds over rows.
 const PARTIALS: usize = 8;
 
@@ -572,6 +575,23 @@ impl<T: Scalar> Backend for Cpu<T> {
 
     fn name(&self) -> &'static str {
         "cpu"
+    }
+
+    fn rank(&self) -> Rank {
+        Rank::ALONE
+    }
+
+    fn sum_over_ranks(&self, _: &mut Vec<T>, _: usize) -> Result<()> {
+        Ok(())
+    }
+
+    fn episodes_at_once(&self, numbers: usize) -> usize {
+        let bytes = numbers.saturating_mul(size_of::<T>());
+        (ACTING_BYTES / bytes.max(1)).clamp(1, MOST_EPISODES)
+    }
+
+    fn needed_for(&self, _: impl FnOnce()) -> Bytes {
+        Bytes(0)
     }
 
     fn shards(&self, for_threads: usize) -> usize {

@@ -5,11 +5,14 @@ use std::sync::Arc;
 
 use std::fmt;
 
-use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
+use cudarc::driver::sys::{CUgraphInstantiate_flags, CUresult, CUstreamCaptureMode};
 use cudarc::driver::{CudaEvent, CudaGraph, CudaSlice, CudaStream, PinnedHostSlice};
 
 use super::blas::{Blas, Multiply};
 use super::device::{Compute, Device, Element, Product, check_range};
+#[cfg(feature = "nccl")]
+use super::nccl::Nccl;
+use crate::backend::{Bytes, Rank, Room};
 use crate::ops::{Error, Gpu, Input, Launch, Launcher, Output, Result};
 
 /// One GPU, one stream on it for all that is computed, and one for what is on its way to it.
@@ -19,12 +22,16 @@ pub struct CudaDevice {
     stream: Arc<CudaStream>,
     way: Arc<CudaStream>,
     blas: Blas,
+    #[cfg(feature = "nccl")]
+    nccl: Option<Nccl>,
 }
 
 impl CudaDevice {
-    /// GPU number `ordinal`. Errors: no driver, no such GPU, no cuBLASLt.
+    /// GPU number `ordinal`. Errors: no driver, no such GPU, a driver that is too old for this
+    /// binary's kernels, no cuBLASLt.
     pub fn new(ordinal: usize, multiply: Multiply) -> Result<Self> {
         let gpu = Gpu::new(ordinal)?;
+        gpu.check_images()?;
         // SAFETY: all memory of this device is used on its one stream, so that its order is enough;
         // what two streams use has events of its own.
         unsafe { gpu.context().disable_event_tracking() };
@@ -36,7 +43,26 @@ impl CudaDevice {
             stream,
             way,
             blas,
+            #[cfg(feature = "nccl")]
+            nccl: None,
         })
+    }
+
+    /// The same as one of several ranks, which wait for each other here. `id` is what the first of
+    /// them has from [`Self::rank_id`]. Errors: no NCCL, or what it says.
+    #[cfg(feature = "nccl")]
+    pub fn with_rank(self, rank: Rank, id: &[u8; 128]) -> Result<Self> {
+        let nccl = Nccl::new(&self.stream, rank, id)?;
+        Ok(Self {
+            nccl: Some(nccl),
+            ..self
+        })
+    }
+
+    /// What the first of several ranks gives to all others. Errors: no NCCL.
+    #[cfg(feature = "nccl")]
+    pub fn rank_id() -> Result<[u8; 128]> {
+        super::nccl::id()
     }
 
     /// The GPU's name.
@@ -161,13 +187,55 @@ impl Device for CudaDevice {
         Ok(recording.0.launch()?)
     }
 
+    #[cfg(feature = "nccl")]
+    fn rank(&self) -> Rank {
+        self.nccl.as_ref().map_or(Rank::ALONE, Nccl::rank)
+    }
+
+    #[cfg(not(feature = "nccl"))]
+    fn rank(&self) -> Rank {
+        Rank::ALONE
+    }
+
+    #[cfg(feature = "nccl")]
+    fn sum_over_ranks(&self, memory: &mut CudaSlice<f32>, len: usize) -> Result<()> {
+        check_range(&(0..len), memory.len())?;
+        match &self.nccl {
+            Some(nccl) => nccl.sum(memory, len),
+            None => Ok(()),
+        }
+    }
+
+    #[cfg(not(feature = "nccl"))]
+    fn sum_over_ranks(&self, _: &mut CudaSlice<f32>, _: usize) -> Result<()> {
+        Ok(())
+    }
+
     fn name(&self) -> &'static str {
         "cuda"
     }
 
+    fn room(&self) -> Option<Room> {
+        // What was freed is there once the stream has come so far.
+        self.stream.synchronize().ok()?;
+        let (free, total) = self.gpu.context().mem_get_info().ok()?;
+        Some(Room {
+            free: Bytes(free),
+            total: Bytes(total),
+        })
+    }
+
     fn allocate<T: Element>(&self, len: usize) -> Result<CudaSlice<T>> {
         // SAFETY: every pattern of bits is an element, and operations write before they read.
-        Ok(unsafe { self.stream.alloc(len.max(1)) }?)
+        let memory = unsafe { self.stream.alloc(len.max(1)) };
+        memory.map_err(|error| match (error.0, self.room()) {
+            (CUresult::CUDA_ERROR_OUT_OF_MEMORY, Some(room)) => Error::OutOfMemory {
+                needed: len * size_of::<T>(),
+                free: room.free.0,
+                total: room.total.0,
+            },
+            _ => error.into(),
+        })
     }
 
     fn len<T: Element>(&self, memory: &CudaSlice<T>) -> usize {

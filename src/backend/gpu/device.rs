@@ -6,6 +6,7 @@ use std::ops::Range;
 use cudarc::driver::{DeviceRepr, ValidAsZeroBits};
 use half::{bf16, f16};
 
+use crate::backend::{Rank, Room};
 use crate::ops::{Error, Input, Launcher, Output, Result, Storage};
 
 #[cfg(feature = "host")]
@@ -126,8 +127,17 @@ pub trait Device: Launcher + Debug + Send + Sync {
     /// Does what was recorded.
     fn replay(&self, recording: &Self::Recording) -> Result<()>;
 
+    /// Which one this is of several devices that train a model together.
+    fn rank(&self) -> Rank;
+
+    /// The first `len` elements become their sum over all ranks. Not to be recorded.
+    fn sum_over_ranks(&self, memory: &mut Self::Memory<f32>, len: usize) -> Result<()>;
+
     /// Short name for messages: `cuda`.
     fn name(&self) -> &'static str;
+
+    /// Memory that is free, and all of it; nothing where that is not known.
+    fn room(&self) -> Option<Room>;
 
     /// `len` elements, of no defined value.
     fn allocate<T: Element>(&self, len: usize) -> Result<Self::Memory<T>>;

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use dtmem_host::{Buffer, Executor, View};
@@ -9,6 +10,7 @@ use ndarray::linalg::general_mat_mul;
 use ndarray::{Array2, ArrayView2, ShapeBuilder};
 
 use super::device::{Compute, Device, Element, Factor, Product, check_range};
+use crate::backend::{Bytes, Member, Rank, Room};
 use crate::ops::host::Host;
 use crate::ops::memory::Span;
 use crate::ops::{Error, Input, Launch, Launcher, Output, Result};
@@ -19,6 +21,14 @@ pub struct HostDevice {
     host: Host,
     /// Where what is asked for goes instead of being done.
     recording: Mutex<Option<Recording>>,
+    /// Of a group of threads that train together.
+    member: Option<Member>,
+    /// Bytes that it has; as many as are asked for, if nothing is said.
+    memory: Option<usize>,
+    allocated: AtomicUsize,
+    /// It is lost after so many commands.
+    lifetime: Option<usize>,
+    done: AtomicUsize,
 }
 
 /// What the device was asked for.
@@ -42,6 +52,39 @@ impl HostDevice {
         }
     }
 
+    /// The same as one of several ranks.
+    pub fn with_member(self, member: Member) -> Self {
+        Self {
+            member: Some(member),
+            ..self
+        }
+    }
+
+    /// The same with so many bytes of memory; freeing gives none back.
+    pub fn with_memory(self, bytes: usize) -> Self {
+        Self {
+            memory: Some(bytes),
+            ..self
+        }
+    }
+
+    /// The same, but after so many commands nothing works any more.
+    pub fn with_lifetime(self, commands: usize) -> Self {
+        Self {
+            lifetime: Some(commands),
+            ..self
+        }
+    }
+
+    /// Counts a command.
+    fn live(&self) -> Result<()> {
+        let done = self.done.fetch_add(1, Ordering::Relaxed);
+        match self.lifetime {
+            Some(lifetime) if done >= lifetime => Err(failed("the device is lost")),
+            _ => Ok(()),
+        }
+    }
+
     fn executor(&self) -> &Executor {
         &self.host.0
     }
@@ -59,6 +102,7 @@ impl HostDevice {
             Some(recording) => recording.0.push(Box::new(command)),
             None => {
                 drop(recording);
+                self.live()?;
                 command(self)?;
             }
         }
@@ -69,7 +113,7 @@ impl HostDevice {
     fn check_not_recording(&self) -> Result<()> {
         match *self.recording() {
             Some(_) => Err(failed("a copy from or to the host cannot be recorded")),
-            None => Ok(()),
+            None => self.live(),
         }
     }
 
@@ -154,15 +198,54 @@ impl Device for HostDevice {
     }
 
     fn replay(&self, recording: &Recording) -> Result<()> {
-        recording.0.iter().try_for_each(|command| command(self))
+        recording.0.iter().try_for_each(|command| {
+            self.live()?;
+            command(self)
+        })
+    }
+
+    fn rank(&self) -> Rank {
+        self.member.as_ref().map_or(Rank::ALONE, Member::rank)
+    }
+
+    fn sum_over_ranks(&self, memory: &mut Buffer<f32>, len: usize) -> Result<()> {
+        let Some(member) = &self.member else {
+            return Ok(());
+        };
+        self.check_not_recording()?;
+        check_range(&(0..len), memory.len())?;
+        let view = memory.slice(0..len);
+        let sum = member.sum(self.read(view)?).map_err(failed)?;
+        self.write(view, &sum)
     }
 
     fn name(&self) -> &'static str {
         "host"
     }
 
+    fn room(&self) -> Option<Room> {
+        let total = self.memory?;
+        let allocated = self.allocated.load(Ordering::Relaxed);
+        Some(Room {
+            free: Bytes(total.saturating_sub(allocated)),
+            total: Bytes(total),
+        })
+    }
+
     fn allocate<T: Element>(&self, len: usize) -> Result<Buffer<T>> {
-        Ok(self.executor().scratch(len))
+        let needed = len * size_of::<T>();
+        let allocated = self.allocated.fetch_add(needed, Ordering::Relaxed);
+        match self.memory {
+            Some(total) if allocated + needed > total => {
+                self.allocated.fetch_sub(needed, Ordering::Relaxed);
+                Err(Error::OutOfMemory {
+                    needed,
+                    free: total - allocated,
+                    total,
+                })
+            }
+            _ => Ok(self.executor().scratch(len)),
+        }
     }
 
     fn len<T: Element>(&self, memory: &Buffer<T>) -> usize {

@@ -6,6 +6,7 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use super::Gpu;
 use super::chain::Chain;
 use super::device::{Compute, Device, Element};
 use crate::backend::{BackendError, Kind, Result};
@@ -23,7 +24,7 @@ pub struct Buffer<D: Device, T: Compute> {
 }
 
 impl<D: Device, T: Compute> Buffer<D, T> {
-    pub(super) fn new(device: &D, len: usize, kind: Kind) -> ops::Result<Self> {
+    pub(super) fn new(gpu: &Gpu<D, T>, len: usize, kind: Kind) -> ops::Result<Self> {
         let wide = size_of::<T>() == size_of::<f32>();
         Ok(Self {
             len,
@@ -31,11 +32,11 @@ impl<D: Device, T: Compute> Buffer<D, T> {
             compute: match kind {
                 Kind::Exact => None,
                 Kind::Parameter if wide => None,
-                Kind::Parameter | Kind::Activation => Some(device.allocate(len)?),
+                Kind::Parameter | Kind::Activation => Some(gpu.allocate(len)?),
             },
             exact: match kind {
                 Kind::Activation => None,
-                Kind::Parameter | Kind::Exact => Some(device.allocate(len)?),
+                Kind::Parameter | Kind::Exact => Some(gpu.allocate(len)?),
             },
         })
     }

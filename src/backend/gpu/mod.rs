@@ -14,12 +14,15 @@ mod device;
 #[cfg(feature = "host")]
 mod host;
 mod memory;
+#[cfg(feature = "nccl")]
+#[allow(unsafe_code)] // the boundary to NCCL
+mod nccl;
 mod products;
 
 use std::collections::HashMap;
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::ops::Range;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 pub use blas::Multiply;
 pub use cuda::CudaDevice;
@@ -31,15 +34,20 @@ pub use memory::{Batch, Buffer};
 use memory::Scratch;
 
 use super::{
-    Activation, Attention, Backend, BackendError, Codes, Convolutions, Dropped, In, KeyValueCache,
-    Kind, LayerNorm, Linear, METRICS, Memory, MemoryGradients, MemoryInputs, MemoryStart, Metric,
-    OneHot, Out, Positions, Result, Span, Supervised, Trained,
+    Activation, Attention, Backend, BackendError, Bytes, Codes, Convolutions, Dropped, In,
+    KeyValueCache, Kind, LayerNorm, Linear, METRICS, Memory, MemoryGradients, MemoryInputs,
+    MemoryStart, Metric, OneHot, Out, Positions, Rank, Result, Span, Supervised, Trained,
 };
 use crate::batch::PackedBatch;
 use crate::ops::{
     self, activation, adamw, attention, convolutions, cross_entropy, elementwise, layer_norm,
     one_hot, tokens,
 };
+
+/// Most episodes that act at once.
+const MOST_EPISODES: usize = 4096;
+/// Free memory where a device does not say.
+const UNKNOWN_BYTES: usize = 1 << 30;
 
 /// Computes with the kernels on a device, in `T`: sums, parameters and their gradients in f32.
 #[derive(Debug)]
@@ -55,6 +63,8 @@ pub struct Gpu<D: Device, T: Compute> {
     bits: Scratch<D, u32>,
     /// First inputs of the fields of every one-hot map so far.
     offsets: Mutex<Known<D>>,
+    /// Bytes asked for so far, while they are only counted.
+    counted: Mutex<Option<usize>>,
 }
 
 /// Arrays of indices that stay on the device.
@@ -108,6 +118,22 @@ impl<D: Device, T: Compute> Gpu<D, T> {
             indices: Scratch::default(),
             bits: Scratch::default(),
             offsets: Mutex::default(),
+            counted: Mutex::default(),
+        }
+    }
+
+    fn counted(&self) -> MutexGuard<'_, Option<usize>> {
+        self.counted.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Memory of a buffer, or of nothing while bytes are only counted.
+    fn allocate<E: Element>(&self, len: usize) -> ops::Result<D::Memory<E>> {
+        match &mut *self.counted() {
+            Some(bytes) => {
+                *bytes += len * size_of::<E>();
+                self.device.allocate(0)
+            }
+            None => self.device.allocate(len),
         }
     }
 
@@ -249,6 +275,29 @@ impl<D: Device, T: Compute> Backend for Gpu<D, T> {
         self.device.name()
     }
 
+    fn rank(&self) -> Rank {
+        self.device.rank()
+    }
+
+    fn sum_over_ranks(&self, buffer: &mut Self::Buffer, len: usize) -> Result<()> {
+        let memory = buffer.exact.as_mut().ok_or(BackendError::Kind)?;
+        Ok(self.device.sum_over_ranks(memory, len)?)
+    }
+
+    /// In at most half of the free memory: activations come on top.
+    fn episodes_at_once(&self, numbers: usize) -> usize {
+        let bytes = numbers.saturating_mul(size_of::<T>());
+        let room = self.device.room();
+        let free = room.map_or(UNKNOWN_BYTES, |room| room.free.0);
+        (free / 2 / bytes.max(1)).clamp(1, MOST_EPISODES)
+    }
+
+    fn needed_for(&self, work: impl FnOnce()) -> Bytes {
+        *self.counted() = Some(0);
+        work();
+        Bytes(self.counted().take().unwrap_or(0))
+    }
+
     fn shards(&self, _for_threads: usize) -> usize {
         1
     }
@@ -262,7 +311,7 @@ impl<D: Device, T: Compute> Backend for Gpu<D, T> {
     }
 
     fn buffer(&self, len: usize, kind: Kind) -> Result<Self::Buffer> {
-        Ok(Buffer::new(&self.device, len, kind)?)
+        Ok(Buffer::new(self, len, kind)?)
     }
 
     fn upload(&self, from: &[f32], to: &mut Self::Buffer, offset: usize) -> Result<()> {
@@ -847,7 +896,6 @@ impl<D: Device, T: Compute> Backend for Gpu<D, T> {
         attention: &Attention,
         tokens: usize,
     ) -> Result<Self::AttentionState> {
-        let device = &self.device;
         let supervised = match &attention.supervised {
             Some(supervised) => {
                 let rows = tokens * supervised.heads.len();
@@ -860,19 +908,22 @@ impl<D: Device, T: Compute> Backend for Gpu<D, T> {
                     width: attention.head_width,
                     mask: attention::Mask::Causal,
                 };
-                let mut slots = device.allocate(attention.heads)?;
-                device.upload(&shape.slots(&supervised.heads), &mut slots, 0)?;
+                let mut slots = self.allocate(attention.heads)?;
+                if self.device.len(&slots) == attention.heads {
+                    let places = shape.slots(&supervised.heads);
+                    self.device.upload(&places, &mut slots, 0)?;
+                }
                 Some(SupervisedState {
                     slots,
-                    peak: device.allocate(rows)?,
-                    rows: device.allocate(3 * rows)?,
-                    loss: device.allocate(2)?,
+                    peak: self.allocate(rows)?,
+                    rows: self.allocate(3 * rows)?,
+                    loss: self.allocate(2)?,
                 })
             }
             None => None,
         };
         Ok(AttentionState {
-            lse: Buffer::new(device, tokens * attention.heads, Kind::Exact)?,
+            lse: Buffer::new(self, tokens * attention.heads, Kind::Exact)?,
             supervised,
         })
     }

@@ -1,0 +1,233 @@
+//! Whole runs at toy size on the GPU backend, on the host executor: devices that take turns, ranks,
+//! devices that are too small or get lost.
+
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use dtmem::backend::gpu::{Gpu, HostDevice};
+use dtmem::backend::{Backend, Cpu, Member};
+use dtmem::model::{Model, ModelConfig, ModelError, Training};
+use dtmem::train::Error;
+use dtmem::train::config::Config;
+use dtmem::train::metrics::Line;
+use dtmem::train::run::{Event, Folder, Options, Outcome, Start, train};
+use tempfile::TempDir;
+
+mod data;
+
+const HALLWAY: &str = r#"
+seed = 7
+[task]
+name = "hallway"
+length = 1
+[data]
+episodes = 30
+[model]
+front_end = "linear"
+width = 32
+layers = 1
+heads = 2
+feed_forward = 32
+dropout = 0.1
+[loss]
+heads = [1, 2]
+[train]
+steps = 6
+batch_tokens = 90
+learning_rate = 1e-2
+clip = 1.0
+log_every = 1
+checkpoint_every = 2
+[evaluation]
+episodes = 3
+"#;
+
+fn config(overrides: &[&str]) -> Config {
+    let overrides: Vec<String> = overrides.iter().map(|&s| s.to_owned()).collect();
+    Config::parse("toy.toml", HALLWAY, &overrides).unwrap()
+}
+
+fn host() -> Gpu<HostDevice, f32> {
+    Gpu::new(HostDevice::default())
+}
+
+/// Until it is done, or until `stop_after` steps are.
+fn run<B: Backend<Element = f32>>(
+    backend: B,
+    config: &Config,
+    folder: &Path,
+    start: Start,
+    stop_after: Option<u64>,
+) -> Result<Outcome, Error> {
+    let stop = AtomicBool::new(false);
+    let mut watch = |event: Event| {
+        if let Event::Step { step, .. } = event
+            && Some(step) == stop_after
+        {
+            stop.store(true, Ordering::Relaxed);
+        }
+    };
+    let options = Options {
+        folder: &Folder::new(folder),
+        start,
+        stop: &stop,
+        watch: &mut watch,
+    };
+    train(backend, config, options)
+}
+
+fn lines(folder: &Path) -> Vec<Line> {
+    let text = std::fs::read_to_string(Folder::new(folder).metrics()).unwrap();
+    text.lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect()
+}
+
+/// A run on the CPU.
+fn straight(config: &Config) -> Vec<Line> {
+    let folder = TempDir::new().unwrap();
+    let outcome = run(Cpu::new(), config, folder.path(), Start::Fresh, None).unwrap();
+    assert!(matches!(outcome, Outcome::Finished(_)));
+    lines(folder.path())
+}
+
+fn assert_follows(found: &[Line], expected: &[Line]) {
+    assert_eq!(found.len(), expected.len());
+    for (found, expected) in found.iter().zip(expected) {
+        assert_eq!((found.step, found.tokens), (expected.step, expected.tokens));
+        for (found, expected) in [
+            (found.loss, expected.loss),
+            (found.memory_loss, expected.memory_loss),
+            (found.gradient_norm, expected.gradient_norm),
+        ] {
+            let error = (found - expected).abs();
+            assert!(error < 1e-3 * expected, "{found}, expected {expected}");
+        }
+    }
+}
+
+#[test]
+fn a_checkpoint_of_one_device_goes_on_on_another_and_back() {
+    let config = config(&[]);
+    let folder = TempDir::new().unwrap();
+    let path = folder.path();
+    let outcome = run(host(), &config, path, Start::Fresh, Some(2)).unwrap();
+    assert_eq!(outcome, Outcome::Stopped { step: 2 });
+    let outcome = run(Cpu::new(), &config, path, Start::Resume, Some(4)).unwrap();
+    assert_eq!(outcome, Outcome::Stopped { step: 4 });
+    let outcome = run(host(), &config, path, Start::Resume, None).unwrap();
+    assert!(matches!(outcome, Outcome::Finished(_)));
+    assert_follows(&lines(path), &straight(&config));
+}
+
+#[test]
+fn two_ranks_train_as_one_and_the_first_writes() {
+    let config = config(&["train.log_every=3"]);
+    let folder = TempDir::new().unwrap();
+    let ranks = |start, stop_after: Option<u64>| -> Vec<Outcome> {
+        std::thread::scope(|scope| {
+            let threads: Vec<_> = Member::group(2)
+                .into_iter()
+                .map(|member| {
+                    let backend = Gpu::<_, f32>::new(HostDevice::default().with_member(member));
+                    let (config, path) = (&config, folder.path());
+                    scope.spawn(move || run(backend, config, path, start, stop_after).unwrap())
+                })
+                .collect();
+            let join = |thread: std::thread::ScopedJoinHandle<'_, _>| thread.join().unwrap();
+            threads.into_iter().map(join).collect()
+        })
+    };
+    // Only the first is told to stop, in the middle of its steps: both do at the next line.
+    let stopped = ranks(Start::Fresh, Some(1));
+    assert!(stopped[0] == stopped[1], "{stopped:?}");
+    assert_eq!(stopped[0], Outcome::Stopped { step: 2 });
+    let done = ranks(Start::Resume, None);
+    assert!(matches!(done[0], Outcome::Finished(_)) && done[1] == Outcome::Helped);
+    let found = lines(folder.path());
+    let steps: Vec<u64> = found.iter().map(|line| line.step).collect();
+    assert_eq!(steps, [2, 3, 4, 6]);
+    // Alone, with the same lines.
+    let alone = TempDir::new().unwrap();
+    run(host(), &config, alone.path(), Start::Fresh, None).unwrap();
+    assert_follows(&found, &lines(alone.path()));
+    let files = |folder: &TempDir| std::fs::read_dir(folder.path()).unwrap().count();
+    assert_eq!(files(&folder), files(&alone));
+}
+
+#[test]
+fn a_lost_device_is_an_error_and_its_checkpoint_goes_on_elsewhere() {
+    let config = config(&[]);
+    let folder = TempDir::new().unwrap();
+    let mut lifetime = 300;
+    let error = loop {
+        let device = HostDevice::default().with_lifetime(lifetime);
+        let backend = Gpu::<_, f32>::new(device);
+        let error = run(backend, &config, folder.path(), Start::Overwrite, None).unwrap_err();
+        if error.to_string().contains("the checkpoint of step") {
+            break error.to_string();
+        }
+        lifetime += lifetime / 4;
+    };
+    for part in [
+        "step ",
+        "the device is lost",
+        folder.path().to_str().unwrap(),
+    ] {
+        assert!(error.contains(part), "{part} is missing in: {error}");
+    }
+    let outcome = run(Cpu::new(), &config, folder.path(), Start::Resume, None).unwrap();
+    assert!(matches!(outcome, Outcome::Finished(_)));
+    assert_follows(&lines(folder.path()), &straight(&config));
+}
+
+/// A model on a device of that much memory, and its training.
+fn with_memory(bytes: usize) -> Result<Result<(), ModelError>, ModelError> {
+    let config = ModelConfig {
+        width: 32,
+        layers: 2,
+        heads: 2,
+        feed_forward: 40,
+        ..ModelConfig::default()
+    };
+    let backend = Gpu::<_, half::bf16>::new(HostDevice::default().with_memory(bytes));
+    let model = Model::new(backend, config, data::grid(), None)?;
+    let batch = data::Data::new(&data::grid(), &[5, 3, 1, 7], 0).pack(&model);
+    Ok(Training::new(&model, data::capacity(&batch), 1).map(drop))
+}
+
+/// The least number for which this is so.
+fn least(holds: impl Fn(usize) -> bool) -> usize {
+    let (mut low, mut high) = (0, 1 << 30);
+    while high - low > 1 {
+        let middle = low + (high - low) / 2;
+        match holds(middle) {
+            true => high = middle,
+            false => low = middle,
+        }
+    }
+    high
+}
+
+#[test]
+fn too_little_memory_is_told_with_what_is_needed_and_what_lowers_it() {
+    let for_model = least(|bytes| with_memory(bytes).is_ok());
+    let for_both = least(|bytes| matches!(with_memory(bytes), Ok(Ok(()))));
+    let error = with_memory(for_model / 2).unwrap_err().to_string();
+    for part in ["a model of ", " parameters takes ", "model.width"] {
+        assert!(error.contains(part), "{part} is missing in: {error}");
+    }
+    let error = with_memory(for_model).unwrap().unwrap_err();
+    for part in ["batches of 32 tokens", "are free", "train.batch_tokens"] {
+        assert!(
+            error.to_string().contains(part),
+            "{part} is missing in: {error}"
+        );
+    }
+    let ModelError::OutOfMemory { needed, .. } = error else {
+        panic!("{error:?}");
+    };
+    // All but what training keeps of its last steps.
+    let rest = (for_both - for_model).checked_sub(needed.0).unwrap();
+    assert!(rest < 8192, "{needed} of {}", for_both - for_model);
+}
