@@ -8,6 +8,7 @@
 pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod gpu;
+mod range;
 mod ranks;
 mod room;
 
@@ -23,6 +24,7 @@ use thiserror::Error;
 
 use crate::batch::PackedBatch;
 pub use cpu::Cpu;
+pub use range::{Range, is_heard, range};
 pub use ranks::{Deserted, Member, Rank};
 pub use room::{Bytes, Room};
 

@@ -9,7 +9,7 @@ use super::activations::{Activations, Backward};
 use super::forward::{Counts, Pass};
 use super::{Capacity, Model, ModelError, allocate};
 use crate::backend::{
-    AdamW, Backend, BackendError, FIRST_LOSS_SCALE, Kind, METRICS, Metric, Span, Trained,
+    AdamW, Backend, BackendError, FIRST_LOSS_SCALE, Kind, METRICS, Metric, Span, Trained, range,
 };
 use crate::batch::{BatchSize, LossWeights, PackedBatch, TrainingStep};
 
@@ -219,7 +219,10 @@ impl<B: Backend> Shard<B> {
         if self.part.tokens() == 0 {
             return Ok(());
         }
+        let forward = range("forward");
         model.forward(pass, None, acts)?;
+        drop(forward);
+        let _backward = range("backward");
         model.backward(pass, acts, &mut self.backward, &mut self.gradients)
     }
 }
@@ -484,6 +487,7 @@ impl<B: Backend> Training<B> {
     }
 
     fn update(&mut self, model: &mut Model<B>, clip: Option<f64>) -> Result<(), ModelError> {
+        let _range = range("optimiser");
         self.norm(model, clip)?;
         let first = &self.shards[0];
         let trained = Trained {

@@ -36,7 +36,8 @@ use memory::Scratch;
 use super::{
     Activation, Attention, Backend, BackendError, Bytes, Codes, Convolutions, Dropped, In,
     KeyValueCache, Kind, LayerNorm, Linear, METRICS, Memory, MemoryGradients, MemoryInputs,
-    MemoryStart, Metric, OneHot, Out, Positions, Rank, Result, Span, Supervised, Trained,
+    MemoryStart, Metric, OneHot, Out, Positions, Rank, Result, Span, Supervised, Trained, is_heard,
+    range,
 };
 use crate::batch::PackedBatch;
 use crate::ops::{
@@ -366,6 +367,10 @@ impl<D: Device, T: Compute> Backend for Gpu<D, T> {
         shape: u64,
         work: impl FnOnce() -> std::result::Result<(), E>,
     ) -> std::result::Result<(), E> {
+        // A graph has none of the ranges.
+        if is_heard() {
+            return work();
+        }
         if repeated.shape != Some(shape) {
             *repeated = Repeated {
                 shape: Some(shape),
@@ -393,6 +398,7 @@ impl<D: Device, T: Compute> Backend for Gpu<D, T> {
     }
 
     fn stage(&self, batch: &PackedBatch, to: &mut Self::Batch) -> Result<()> {
+        let _range = range("stage");
         Ok(to.stage(&self.device, batch)?)
     }
 
@@ -435,6 +441,7 @@ impl<D: Device, T: Compute> Backend for Gpu<D, T> {
         parameters: &Self::Buffer,
         out: &mut Self::Buffer,
     ) -> Result<()> {
+        let _range = range("one_hot");
         let device = &self.device;
         let offsets = self.offsets(map)?;
         let (shape, codes, numbers) = self.codes(batch, codes, map)?;
@@ -457,6 +464,7 @@ impl<D: Device, T: Compute> Backend for Gpu<D, T> {
         grad_out: &Self::Buffer,
         gradients: &mut Self::Buffer,
     ) -> Result<()> {
+        let _range = range("one_hot_backward");
         if !map.trainable {
             return Ok(());
         }
@@ -489,6 +497,7 @@ impl<D: Device, T: Compute> Backend for Gpu<D, T> {
         middle: &mut Self::Buffer,
         out: &mut Self::Buffer,
     ) -> Result<()> {
+        let _range = range("convolutions");
         let device = &self.device;
         let shape = self.convolutions_shape(batch, family, front_end)?;
         let cells = shape.rows * shape.grid.positions();
@@ -516,6 +525,7 @@ impl<D: Device, T: Compute> Backend for Gpu<D, T> {
         grad_middle: &mut Self::Buffer,
         gradients: &mut Self::Buffer,
     ) -> Result<()> {
+        let _range = range("convolutions_backward");
         if !front_end.trainable {
             return Ok(());
         }
@@ -548,6 +558,7 @@ impl<D: Device, T: Compute> Backend for Gpu<D, T> {
     }
 
     fn returns(&self, batch: &Self::Batch, out: &mut Self::Buffer) -> Result<()> {
+        let _range = range("returns");
         let device = &self.device;
         let shape = tokens::CopyShape {
             rows: batch.returns,
@@ -575,6 +586,7 @@ impl<D: Device, T: Compute> Backend for Gpu<D, T> {
         table: &Self::Buffer,
         out: &mut Self::Buffer,
     ) -> Result<()> {
+        let _range = range("assemble_tokens");
         let device = &self.device;
         let shape = self.tokens_shape(batch, width);
         let (Positions::Constant(span) | Positions::Learned(span)) = positions;
@@ -605,6 +617,7 @@ impl<D: Device, T: Compute> Backend for Gpu<D, T> {
         positions: Option<Span>,
         gradients: &mut Self::Buffer,
     ) -> Result<()> {
+        let _range = range("assemble_tokens_backward");
         let device = &self.device;
         let shape = self.tokens_shape(batch, width);
         let tokens = 0..batch.tokens * width;
@@ -647,6 +660,7 @@ impl<D: Device, T: Compute> Backend for Gpu<D, T> {
         x: &Self::Buffer,
         out: &mut Self::Buffer,
     ) -> Result<()> {
+        let _range = range("gather_observations");
         let device = &self.device;
         let shape = tokens::CopyShape {
             rows: batch.observations,
@@ -672,6 +686,7 @@ impl<D: Device, T: Compute> Backend for Gpu<D, T> {
         grad_out: &Self::Buffer,
         grad_x: &mut Self::Buffer,
     ) -> Result<()> {
+        let _range = range("scatter_observations");
         let device = &self.device;
         let span = Span {
             offset: 0,
@@ -705,6 +720,7 @@ impl<D: Device, T: Compute> Backend for Gpu<D, T> {
         dropout: Option<Dropped<Self::Batch>>,
         y: Out<Self::Buffer>,
     ) -> Result<()> {
+        let _range = range("linear");
         self.product_forward(rows, map, parameters, x, adapted, dropout, y)
     }
 
@@ -721,6 +737,7 @@ impl<D: Device, T: Compute> Backend for Gpu<D, T> {
         accumulate: bool,
         gradients: &mut Self::Buffer,
     ) -> Result<()> {
+        let _range = range("linear_backward");
         self.product_backward(
             rows, map, parameters, x, adapted, dropout, grad_y, grad_x, accumulate, gradients,
         )
@@ -733,6 +750,7 @@ impl<D: Device, T: Compute> Backend for Gpu<D, T> {
         x: &Self::Buffer,
         y: &mut Self::Buffer,
     ) -> Result<()> {
+        let _range = range("activation");
         let device = &self.device;
         let tensors = activation::Forward {
             activation,
@@ -750,6 +768,7 @@ impl<D: Device, T: Compute> Backend for Gpu<D, T> {
         y: &Self::Buffer,
         grad: &mut Self::Buffer,
     ) -> Result<()> {
+        let _range = range("activation_backward");
         let device = &self.device;
         let kept = match activation {
             Activation::Relu | Activation::Tanh => y,
@@ -769,6 +788,7 @@ impl<D: Device, T: Compute> Backend for Gpu<D, T> {
         width: usize,
         x: &mut Self::Buffer,
     ) -> Result<()> {
+        let _range = range("dropout");
         let (device, batch) = (&self.device, dropout.batch);
         let shape = elementwise::Shape {
             rows: batch.tokens,
@@ -788,6 +808,7 @@ impl<D: Device, T: Compute> Backend for Gpu<D, T> {
         y: &Self::Buffer,
         out: &mut Self::Buffer,
     ) -> Result<()> {
+        let _range = range("add");
         let device = &self.device;
         let tensors = elementwise::Forward {
             x: x.read(device, 0..len)?,
@@ -798,6 +819,7 @@ impl<D: Device, T: Compute> Backend for Gpu<D, T> {
     }
 
     fn add_assign(&self, len: usize, y: &Self::Buffer, x: &mut Self::Buffer) -> Result<()> {
+        let _range = range("add_assign");
         let device = &self.device;
         match x.exact.is_some() {
             true => {
@@ -820,6 +842,7 @@ impl<D: Device, T: Compute> Backend for Gpu<D, T> {
         y: &mut Self::Buffer,
         statistics: &mut Self::Buffer,
     ) -> Result<()> {
+        let _range = range("layer_norm");
         let device = &self.device;
         let all = 0..rows * norm.width;
         let [mean, rstd] = statistics
@@ -853,6 +876,7 @@ impl<D: Device, T: Compute> Backend for Gpu<D, T> {
         grad_x: &mut Self::Buffer,
         gradients: &mut Self::Buffer,
     ) -> Result<()> {
+        let _range = range("layer_norm_backward");
         let device = &self.device;
         let all = 0..rows * norm.width;
         let shape = layer_norm::Shape {
@@ -941,6 +965,7 @@ impl<D: Device, T: Compute> Backend for Gpu<D, T> {
         state: &mut Self::AttentionState,
         metrics: &mut Self::Buffer,
     ) -> Result<()> {
+        let _range = range("attention");
         let device = &self.device;
         let shape = self.attention_shape(batch, attention);
         let width = attention.width();
@@ -993,6 +1018,7 @@ impl<D: Device, T: Compute> Backend for Gpu<D, T> {
         grad_out: &Self::Buffer,
         grad_qkv: &mut Self::Buffer,
     ) -> Result<()> {
+        let _range = range("attention_backward");
         let device = &self.device;
         let shape = self.attention_shape(batch, attention);
         let width = attention.width();
@@ -1050,6 +1076,7 @@ impl<D: Device, T: Compute> Backend for Gpu<D, T> {
         out: &mut Self::Buffer,
         state: &mut Self::AttentionState,
     ) -> Result<()> {
+        let _range = range("attention_cached");
         self.act(batch, attention, qkv, cache, rows, prefix, out, state)
     }
 
@@ -1079,6 +1106,7 @@ impl<D: Device, T: Compute> Backend for Gpu<D, T> {
         read: &mut Self::Buffer,
         _metrics: &mut Self::Buffer,
     ) -> Result<()> {
+        let _range = range("memory");
         self.chain_forward(batch, memory, parameters, start, inputs, state, read)
     }
 
@@ -1094,6 +1122,7 @@ impl<D: Device, T: Compute> Backend for Gpu<D, T> {
         grad_states: &mut Self::Buffer,
         gradients: &mut Self::Buffer,
     ) -> Result<()> {
+        let _range = range("memory_backward");
         self.chain_backward(
             batch,
             memory,
@@ -1115,6 +1144,7 @@ impl<D: Device, T: Compute> Backend for Gpu<D, T> {
         slots: &[usize],
         to: &mut Self::Buffer,
     ) -> Result<()> {
+        let _range = range("commit_memory");
         self.chain_commit(batch, memory, state, slots, to)
     }
 
@@ -1127,6 +1157,7 @@ impl<D: Device, T: Compute> Backend for Gpu<D, T> {
         grad_logits: &mut Self::Buffer,
         metrics: &mut Self::Buffer,
     ) -> Result<()> {
+        let _range = range("cross_entropy");
         let device = &self.device;
         let rows = &batch.rows_of(family)?.observations;
         let shape = cross_entropy::Shape {
@@ -1170,6 +1201,7 @@ impl<D: Device, T: Compute> Backend for Gpu<D, T> {
         loss_scale: &mut Self::Buffer,
         metrics: &mut Self::Buffer,
     ) -> Result<()> {
+        let _range = range("norm");
         let device = &self.device;
         let shape = adamw::Shape { parameters: len };
         let mut workspace = self.floats.lock(device, shape.workspace()?)?;
@@ -1206,6 +1238,7 @@ impl<D: Device, T: Compute> Backend for Gpu<D, T> {
         first_moment: &mut Self::Buffer,
         second_moment: &mut Self::Buffer,
     ) -> Result<()> {
+        let _range = range("adamw");
         let device = &self.device;
         let all = 0..trained.len;
         let factors = batch.float.factors.as_ref().ok_or(BackendError::NoStep)?;
