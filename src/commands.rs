@@ -344,7 +344,12 @@ pub fn bench(arguments: &Bench) -> Result<ExitCode> {
 pub fn info() -> Result<ExitCode> {
     let mut text = String::new();
     writeln!(text, "version        {}", env!("CARGO_PKG_VERSION"))?;
-    let features = [("cuda", cfg!(feature = "cuda")), ("trainer", true)];
+    let features = [
+        ("cuda", cfg!(feature = "cuda")),
+        ("nccl", cfg!(feature = "nccl")),
+        ("nvtx", cfg!(feature = "nvtx")),
+        ("trainer", true),
+    ];
     let features = features.iter().filter(|(_, on)| *on).map(|(name, _)| *name);
     writeln!(
         text,

@@ -342,6 +342,35 @@ fn optimiser() -> OptimiserStep {
     }
 }
 
+#[test]
+fn metrics_of_many_steps_are_collected_in_their_order() {
+    const STEPS: usize = 300; // more than wait at once
+    let config = ModelConfig {
+        front_end: FrontEnd::Linear,
+        ..tuner()
+    };
+    let run = |collect_every: usize| {
+        let mut model = model::<f32>(&config, &symbols(), None);
+        let largest = Data::new(&symbols(), &[3], 0).pack(&model);
+        let mut training = Training::new(&model, capacity(&largest), 1).expect("buffers");
+        let mut collected = Vec::new();
+        for step in 1..=STEPS {
+            let batch = Data::new(&symbols(), &[1 + step % 3], step as u32).pack(&model);
+            training
+                .step(&mut model, &batch, 0, step as u64, &optimiser())
+                .expect("a step");
+            if step.is_multiple_of(collect_every) {
+                collected.extend(training.collect(&model).expect("metrics"));
+            }
+        }
+        collected
+    };
+    let each = run(1);
+    assert_eq!(each.len(), STEPS);
+    assert!(each == run(STEPS));
+    assert!((1..=STEPS).all(|step| each[step - 1].tokens == 2 * (1 + step % 3)));
+}
+
 /// Acting step by step gives the logits of the whole episode at once.
 fn check_acting(config: &ModelConfig, spaces: &Spaces) {
     for family in 0..spaces.families.len() {

@@ -525,6 +525,25 @@ fn loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint() {
 }
 
 #[test]
+fn loss_that_is_not_finite_is_found_before_the_next_checkpoint() {
+    let folder = TempDir::new().unwrap();
+    let wild = config(
+        HALLWAY,
+        &[
+            "train.learning_rate=1e30",
+            "train.schedule=constant",
+            "train.log_every=4",
+            "train.checkpoint_every=4",
+        ],
+    );
+    let error = message(&wild, folder.path(), Start::Fresh);
+    for part in ["step 2: ", "no checkpoint had been written yet"] {
+        assert!(error.contains(part), "{part} is missing in: {error}");
+    }
+    assert!(lines(folder.path()).is_empty() && !Folder::new(folder.path()).state().exists());
+}
+
+#[test]
 fn configurations_that_do_not_fit_the_data_are_refused() {
     let folder = TempDir::new().unwrap();
     let refused = |text: &str, overrides: &[&str], parts: &[&str]| {
