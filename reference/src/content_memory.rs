@@ -122,7 +122,7 @@ impl<'a, T> Inputs<'a, T> {
 impl Erase {
     /// The share of slot i that token t erases.
     #[inline]
-    fn erased<T: Scalar>(self, w: T, beta: T) -> T {
+    pub fn erased<T: Scalar>(self, w: T, beta: T) -> T {
         match self {
             Erase::Coupled => w * beta,
             Erase::Paper => w * (T::one() - beta),

@@ -8,18 +8,19 @@ mod config;
 mod forward;
 mod network;
 mod parameters;
+mod trace;
 mod training;
 
 use std::sync::Arc;
 
 use dtmem_reference::Scalar;
-use ndarray::Array2;
 use thiserror::Error;
 
 pub use acting::Actor;
 pub use activations::Capacity;
 pub use config::*;
 pub use parameters::{Parameter, Parameters, Start};
+pub use trace::{MemoryTrace, Trace};
 pub use training::{OptimiserStep, StepMetrics, Training};
 
 pub use crate::spaces::{ActionSpace, Content, Family, ObservationSpace, SpaceError, Spaces};
@@ -283,62 +284,6 @@ impl<B: Backend> Model<B> {
         };
         self.forward(pass, None, &mut acts)?;
         Ok(acts)
-    }
-
-    /// Attention probabilities of one head, counted from 0, over the first sequence of a batch:
-    /// [T, T], zero where a query does not look.
-    pub fn attention_map(
-        &self,
-        batch: &PackedBatch,
-        layer: usize,
-        head: usize,
-    ) -> Result<Array2<f64>, ModelError> {
-        if layer >= self.config.layers {
-            return Err(ModelError::setting(
-                "layer",
-                layer,
-                format!("< {}", self.config.layers),
-            ));
-        }
-        if head >= self.config.heads {
-            return Err(ModelError::setting(
-                "head",
-                head,
-                format!("< {}", self.config.heads),
-            ));
-        }
-        let counts = Counts::from(batch);
-        let acts = self.evaluate(batch)?;
-        let (width, heads) = (self.config.width, self.config.heads);
-        let head_width = width / heads;
-        let mut qkv = vec![B::Element::default(); counts.tokens * 3 * width];
-        let mut lse = vec![B::Element::default(); counts.tokens * heads];
-        self.backend
-            .download(&acts.blocks[layer].qkv, 0, &mut qkv)?;
-        let kept = self.backend.log_sum_exp(&acts.blocks[layer].attention);
-        self.backend.download(kept, 0, &mut lse)?;
-        let tokens = batch.cu_seqlens.get(1).map_or(0, |&end| end as usize);
-        let by_segment = self.config.attention == AttentionSpan::Segment;
-        let scale = self.network.blocks[layer].attention.scale();
-        let row = |token: usize, part: usize| {
-            &qkv[token * 3 * width + part * width + head * head_width..][..head_width]
-        };
-        let mut map = Array2::zeros((tokens, tokens));
-        let mut start = 0;
-        for query in 0..tokens {
-            if by_segment && batch.segment_offsets.contains(&(query as i32)) {
-                start = query;
-            }
-            for key in start..=query {
-                let score: f64 = row(query, 0)
-                    .iter()
-                    .zip(row(key, 1))
-                    .map(|(q, k)| q.to_f64() * k.to_f64())
-                    .sum();
-                map[[query, key]] = (scale * score - lse[query * heads + head].to_f64()).exp();
-            }
-        }
-        Ok(map)
     }
 
     /// Checks a batch against buffers and spaces before it is computed on.
