@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use dtmem::backend::Backend;
+use dtmem::inspect::{self, Inspection, Request};
 use dtmem::tasks::{Demonstrations, Task};
 use dtmem::train::checkpoint;
 use dtmem::train::config::{Config, TaskConfig};
@@ -20,7 +21,7 @@ use serde_json::{Map, Value};
 use tracing::info;
 
 use crate::progress::Progress;
-use crate::{Bench, Demos, Eval, Train, Verify};
+use crate::{Bench, Demos, Eval, Inspect, Train, Verify};
 
 type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
 type Fallible<T> = std::result::Result<T, dtmem::train::Error>;
@@ -190,6 +191,71 @@ pub fn eval(arguments: &Eval) -> Result<ExitCode> {
         }
         None => Ok(ExitCode::from(INTERRUPTED)),
     }
+}
+
+struct Inspecting<'a> {
+    file: &'a Path,
+    bytes: &'a [u8],
+    request: Request<'a>,
+    progress: Progress,
+}
+
+impl Job for Inspecting<'_> {
+    type Output = std::result::Result<Inspection, inspect::Error>;
+
+    fn run<B: Backend<Element = f32>>(mut self, backend: B) -> Fallible<Self::Output> {
+        let (model, header) = checkpoint::model_from_bytes(self.file, self.bytes, backend)?;
+        let total = self.request.failed.unwrap_or(0);
+        let watch = |done| self.progress.show(Event::Evaluation { done, total });
+        let shown = inspect::inspect(&model, &header, &self.request, watch);
+        if total > 0 {
+            self.progress.show(Event::Evaluation { done: total, total });
+        }
+        Ok(shown)
+    }
+}
+
+/// `dtmem inspect`: the page, and what it says first.
+pub fn inspect(arguments: &Inspect) -> Result<ExitCode> {
+    let folder = &arguments.folder;
+    let file = Folder::new(folder).model();
+    let bytes = std::fs::read(&file).map_err(|source| inspect::Error::NoModel {
+        folder: folder.clone(),
+        source,
+    })?;
+    let header = checkpoint::model_header(&file, &bytes)?;
+    let played = inspect::task(&header, arguments.task.as_deref())?;
+    let job = Inspecting {
+        file: &file,
+        bytes: &bytes,
+        request: Request {
+            name: &folder.display().to_string(),
+            task: &played,
+            episode: arguments.seed,
+            failed: arguments
+                .failed
+                .then_some(header.config.evaluation.episodes),
+        },
+        progress: Progress::new(),
+    };
+    let place = Place {
+        device: arguments.device,
+        precision: header.config.train.precision,
+        ranks: None,
+    };
+    let shown = run_on(place, job)??;
+    let page = match &arguments.out {
+        Some(page) => page.clone(),
+        None => folder.join(format!("episode-{}.html", shown.number)),
+    };
+    shown.write(&page)?;
+    let mut text = format!("{}\n", shown.diagnosis.verdict);
+    for reason in &shown.diagnosis.reasons {
+        writeln!(text, "{reason}")?;
+    }
+    print(&text)?;
+    info!("episode {} is shown in {}", shown.number, page.display());
+    Ok(ExitCode::SUCCESS)
 }
 
 /// `dtmem demos`.

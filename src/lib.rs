@@ -4,6 +4,8 @@ pub mod backend;
 pub mod batch;
 #[cfg(feature = "trainer")]
 pub mod bench;
+#[cfg(feature = "trainer")]
+pub mod inspect;
 #[cfg(feature = "cust")]
 pub mod interop;
 pub mod model;

@@ -27,6 +27,8 @@ enum Command {
     Train(Train),
     /// Evaluate a trained model on unseen episodes
     Eval(Eval),
+    /// Show one episode of a trained model: what it did, attended to and remembered
+    Inspect(Inspect),
     /// Write a demonstration file, or show what is in one
     Demos(Demos),
     /// Check numbers in fixture files against the reference and the backends
@@ -74,6 +76,27 @@ struct Eval {
     /// Return to ask for [default: as the run was configured]
     #[arg(long, value_name = "R", allow_negative_numbers = true)]
     target_return: Option<f64>,
+}
+
+#[derive(Debug, Args)]
+struct Inspect {
+    /// Output folder of a run
+    folder: PathBuf,
+    /// Which episode of the run's evaluation
+    #[arg(long, value_name = "S", default_value_t = 0)]
+    seed: u64,
+    /// From there on, the first episode that fails
+    #[arg(long)]
+    failed: bool,
+    /// Page to write [default: DIR/episode-S.html]
+    #[arg(long, value_name = "FILE")]
+    out: Option<PathBuf>,
+    /// Task to play: one of the run's, or such as hallway,length=2 [default: the run's first]
+    #[arg(long, value_name = "NAME")]
+    task: Option<String>,
+    /// Where to compute: auto (a GPU if one works), cpu or cuda:N
+    #[arg(long, default_value_t)]
+    device: DeviceChoice,
 }
 
 #[derive(Debug, Args)]
@@ -147,6 +170,7 @@ fn main() -> ExitCode {
     match commands::in_pool(cli.threads, || match &cli.command {
         Command::Train(arguments) => commands::train(arguments),
         Command::Eval(arguments) => commands::eval(arguments),
+        Command::Inspect(arguments) => commands::inspect(arguments),
         Command::Demos(arguments) => commands::demos(arguments),
         Command::Verify(arguments) => commands::verify(arguments),
         Command::Bench(arguments) => commands::bench(arguments),
