@@ -487,7 +487,7 @@ impl Config {
         Ok(())
     }
 
-    /// The tasks of the run, each by a name of its own: [[tasks]], or [task] as a list of one.
+    /// The tasks of the run, each by a name of its own: `[[tasks]]`, or `[task]` as a list of one.
     pub fn task_list(&self) -> Vec<TaskConfig> {
         if self.tasks.is_empty() {
             let task = TaskConfig {
