@@ -290,6 +290,7 @@ fn adapted() -> ModelConfig {
             rank: 8,
             alpha: 3.0,
             dropout: 0.25,
+            ..AdapterConfig::default()
         }),
         ..decision()
     }

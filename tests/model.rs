@@ -75,7 +75,7 @@ fn check_gradients(config: &ModelConfig, spaces: &Spaces, supervision: Option<Su
     // B of an adapter starts at zero, where A has no gradient: move off it.
     let mut values = model.values().expect("values");
     for parameter in model.parameters() {
-        if parameter.name.ends_with("lora_B.weight") {
+        if parameter.name.contains("lora_B") {
             for (index, value) in values[parameter.span.range()].iter_mut().enumerate() {
                 *value = draw(9, index, 200) as f64 / 200.0 - 0.5;
             }
@@ -289,6 +289,7 @@ fn adapters_alone_are_trained_and_have_right_gradients() {
                 rank: 2,
                 alpha: 3.0,
                 dropout,
+                ..AdapterConfig::default()
             }),
             ..decision()
         };

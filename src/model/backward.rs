@@ -104,7 +104,7 @@ impl<B: Backend> Model<B> {
             None => &grads.stream,
         };
         let positions = match network.positions {
-            Positions::Learned(span) if self.config.adapter.is_none() => Some(span),
+            Positions::Learned(span) if self.parameters.trains(span) => Some(span),
             _ => None,
         };
         backend.assemble_tokens_backward(

@@ -109,8 +109,45 @@ impl Default for MemoryConfig {
     }
 }
 
-/// Low-rank adapters on the memory's projections (SPEC section 5). With them, everything else is
-/// frozen.
+/// A projection of the memory that an adapter can stand on (SPEC section 4).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum AdapterTarget {
+    /// Wq.
+    AddressQuery,
+    /// Wk.
+    AddressKey,
+    /// Ŵq.
+    StrengthQuery,
+    /// Ŵk.
+    StrengthKey,
+    /// Ŵv.
+    Value,
+}
+
+impl AdapterTarget {
+    /// All of them.
+    pub const ALL: [Self; 5] = [
+        Self::AddressQuery,
+        Self::AddressKey,
+        Self::StrengthQuery,
+        Self::StrengthKey,
+        Self::Value,
+    ];
+
+    /// The name of its module: that of its parameters, less `.weight`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::AddressQuery => "address_query",
+            Self::AddressKey => "address_key",
+            Self::StrengthQuery => "strength_query",
+            Self::StrengthKey => "strength_key",
+            Self::Value => "value",
+        }
+    }
+}
+
+/// Low-rank adapters on the memory's projections (SPEC section 5).
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct AdapterConfig {
@@ -120,6 +157,8 @@ pub struct AdapterConfig {
     pub alpha: f64,
     /// Dropout on the adapters' input.
     pub dropout: f64,
+    /// Which projections, in every layer; at least one, none twice.
+    pub targets: Vec<AdapterTarget>,
 }
 
 impl Default for AdapterConfig {
@@ -128,8 +167,36 @@ impl Default for AdapterConfig {
             rank: 8,
             alpha: 16.0,
             dropout: 0.0,
+            targets: AdapterTarget::ALL.to_vec(),
         }
     }
+}
+
+impl AdapterConfig {
+    /// α/r.
+    pub fn scaling(&self) -> f64 {
+        self.alpha / self.rank as f64
+    }
+
+    /// Whether the targets are a set of at least one.
+    pub fn has_targets(&self) -> bool {
+        let targets = &self.targets;
+        let twice = |(index, target)| targets[..index].contains(target);
+        !targets.is_empty() && !targets.iter().enumerate().any(twice)
+    }
+}
+
+/// Which parameters training changes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TrainedPart {
+    /// All of the model's own; adapters are frozen.
+    All,
+    /// The memory layers' own: norm, projections, initial slots, biases.
+    Memory,
+    /// The adapter of [`ModelConfig::adapter`].
+    Adapter,
+    /// None.
+    Nothing,
 }
 
 /// A model, apart from the task's sizes.
@@ -160,7 +227,7 @@ pub struct ModelConfig {
     pub segment_steps: usize,
     /// The memory layer; without it blocks have attention and feed-forward only.
     pub memory: Option<MemoryConfig>,
-    /// Adapters; with them only they are trained.
+    /// An adapter that is trained, while everything else is frozen.
     pub adapter: Option<AdapterConfig>,
 }
 

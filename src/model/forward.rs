@@ -526,8 +526,7 @@ impl<B: Backend> Model<B> {
         pass: Pass<'b, B>,
         block: usize,
     ) -> Result<[Option<Dropped<'b, B::Batch>>; 3], ModelError> {
-        let adapter = self.config.adapter.as_ref();
-        let probability = adapter.map_or(0.0, |adapter| adapter.dropout);
+        let probability = self.adaptation.dropout();
         Ok([
             pass.mask(probability, Site::AdaptedKeys(block))?,
             pass.mask(probability, Site::AdaptedAddress(block))?,

@@ -3,6 +3,7 @@
 
 mod acting;
 mod activations;
+mod adapters;
 mod backward;
 mod config;
 mod forward;
@@ -18,6 +19,7 @@ use thiserror::Error;
 
 pub use acting::Actor;
 pub use activations::Capacity;
+pub use adapters::{AdapterWeights, NamedTensor, TRAINED_ADAPTER};
 pub use config::*;
 pub use parameters::{Parameter, Parameters, Start};
 pub use trace::{MemoryTrace, Trace};
@@ -28,6 +30,7 @@ pub use crate::spaces::{ActionSpace, Content, Family, ObservationSpace, SpaceErr
 use crate::backend::{Backend, BackendError, Bytes, Kind, Positions, Rank, Room};
 use crate::batch::{BatchError, PackedBatch, Packer};
 use activations::Activations;
+use adapters::Adaptation;
 use forward::{Counts, Pass};
 use network::Network;
 
@@ -127,6 +130,7 @@ pub struct Model<B: Backend> {
     config: ModelConfig,
     spaces: Spaces,
     supervision: Option<SupervisionConfig>,
+    adaptation: Adaptation,
     parameters: Parameters,
     network: Network,
     values: B::Buffer,
@@ -135,16 +139,33 @@ pub struct Model<B: Backend> {
 }
 
 impl<B: Backend> Model<B> {
-    /// A model with undefined parameters: call [`Self::initialise`] or [`Self::set_values`].
+    /// A model with undefined parameters: call [`Self::initialise`] or [`Self::set_values`]. All of
+    /// them are trained, or only the adapter of the configuration if it has one.
     pub fn new(
         backend: B,
         config: ModelConfig,
         spaces: Spaces,
         supervision: Option<SupervisionConfig>,
     ) -> Result<Self, ModelError> {
-        validate(&config, &spaces, supervision.as_ref())?;
+        let trained = match &config.adapter {
+            Some(_) => TrainedPart::Adapter,
+            None => TrainedPart::All,
+        };
+        Self::partly_trained(backend, config, spaces, supervision, trained)
+    }
+
+    /// As [`Self::new`], with all parameters frozen but those of one part.
+    pub fn partly_trained(
+        backend: B,
+        config: ModelConfig,
+        spaces: Spaces,
+        supervision: Option<SupervisionConfig>,
+        trained: TrainedPart,
+    ) -> Result<Self, ModelError> {
+        validate(&config, &spaces, supervision.as_ref(), trained)?;
+        let adaptation = Adaptation::new(trained, config.adapter.as_ref());
         let (parameters, network) = Parameters::plan(|declare| {
-            Network::declare(declare, &config, &spaces, supervision.as_ref())
+            Network::declare(declare, &config, &spaces, supervision.as_ref(), &adaptation)
         });
         let values = allocate(
             &backend,
@@ -163,6 +184,7 @@ impl<B: Backend> Model<B> {
             config,
             spaces,
             supervision,
+            adaptation,
             parameters,
             network,
             values,
@@ -344,6 +366,7 @@ fn validate(
     config: &ModelConfig,
     spaces: &Spaces,
     supervision: Option<&SupervisionConfig>,
+    trained: TrainedPart,
 ) -> Result<(), ModelError> {
     for (name, value, limit) in [
         ("width", config.width, 1 << 16),
@@ -413,34 +436,16 @@ fn validate(
         }
     }
     if let Some(adapter) = &config.adapter {
-        if config.memory.is_none() {
-            return Err(ModelError::setting(
-                "adapter",
-                "set",
-                "a memory, whose projections it adapts",
-            ));
-        }
-        if adapter.rank == 0 || adapter.rank > config.width {
-            return Err(ModelError::setting(
-                "adapter.rank",
-                adapter.rank,
-                format!("1 to width = {}", config.width),
-            ));
-        }
-        if !adapter.alpha.is_finite() {
-            return Err(ModelError::setting(
-                "adapter.alpha",
-                adapter.alpha,
-                "a finite number",
-            ));
-        }
-        if !(0.0..1.0).contains(&adapter.dropout) {
-            return Err(ModelError::setting(
-                "adapter.dropout",
-                adapter.dropout,
-                "0 or more and less than 1",
-            ));
-        }
+        validate_adapter(config, adapter)?;
+    }
+    let missing = match trained {
+        TrainedPart::Adapter if config.adapter.is_none() => "an adapter",
+        TrainedPart::Memory if config.memory.is_none() => "a memory",
+        _ => "",
+    };
+    if !missing.is_empty() {
+        let expected = format!("{missing}, which is all that is to be trained");
+        return Err(ModelError::setting("model", "without it", expected));
     }
     let Some(supervision) = supervision else {
         return Ok(());
@@ -492,4 +497,38 @@ fn validate_heads(heads: &[usize], config: &ModelConfig) -> Result<(), ModelErro
         )),
         None => Ok(()),
     }
+}
+
+/// Checks an adapter against the model that it stands on.
+fn validate_adapter(config: &ModelConfig, adapter: &AdapterConfig) -> Result<(), ModelError> {
+    let expected = if config.memory.is_none() {
+        (
+            "adapter",
+            "set".to_owned(),
+            "a memory, whose projections it adapts".to_owned(),
+        )
+    } else if adapter.rank == 0 || adapter.rank > config.width {
+        let expected = format!("1 to width = {}", config.width);
+        ("adapter.rank", adapter.rank.to_string(), expected)
+    } else if !adapter.alpha.is_finite() {
+        (
+            "adapter.alpha",
+            adapter.alpha.to_string(),
+            "a finite number".to_owned(),
+        )
+    } else if !(0.0..1.0).contains(&adapter.dropout) {
+        let expected = "0 or more and less than 1".to_owned();
+        ("adapter.dropout", adapter.dropout.to_string(), expected)
+    } else if !adapter.has_targets() {
+        let found = format!("{:?}", adapter.targets);
+        (
+            "adapter.targets",
+            found,
+            "at least one projection, none twice".to_owned(),
+        )
+    } else {
+        return Ok(());
+    };
+    let (setting, found, expected) = expected;
+    Err(ModelError::setting(setting, found, expected))
 }

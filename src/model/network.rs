@@ -3,9 +3,10 @@
 use dtmem_reference::content_memory::{self, ContentMemory};
 use dtmem_reference::convolution::Grid;
 
+use super::adapters::{Adaptation, Factor, KeptAdapter};
 use super::config::{
-    AdapterConfig, AddressingKind, AttentionSpan, Block, EraseKind, FrontEnd, MemoryConfig,
-    ModelConfig, OrderKind, StrengthKind, SupervisedPart, SupervisionConfig,
+    AdapterTarget, AddressingKind, AttentionSpan, Block, EraseKind, FrontEnd, MemoryConfig,
+    ModelConfig, OrderKind, StrengthKind, SupervisedPart, SupervisionConfig, TrainedPart,
 };
 use super::parameters::{Declare, Start};
 use crate::backend::{
@@ -111,8 +112,9 @@ impl Network {
         config: &ModelConfig,
         spaces: &Spaces,
         supervision: Option<&SupervisionConfig>,
+        adaptation: &Adaptation,
     ) -> Self {
-        declare.freeze(config.adapter.is_some());
+        declare.freeze(adaptation.trained != TrainedPart::All);
         let width = config.width;
         let start = match config.block {
             Block::PostLn => Initialisation::PyTorch,
@@ -144,7 +146,7 @@ impl Network {
             .map(|index| {
                 let supervised = supervision.filter(|supervision| supervision.layer == index);
                 declare.within(format!("blocks.{index}"), |declare| {
-                    BlockNetwork::declare(declare, config, supervised, start)
+                    BlockNetwork::declare(declare, config, supervised, start, adaptation)
                 })
             })
             .collect();
@@ -322,6 +324,7 @@ impl BlockNetwork {
         config: &ModelConfig,
         supervised: Option<&SupervisionConfig>,
         start: Initialisation,
+        adaptation: &Adaptation,
     ) -> Self {
         let (width, wide) = (config.width, config.feed_forward);
         let attention_norm = declare.within("attention_norm", |declare| norm(declare, width));
@@ -351,7 +354,7 @@ impl BlockNetwork {
         let memory = config.memory.as_ref().map(|memory| {
             declare.within("memory", |declare| {
                 let recall = supervised.is_some_and(|x| x.part == SupervisedPart::Memory);
-                MemoryNetwork::declare(declare, width, memory, config.adapter.as_ref(), recall)
+                MemoryNetwork::declare(declare, width, memory, recall, adaptation)
             })
         });
         let feed_forward_norm = declare.within("feed_forward_norm", |declare| norm(declare, width));
@@ -397,9 +400,11 @@ impl MemoryNetwork {
         declare: &mut Declare,
         width: usize,
         config: &MemoryConfig,
-        adapter: Option<&AdapterConfig>,
         supervised: bool,
+        adaptation: &Adaptation,
     ) -> Self {
+        let frozen_outside = !declare.trainable();
+        declare.freeze(frozen_outside && adaptation.trained != TrainedPart::Memory);
         let start = Initialisation::Normal;
         let square = [width, width];
         let norm = declare.within("norm", |declare| norm(declare, width));
@@ -455,26 +460,27 @@ impl MemoryNetwork {
             weight: declare.weight("out.weight", &square, start.weight(width)),
             ..linear_of(width, width, declare.trainable())
         };
-        if let Some(config) = adapter {
-            declare.freeze(false);
-            for (index, name) in ["address_key", "strength_key", "value"]
-                .into_iter()
-                .enumerate()
-            {
-                let lora = lora(declare, name, config, width);
-                keys.adapters.push(Adapter {
-                    output: index * width,
-                    ..lora
-                });
+        for (index, adapter) in adaptation.kept.iter().enumerate() {
+            declare.freeze(!adaptation.trains(index));
+            // In this order the outputs of the keys ascend, as a map wants its adapters.
+            for target in AdapterTarget::ALL {
+                if !adapter.config.targets.contains(&target) {
+                    continue;
+                }
+                let (map, output) = match target {
+                    AdapterTarget::AddressQuery => (&mut address_query, 0),
+                    AdapterTarget::AddressKey => (&mut keys, 0),
+                    AdapterTarget::StrengthQuery => (&mut strength_query, 0),
+                    AdapterTarget::StrengthKey => (&mut keys, width),
+                    AdapterTarget::Value => (&mut keys, 2 * width),
+                };
+                let lora = lora(declare, target, output, adapter, width);
+                if adaptation.used == Some(index) {
+                    map.adapters.push(lora);
+                }
             }
-            address_query
-                .adapters
-                .push(lora(declare, "address_query", config, width));
-            strength_query
-                .adapters
-                .push(lora(declare, "strength_query", config, width));
-            declare.freeze(true);
         }
+        declare.freeze(frozen_outside);
         Self {
             norm,
             keys,
@@ -488,18 +494,29 @@ impl MemoryNetwork {
 }
 
 /// An adapter of a square weight: A Kaiming-uniform, B zero (SPEC section 5).
-fn lora(declare: &mut Declare, name: &str, config: &AdapterConfig, width: usize) -> Adapter {
-    declare.within(name, |declare| Adapter {
-        output: 0,
+fn lora(
+    declare: &mut Declare,
+    target: AdapterTarget,
+    output: usize,
+    adapter: &KeptAdapter,
+    width: usize,
+) -> Adapter {
+    let rank = adapter.config.rank;
+    declare.within(target.name(), |declare| Adapter {
+        output,
         outputs: width,
         a: declare.weight(
-            "lora_A.weight",
-            &[config.rank, width],
+            &adapter.parameter(Factor::A),
+            &[rank, width],
             Start::Uniform(1.0 / (width as f64).sqrt()),
         ),
-        b: declare.weight("lora_B.weight", &[width, config.rank], Start::Constant(0.0)),
-        rank: config.rank,
-        scaling: config.alpha / config.rank as f64,
+        b: declare.weight(
+            &adapter.parameter(Factor::B),
+            &[width, rank],
+            Start::Constant(0.0),
+        ),
+        rank,
+        scaling: adapter.config.scaling(),
     })
 }
 

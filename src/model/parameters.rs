@@ -114,6 +114,11 @@ impl Parameters {
         self.decayed.len + self.plain.len
     }
 
+    /// Whether training changes what stands at this place.
+    pub fn trains(&self, span: Span) -> bool {
+        span.offset < self.trained()
+    }
+
     /// Number of parameters, or of those that training changes.
     pub fn count(&self, trained_only: bool) -> usize {
         let counted = |parameter: &&Parameter| parameter.trainable || !trained_only;

@@ -234,6 +234,7 @@ impl<B: Backend> Training<B> {
         if shards == 0 {
             return Err(ModelError::setting("shards", shards, "at least 1"));
         }
+        model.adaptation.check_trained()?;
         // Given longest first to the emptiest, a part is at most one sequence above the mean.
         let longest = model.spaces.steps * model.config.layout.tokens_per_step();
         let rank = backend.rank();
