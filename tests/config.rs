@@ -4,7 +4,8 @@
 
 use std::path::Path;
 
-use dtmem::model::SupervisedPart;
+use dtmem::backend::Cpu;
+use dtmem::model::{AttentionSpan, Model, ModelConfig, Spaces, SupervisedPart};
 use dtmem::train::config::{Config, ConfigError};
 use proptest::prelude::*;
 
@@ -39,7 +40,64 @@ fn every_shipped_configuration_is_accepted() {
         Config::load(&entry.unwrap().path(), &[]).unwrap();
         found += 1;
     }
-    assert!(found >= 5, "{found} configurations");
+    assert!(found >= 10, "{found} configurations");
+}
+
+/// Number of parameters of a configuration's model.
+fn parameters(config: &Config) -> usize {
+    let task = config.task.as_ref().unwrap();
+    let spaces = Spaces {
+        families: vec![task.family()],
+        steps: task.max_steps(),
+    };
+    let model = Model::new(Cpu::<f32>::new(), config.model.clone(), spaces, None);
+    model.unwrap().parameter_count()
+}
+
+#[test]
+fn controls_differ_from_the_original_in_nothing_but_the_model() {
+    let load = |name: &str| {
+        let file = repository().join(format!("configs/recall-{name}.toml"));
+        Config::load(&file, &[]).unwrap()
+    };
+    let original = load("quick");
+    let controls = ["no-memory", "width-matched", "top-k", "transformer"].map(load);
+    for control in &controls {
+        assert_ne!(control.model, original.model);
+        let same = Config {
+            model: original.model.clone(),
+            ..control.clone()
+        };
+        assert_eq!(same, original);
+    }
+    let [no_memory, matched, top_k, transformer] = controls.map(|control| control.model);
+    let original_model = original.model.clone();
+    let without = ModelConfig {
+        memory: None,
+        ..original_model.clone()
+    };
+    assert_eq!(no_memory, without);
+    let of_width = ModelConfig {
+        width: matched.width,
+        heads: matched.heads,
+        feed_forward: matched.feed_forward,
+        ..without.clone()
+    };
+    assert_eq!(matched, of_width);
+    let memory = top_k.memory.as_ref().map(|memory| memory.top_k);
+    assert!(memory.is_some_and(|k| k > 0));
+    assert_eq!(transformer.attention, AttentionSpan::Episode);
+    assert_eq!(transformer.memory, None);
+    let count = |model| {
+        let control = Config {
+            model,
+            ..original.clone()
+        };
+        parameters(&control) as f64
+    };
+    let ratio = count(matched) / count(original_model);
+    assert!((ratio - 1.0).abs() <= 0.02, "{ratio}");
+    assert!(count(without) < 0.9 * count(original.model.clone()));
 }
 
 #[test]
