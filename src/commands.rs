@@ -10,18 +10,21 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use dtmem::backend::Backend;
 use dtmem::inspect::{self, Inspection, Request};
+use dtmem::model::Model;
 use dtmem::tasks::{Demonstrations, Task};
+use dtmem::train::adapters::{load_adapter, merge_adapter};
 use dtmem::train::checkpoint;
 use dtmem::train::config::{Config, TaskConfig};
 use dtmem::train::device::{Job, Place, run_on};
-use dtmem::train::evaluate::{self, Episodes};
+use dtmem::train::evaluate::{self, Episodes, TaskResult};
+use dtmem::train::finetune::Adaptation;
 use dtmem::train::ranks::Ranks;
 use dtmem::train::run::{self, Event, Folder, Options, Outcome, Start, Summary};
 use serde_json::{Map, Value};
 use tracing::info;
 
 use crate::progress::Progress;
-use crate::{Bench, Demos, Eval, Inspect, Train, Verify};
+use crate::{Bench, Demos, Eval, Finetune, Inspect, Merge, Run, Verify};
 
 type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
 type Fallible<T> = std::result::Result<T, dtmem::train::Error>;
@@ -59,16 +62,57 @@ impl Job for Training<'_> {
 }
 
 /// `dtmem train`.
-pub fn train(arguments: &Train) -> Result<ExitCode> {
+pub fn train(arguments: &Run) -> Result<ExitCode> {
     let config = Config::load(&arguments.config, &arguments.overrides)?;
-    let folder = Folder::new(arguments.out.clone().unwrap_or_else(|| {
-        let name = arguments.config.file_stem().unwrap_or_default();
-        Path::new("runs").join(name)
-    }));
+    let folder = Path::new("runs").join(name_of(&arguments.config));
+    let again = format!("dtmem train {}", arguments.config.display());
+    start(&config, arguments, folder, again)
+}
+
+/// `dtmem finetune`: a run whose configuration has a table `[finetune]`, which may come from here.
+pub fn finetune(arguments: &Finetune) -> Result<ExitCode> {
+    let Finetune {
+        run,
+        base,
+        method,
+        share,
+    } = arguments;
+    let base = base.as_ref().map(|base| base.display().to_string());
+    let method = method.map(|method| method.to_string());
+    let given = [
+        ("base", base.map(toml::Value::from)),
+        ("method", method.map(toml::Value::from)),
+        ("share", share.map(toml::Value::from)),
+    ];
+    let mut table = toml::Table::new();
+    let mut again = format!("dtmem finetune {}", run.config.display());
+    for (key, value) in given {
+        if let Some(value) = value {
+            write!(again, " --{key} {}", value.to_string().replace('"', "'"))?;
+            table.insert(key.to_owned(), value);
+        }
+    }
+    let config = Config::load_finetune(&run.config, &run.overrides, table)?;
+    let Some(adaptation) = &config.finetune else {
+        return Err("finetune: expected --base DIR, the output folder of a run".into());
+    };
+    let folder = format!("{}-{}", name_of(&run.config), adaptation.method);
+    start(&config, run, Path::new("runs").join(folder), again)
+}
+
+/// The file's name, less `.toml`.
+fn name_of(config: &Path) -> String {
+    let name = config.file_stem().unwrap_or_default();
+    name.to_string_lossy().into_owned()
+}
+
+/// Runs; `again` is the command line without what `arguments` add to it.
+fn start(config: &Config, arguments: &Run, folder: PathBuf, mut again: String) -> Result<ExitCode> {
+    let folder = Folder::new(arguments.out.clone().unwrap_or(folder));
     let mut progress = Progress::new();
     let stop = stop_on_interrupt()?;
     let job = Training {
-        config: &config,
+        config,
         options: Options {
             folder: &folder,
             start: match (arguments.resume, arguments.overwrite) {
@@ -93,23 +137,20 @@ pub fn train(arguments: &Train) -> Result<ExitCode> {
         }
         Outcome::Helped => Ok(ExitCode::SUCCESS),
         Outcome::Stopped { step } => {
-            let mut command = format!("dtmem train {}", arguments.config.display());
             for argument in &arguments.overrides {
-                write!(command, " --set '{argument}'")?;
+                write!(again, " --set '{argument}'")?;
             }
-            write!(command, " --out {} --resume", folder.path().display())?;
-            info!("stopped after step {step}, saved; continue with: {command}");
+            write!(again, " --out {} --resume", folder.path().display())?;
+            info!("stopped after step {step}, saved; continue with: {again}");
             Ok(ExitCode::from(INTERRUPTED))
         }
     }
 }
 
 struct Evaluating<'a> {
+    arguments: &'a Eval,
     file: &'a Path,
     bytes: &'a [u8],
-    tasks: &'a [TaskConfig],
-    target_returns: &'a [f64],
-    episodes: Episodes,
     stop: &'a AtomicBool,
     progress: Progress,
 }
@@ -119,69 +160,109 @@ impl Job for Evaluating<'_> {
     type Output = Option<Summary>;
 
     fn run<B: Backend<Element = f32>>(mut self, backend: B) -> Fallible<Option<Summary>> {
-        let (model, header) = checkpoint::model_from_bytes(self.file, self.bytes, backend)?;
+        let (mut model, base) = checkpoint::model_from_bytes(self.file, self.bytes, backend)?;
+        let Some(folder) = &self.arguments.adapter else {
+            let (config, step) = (&base.config, base.step);
+            return self.summary(&model, config, &base.target_returns, step);
+        };
+        let name = folder.display().to_string();
+        let (adapter, header) = load_adapter(&Folder::new(folder), &model)?;
+        model.add_adapter(&name, &adapter)?;
+        model.use_adapter(Some(&name))?;
+        let config = &header.config;
+        let summary = self.summary(&model, config, &header.target_returns, header.step)?;
+        let Some(mut summary) = summary else {
+            return Ok(None);
+        };
+        let tensors = adapter.tensors.iter();
+        summary.trained_parameters = tensors.map(|tensor| tensor.values.len()).sum();
+        let (tasks, targets) = base.trained_tasks();
+        let after = self.play(&model, config, &tasks, &targets)?;
+        model.use_adapter(None)?;
+        let before = self.play(&model, config, &tasks, &targets)?;
+        Ok(before.zip(after).map(|(before, after)| {
+            let finetune = config.finetune.as_ref();
+            summary.adaptation = finetune.map(|from| Adaptation::new(from, &before, &after));
+            summary
+        }))
+    }
+}
+
+impl Evaluating<'_> {
+    /// Plays tasks, as many episodes as were asked for or as a run's configuration says.
+    fn play<B: Backend<Element = f32>>(
+        &mut self,
+        model: &Model<B>,
+        config: &Config,
+        tasks: &[TaskConfig],
+        targets: &[f64],
+    ) -> Fallible<Option<Vec<TaskResult>>> {
+        let Eval { episodes, seed, .. } = self.arguments;
+        let episodes = Episodes {
+            each: episodes.unwrap_or(config.evaluation.episodes),
+            seed: seed.unwrap_or(config.evaluation.seed),
+        };
         let watch = |done, total| self.progress.show(Event::Evaluation { done, total });
-        let results = evaluate::evaluate_all(
-            &model,
-            self.tasks,
-            self.target_returns,
-            self.episodes,
-            self.stop,
-            watch,
-        )?;
+        evaluate::evaluate_all(model, tasks, targets, episodes, self.stop, watch)
+    }
+
+    /// Plays the tasks of a run and sums up.
+    fn summary<B: Backend<Element = f32>>(
+        &mut self,
+        model: &Model<B>,
+        config: &Config,
+        targets: &[f64],
+        step: u64,
+    ) -> Fallible<Option<Summary>> {
+        let tasks = config.task_list();
+        if tasks.iter().all(|task| task.task.is_none()) {
+            return Err(dtmem::train::Error::NoTask(self.file.to_owned()));
+        }
+        let asked = self.arguments.target_return;
+        let targets: Vec<f64> = targets.iter().map(|own| asked.unwrap_or(*own)).collect();
+        let results = self.play(model, config, &tasks, &targets)?;
         Ok(results.map(|results| {
             for line in run::result_lines(&results) {
                 info!("{line}");
             }
             let tokens = results.iter().map(|result| result.evaluation.tokens).sum();
             let seconds = results.iter().map(|result| result.evaluation.seconds).sum();
-            Summary::new(&results, &model, header.step, tokens, seconds)
+            Summary::new(&results, model, step, tokens, seconds)
         }))
     }
 }
 
 /// `dtmem eval`.
 pub fn eval(arguments: &Eval) -> Result<ExitCode> {
-    let file = Folder::new(&arguments.folder).model();
-    let bytes = std::fs::read(&file)
-        .map_err(|error| format!("{}: cannot read it: {error}", file.display()))?;
-    let header = checkpoint::model_header(&file, &bytes)?;
-    let config = &header.config;
-    let tasks = config.task_list();
-    if tasks.iter().all(|task| task.task.is_none()) {
+    let folder = Folder::new(&arguments.folder);
+    let file = folder.model();
+    if !file.exists() && folder.adapter().exists() {
+        let folder = folder.path().display();
         return Err(format!(
-            "{}: this model was trained on demonstrations of its own and has no task to be \
-             evaluated on",
-            file.display()
+            "{folder}: an adapter, which is evaluated on its base: dtmem eval BASE --adapter {folder}"
         )
         .into());
     }
+    let bytes = std::fs::read(&file)
+        .map_err(|error| format!("{}: cannot read it: {error}", file.display()))?;
+    let header = checkpoint::model_header(&file, &bytes)?;
     if arguments
         .target_return
         .is_some_and(|value| !value.is_finite())
     {
         return Err("--target-return: expected a finite number".into());
     }
-    let target_returns = match arguments.target_return {
-        Some(target) => vec![target; tasks.len()],
-        None => header.target_returns.clone(),
-    };
     let stop = stop_on_interrupt()?;
     let job = Evaluating {
+        arguments,
         file: &file,
         bytes: &bytes,
-        tasks: &tasks,
-        target_returns: &target_returns,
-        episodes: Episodes {
-            each: arguments.episodes.unwrap_or(config.evaluation.episodes),
-            seed: arguments.seed.unwrap_or(config.evaluation.seed),
-        },
         stop: &stop,
         progress: Progress::new(),
     };
     let place = Place {
         device: arguments.device,
-        precision: config.train.precision,
+        precision: header.config.train.precision,
         ranks: None,
     };
     match run_on(place, job)? {
@@ -255,6 +336,30 @@ pub fn inspect(arguments: &Inspect) -> Result<ExitCode> {
     }
     print(&text)?;
     info!("episode {} is shown in {}", shown.number, page.display());
+    Ok(ExitCode::SUCCESS)
+}
+
+/// `dtmem merge`.
+pub fn merge(arguments: &Merge) -> Result<ExitCode> {
+    let Merge {
+        base,
+        adapter,
+        out,
+        overwrite,
+    } = arguments;
+    let _log = Progress::new();
+    merge_adapter(
+        &Folder::new(base),
+        &Folder::new(adapter),
+        &Folder::new(out),
+        *overwrite,
+    )?;
+    info!(
+        "{} with {} folded in is in {}",
+        base.display(),
+        adapter.display(),
+        out.display()
+    );
     Ok(ExitCode::SUCCESS)
 }
 

@@ -5,6 +5,7 @@ use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
 use dtmem::train::device::DeviceChoice;
+use dtmem::train::finetune::Method;
 use dtmem::verify::{BackendChoice, DtypeChoice};
 
 mod commands;
@@ -24,7 +25,11 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Train a model as a configuration says, and evaluate it
-    Train(Train),
+    Train(Run),
+    /// Adapt a trained model to another task, and see what it forgets
+    Finetune(Finetune),
+    /// Fold an adapter into its base
+    Merge(Merge),
     /// Evaluate a trained model on unseen episodes
     Eval(Eval),
     /// Show one episode of a trained model: what it did, attended to and remembered
@@ -40,7 +45,7 @@ enum Command {
 }
 
 #[derive(Debug, Args)]
-struct Train {
+struct Run {
     /// Configuration, such as configs/hallway-quick.toml
     config: PathBuf,
     /// Set a key, such as train.steps=100; an empty value brings its default back
@@ -49,7 +54,7 @@ struct Train {
     /// Where to compute: auto (a GPU if one works), cpu or cuda:N
     #[arg(long, default_value_t)]
     device: DeviceChoice,
-    /// Output folder [default: runs/NAME for NAME.toml]
+    /// Output folder [default: for NAME.toml runs/NAME, of finetune runs/NAME-METHOD]
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
     /// Continue the run in the output folder
@@ -61,9 +66,43 @@ struct Train {
 }
 
 #[derive(Debug, Args)]
+struct Finetune {
+    #[command(flatten)]
+    run: Run,
+    /// Output folder of the run whose model is adapted
+    #[arg(long, value_name = "DIR")]
+    base: Option<PathBuf>,
+    /// What is trained: lora (adapters on the memory), full, memory, scratch or none [default: lora]
+    #[arg(long)]
+    method: Option<Method>,
+    /// Share of the demonstrations to learn from [default: 1]
+    #[arg(long)]
+    share: Option<f64>,
+}
+
+#[derive(Debug, Args)]
+struct Merge {
+    /// Output folder of the base's run
+    base: PathBuf,
+    /// Output folder of the adapter's run
+    #[arg(long, value_name = "DIR")]
+    adapter: PathBuf,
+    /// Folder for the merged model
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+    /// Replace the run in that folder
+    #[arg(long)]
+    overwrite: bool,
+}
+
+#[derive(Debug, Args)]
 struct Eval {
     /// Output folder of a run
     folder: PathBuf,
+    /// Output folder of an adapter's run on it: evaluate with the adapter, on its task and on those
+    /// of the base
+    #[arg(long, value_name = "DIR")]
+    adapter: Option<PathBuf>,
     /// Where to compute: auto (a GPU if one works), cpu or cuda:N
     #[arg(long, default_value_t)]
     device: DeviceChoice,
@@ -169,6 +208,8 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     match commands::in_pool(cli.threads, || match &cli.command {
         Command::Train(arguments) => commands::train(arguments),
+        Command::Finetune(arguments) => commands::finetune(arguments),
+        Command::Merge(arguments) => commands::merge(arguments),
         Command::Eval(arguments) => commands::eval(arguments),
         Command::Inspect(arguments) => commands::inspect(arguments),
         Command::Demos(arguments) => commands::demos(arguments),

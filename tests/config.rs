@@ -247,7 +247,30 @@ fn values_out_of_range_are_named_with_what_was_expected() {
         (
             vec!["model.adapter.rank=2", "model.memory.slots=4"],
             "model.adapter",
-            "train.start_from",
+            "finetune --method lora",
+        ),
+        (
+            vec!["model.memory.slots=4", "finetune.base=b"],
+            "model.adapter",
+            "finetune --method lora",
+        ),
+        (
+            vec![
+                "finetune.base=b",
+                "finetune.method=full",
+                "finetune.share=0",
+            ],
+            "finetune.share",
+            "above 0",
+        ),
+        (
+            vec![
+                "model.memory.slots=4",
+                "finetune.base=b",
+                "model.adapter.targets=[\"value\", \"value\"]",
+            ],
+            "model.adapter.targets",
+            "none twice",
         ),
         (vec!["loss.layer=5"], "loss.layer", "model.layers = 4"),
         (vec!["loss.layer=0"], "loss.layer", "model.layers = 4"),
@@ -326,7 +349,7 @@ fn resolved_configuration_reads_back_as_itself() {
     let config = parse(&[
         "model.memory.slots=3",
         "model.adapter.rank=2",
-        "train.start_from=base",
+        "finetune.base=base",
         "evaluation.target_return=1",
     ])
     .unwrap();
@@ -360,7 +383,7 @@ fn documentation_names_every_key() {
     let config = parse(&[
         "model.memory.slots=3",
         "model.adapter.rank=2",
-        "train.start_from=base",
+        "finetune.base=base",
         "evaluation.target_return=1",
         "data.episodes=5",
         "data.file=x.safetensors",

@@ -2,21 +2,23 @@
 
 #![cfg(feature = "trainer")]
 
+mod toy;
+
 use std::path::Path;
-use std::process::{Command, Output, Stdio};
+use std::process::{Command, Stdio};
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 
 use dtmem::backend::Cpu;
 use dtmem::tasks::{Demonstrations, Task};
-use dtmem::train::Error;
 use dtmem::train::checkpoint::{load_model, model_from_bytes, state_from_bytes};
 use dtmem::train::config::Config;
 use dtmem::train::evaluate::{Conditions, evaluate};
 use dtmem::train::metrics::Line;
-use dtmem::train::run::{Event, Folder, Options, Outcome, Start, Summary, train};
+use dtmem::train::run::{Folder, Outcome, Start};
 use proptest::prelude::*;
 use tempfile::TempDir;
+use toy::{RECALL, config, dtmem, finish, run, text};
 
 /// AttentionTuner in a hallway; dropout on, so that the masks matter.
 const HALLWAY: &str = r#"
@@ -42,41 +44,6 @@ learning_rate = 1e-2
 schedule = "cosine"
 log_every = 3
 checkpoint_every = 4
-[evaluation]
-episodes = 6
-"#;
-
-/// DT-Mem on recall: other tokens, segments, memory.
-const RECALL: &str = r#"
-[task]
-name = "recall"
-steps = 6
-pairs = 2
-[data]
-episodes = 30
-[model]
-block = "pre_ln"
-layout = "return_obs_action"
-front_end = "linear"
-width = 8
-layers = 2
-heads = 2
-feed_forward = 16
-attention = "segment"
-segment_steps = 2
-[model.memory]
-slots = 4
-[loss]
-lambda = 0
-[train]
-epochs = 2
-batch_tokens = 100
-optimiser = "adamw"
-weight_decay = 1e-2
-clip = 1.0
-learning_rate = 1e-2
-log_every = 2
-checkpoint_every = 3
 [evaluation]
 episodes = 6
 "#;
@@ -124,42 +91,6 @@ checkpoint_every = 3
 episodes = 6
 "#;
 
-fn config(text: &str, overrides: &[&str]) -> Config {
-    let overrides: Vec<String> = overrides.iter().map(|&s| s.to_owned()).collect();
-    Config::parse("toy.toml", text, &overrides).unwrap()
-}
-
-/// Runs until it is done, or until `stop_after` steps are.
-fn run(
-    config: &Config,
-    folder: &Path,
-    start: Start,
-    stop_after: Option<u64>,
-) -> Result<Outcome, Error> {
-    let stop = AtomicBool::new(false);
-    let mut watch = |event: Event| {
-        if let Event::Step { step, .. } = event
-            && Some(step) == stop_after
-        {
-            stop.store(true, Ordering::Relaxed);
-        }
-    };
-    let options = Options {
-        folder: &Folder::new(folder),
-        start,
-        stop: &stop,
-        watch: &mut watch,
-    };
-    train(Cpu::new(), config, options)
-}
-
-fn finish(config: &Config, folder: &Path, start: Start) -> Summary {
-    match run(config, folder, start, None).unwrap() {
-        Outcome::Finished(summary) => summary,
-        stopped => panic!("{stopped:?}"),
-    }
-}
-
 fn message(config: &Config, folder: &Path, start: Start) -> String {
     run(config, folder, start, None).unwrap_err().to_string()
 }
@@ -183,19 +114,6 @@ fn finished() -> &'static TempDir {
         finish(&config(HALLWAY, &[]), folder.path(), Start::Fresh);
         folder
     })
-}
-
-/// Adapters on a finished run of [`RECALL`], whose folder is the second value.
-fn adapted() -> (Config, &'static Path) {
-    static RUN: OnceLock<TempDir> = OnceLock::new();
-    let base = RUN.get_or_init(|| {
-        let folder = TempDir::new().unwrap();
-        finish(&config(RECALL, &[]), folder.path(), Start::Fresh);
-        folder
-    });
-    let start = format!("train.start_from={}", base.path().display());
-    let adapters = [&start, "model.adapter.rank=2", "model.adapter.dropout=0.2"];
-    (config(RECALL, &adapters), base.path())
 }
 
 #[test]
@@ -236,7 +154,6 @@ fn stopping_anywhere_and_resuming_gives_the_bits_of_never_stopping() {
         config(HALLWAY, &[]),
         config(RECALL, &[]),
         config(MANY, &["train.steps=9"]),
-        adapted().0,
     ] {
         let straight = TempDir::new().unwrap();
         let steps = finish(&config, straight.path(), Start::Fresh).steps;
@@ -380,69 +297,6 @@ fn seed_changes_the_model() {
     let folder = TempDir::new().unwrap();
     finish(&config(HALLWAY, &["seed=8"]), folder.path(), Start::Fresh);
     assert_ne!(model_bytes(folder.path()), model_bytes(finished().path()));
-}
-
-#[test]
-fn adapters_are_trained_on_a_base_that_stays_as_it_is() {
-    let folder = TempDir::new().unwrap();
-    let (config, base) = adapted();
-    let summary = finish(&config, folder.path(), Start::Fresh);
-    // Five projections in two layers, each with A [2, 8] and B [8, 2].
-    assert_eq!(summary.trained_parameters, 2 * 5 * 2 * 2 * 8);
-    let load = |folder| {
-        load_model(&Folder::new(folder).model(), Cpu::new())
-            .unwrap()
-            .0
-    };
-    let (base, model) = (load(base), load(folder.path()));
-    let (before, after) = (base.values().unwrap(), model.values().unwrap());
-    let mut moved = 0;
-    for own in model.parameters() {
-        let mut same = base
-            .parameters()
-            .iter()
-            .filter(|base| base.name == own.name);
-        match same.next() {
-            Some(base) => assert_eq!(before[base.span.range()], after[own.span.range()]),
-            None => {
-                moved += after[own.span.range()]
-                    .iter()
-                    .filter(|v| **v != 0.0)
-                    .count()
-            }
-        }
-    }
-    assert_eq!(moved, summary.trained_parameters);
-}
-
-#[test]
-fn start_from_another_model_is_refused_by_name() {
-    let folder = TempDir::new().unwrap();
-    let hallway = format!("train.start_from={}", finished().path().display());
-    let recall = format!("train.start_from={}", adapted().1.display());
-    for (text, overrides, parts) in [
-        (
-            RECALL,
-            vec![hallway.as_str()],
-            ["model.safetensors: parameter", "expected"],
-        ),
-        (RECALL, vec![&recall, "model.width=4"], ["[", "expected ["]),
-        (
-            RECALL,
-            vec![&recall, "model.layers=1"],
-            ["blocks.1", "part of the one to train"],
-        ),
-        (
-            HALLWAY,
-            vec!["train.start_from=none"],
-            ["none/model.safetensors", "cannot read it"],
-        ),
-    ] {
-        let error = message(&config(text, &overrides), folder.path(), Start::Overwrite);
-        for part in parts {
-            assert!(error.contains(part), "{part} is missing in: {error}");
-        }
-    }
 }
 
 #[test]
@@ -652,7 +506,12 @@ fn evaluation_does_not_depend_on_how_many_act_at_once() {
 fn checkpoint_of_another_model_is_refused_by_name() {
     let folder = finished().path();
     let bytes = model_bytes(folder);
-    let text = String::from_utf8_lossy(&bytes).into_owned();
+    // One letter for each byte, so that places agree.
+    let letter = |byte: &u8| match byte.is_ascii() {
+        true => char::from(*byte),
+        false => '?',
+    };
+    let text: String = bytes.iter().map(letter).collect();
     let path = Path::new("other.safetensors");
     // The same length, so that the file stays whole.
     for (from, to, part) in [
@@ -665,7 +524,6 @@ fn checkpoint_of_another_model_is_refused_by_name() {
     ] {
         if let Some(place) = text.find(from) {
             let mut other = bytes.clone();
-            // Everything before the tensors is ASCII, so places agree.
             other[place..place + from.len()].copy_from_slice(to.as_bytes());
             let error = model_from_bytes(path, &other, Cpu::new())
                 .unwrap_err()
@@ -711,19 +569,6 @@ proptest! {
             }
         }
     }
-}
-
-fn dtmem(folder: &Path, arguments: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_dtmem"))
-        .args(arguments)
-        .current_dir(folder)
-        .stdin(Stdio::null())
-        .output()
-        .unwrap()
-}
-
-fn text(bytes: &[u8]) -> String {
-    String::from_utf8_lossy(bytes).into_owned()
 }
 
 #[test]

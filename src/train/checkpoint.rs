@@ -9,9 +9,9 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::Error;
-use super::config::{Config, least_parameters, validate_spaces};
+use super::config::{Config, TaskConfig, least_parameters, validate_spaces};
 use super::data::Position;
-use crate::backend::{Backend, Cpu, FIRST_LOSS_SCALE};
+use crate::backend::{Backend, FIRST_LOSS_SCALE};
 use crate::model::Model;
 use crate::spaces::Spaces;
 use crate::tasks::write_beside;
@@ -19,7 +19,7 @@ use crate::tasks::write_beside;
 /// The metadata entry that holds a header as JSON: a single one, because the order of several is
 /// not fixed and the same run shall write the same bytes.
 const HEADER: &str = "dtmem";
-const VERSION: u32 = 2;
+pub(super) const VERSION: u32 = 2;
 /// Longest episode of a model file.
 const MOST_STEPS: usize = 1 << 17;
 
@@ -49,6 +49,13 @@ impl ModelHeader {
             target_returns: target_returns.to_vec(),
             config: config.clone(),
         }
+    }
+
+    /// The tasks that the model was trained on, and the return it is asked for in each.
+    pub fn trained_tasks(&self) -> (Vec<TaskConfig>, Vec<f64>) {
+        let tasks = self.config.task_list().into_iter();
+        let with_returns = tasks.zip(self.target_returns.iter().copied());
+        with_returns.filter(|(task, _)| !task.is_held_out()).unzip()
     }
 
     /// Checks everything before memory is allocated for it; `numbers` are in the file.
@@ -174,49 +181,6 @@ pub fn model_from_bytes<B: Backend<Element = f32>>(
     Ok((model, header))
 }
 
-/// Copies the parameters of a model file into a model that has all of them, by name. Returns how
-/// many numbers the file did not have; only trainable ones may be missing, such as adapters.
-pub fn start_from<B: Backend<Element = f32>>(
-    path: &Path,
-    model: &mut Model<B>,
-) -> Result<usize, Error> {
-    let (base, _) = load_model(path, Cpu::<f32>::new())?;
-    let (base_values, mut values) = (base.values()?, model.values()?);
-    let (ours, theirs) = (model.parameters(), base.parameters());
-    let differs = |name: &str, found: String, expected: String| {
-        Error::file(path, format!("parameter `{name}`"), found, expected)
-    };
-    if let Some(left) = theirs
-        .iter()
-        .find(|parameter| ours.iter().all(|own| own.name != parameter.name))
-    {
-        let expected = "a model that is part of the one to train".to_owned();
-        return Err(differs(&left.name, format!("{:?}", left.shape), expected));
-    }
-    let mut fresh = 0;
-    for own in ours {
-        match theirs.iter().find(|parameter| parameter.name == own.name) {
-            Some(base) if base.shape == own.shape => {
-                let source = base_values.get(base.span.range());
-                if let (Some(place), Some(source)) = (values.get_mut(own.span.range()), source) {
-                    place.copy_from_slice(source);
-                }
-            }
-            Some(base) => {
-                let found = format!("{:?}", base.shape);
-                return Err(differs(&own.name, found, format!("{:?}", own.shape)));
-            }
-            None if own.trainable => fresh += own.span.len,
-            None => {
-                let expected = format!("{:?}, which is not trained here", own.shape);
-                return Err(differs(&own.name, "none".to_owned(), expected));
-            }
-        }
-    }
-    model.set_values(&values)?;
-    Ok(fresh)
-}
-
 /// What `train_state.safetensors` says beside its numbers.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -321,7 +285,7 @@ pub fn state_config(path: &Path, bytes: &[u8]) -> Result<Config, Error> {
     Ok(header.config)
 }
 
-fn check_version(path: &Path, version: u32) -> Result<(), Error> {
+pub(super) fn check_version(path: &Path, version: u32) -> Result<(), Error> {
     if version != VERSION {
         return Err(Error::file(
             path,
@@ -333,14 +297,14 @@ fn check_version(path: &Path, version: u32) -> Result<(), Error> {
     Ok(())
 }
 
-fn to_bytes(values: &[f32]) -> Vec<u8> {
+pub(super) fn to_bytes(values: &[f32]) -> Vec<u8> {
     values
         .iter()
         .flat_map(|value| value.to_le_bytes())
         .collect()
 }
 
-fn write<'a>(
+pub(super) fn write<'a>(
     path: &Path,
     tensors: impl Iterator<Item = (&'a str, Vec<usize>, &'a [u8])>,
     header: &impl Serialize,
@@ -358,7 +322,7 @@ fn write<'a>(
     write_beside(path, &bytes).map_err(Error::io("write it", path))
 }
 
-fn parse<'a, H: DeserializeOwned>(
+pub(super) fn parse<'a, H: DeserializeOwned>(
     path: &Path,
     bytes: &'a [u8],
 ) -> Result<(SafeTensors<'a>, H), Error> {
@@ -396,7 +360,7 @@ fn parse<'a, H: DeserializeOwned>(
 }
 
 /// A tensor of finite f32 numbers.
-fn floats(
+pub(super) fn floats(
     path: &Path,
     tensors: &SafeTensors,
     name: &str,

@@ -10,8 +10,11 @@ use thiserror::Error;
 use toml::{Table, Value};
 
 use super::device::Precision;
+use super::finetune::{self, FinetuneConfig, Method};
 use crate::batch::TokenLayout;
-use crate::model::{AttentionSpan, FrontEnd, ModelConfig, SupervisedPart, SupervisionConfig};
+use crate::model::{
+    AdapterConfig, AttentionSpan, FrontEnd, ModelConfig, SupervisedPart, SupervisionConfig,
+};
 use crate::spaces::{Family, Spaces};
 use crate::tasks::Task;
 
@@ -43,6 +46,9 @@ pub struct Config {
     pub loss: LossConfig,
     /// The optimisation.
     pub train: TrainConfig,
+    /// The base and how it is adapted; without it a model is trained from scratch.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub finetune: Option<FinetuneConfig>,
     /// The evaluation after training.
     #[serde(default)]
     pub evaluation: EvaluationConfig,
@@ -241,9 +247,6 @@ pub enum ScheduleKind {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct TrainConfig {
-    /// Output folder of the run whose parameters are the start; those it lacks start fresh.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub start_from: Option<PathBuf>,
     /// Optimiser steps; this or `epochs`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub steps: Option<u64>,
@@ -278,7 +281,6 @@ pub struct TrainConfig {
 impl Default for TrainConfig {
     fn default() -> Self {
         Self {
-            start_from: None,
             steps: None,
             epochs: None,
             batch_tokens: 4096,
@@ -400,25 +402,38 @@ pub type Result<T> = std::result::Result<T, ConfigError>;
 
 impl Config {
     /// Reads a file, applies `key=value` overrides and checks everything that can be checked
-    /// without the data.
+    /// without the data. What `[finetune]` leaves open is taken from the base.
     pub fn load(file: &Path, overrides: &[String]) -> Result<Self> {
+        Self::load_finetune(file, overrides, Table::new())
+    }
+
+    /// As [`Self::load`], with keys of `[finetune]` from elsewhere.
+    pub fn load_finetune(file: &Path, overrides: &[String], finetune: Table) -> Result<Self> {
         let name = file.display().to_string();
         let text = std::fs::read_to_string(file).map_err(|error| ConfigError::Read {
             file: name.clone(),
             message: error.to_string(),
         })?;
-        Self::parse(&name, &text, overrides)
+        let mut table = read(&name, &text, overrides)?;
+        if !finetune.is_empty() {
+            let found = table
+                .entry("finetune")
+                .or_insert_with(|| Value::Table(Table::new()));
+            match found.as_table_mut() {
+                Some(found) => found.extend(finetune),
+                None => return Err(ConfigError::value("finetune", &*found, "a table")),
+            }
+        }
+        finetune::complete(&mut table)?;
+        Self::from_table(&name, table, overrides)
     }
 
-    /// As [`Self::load`], from text; `origin` stands for it in errors.
+    /// As [`Self::load`], from text alone; `origin` stands for it in errors.
     pub fn parse(origin: &str, text: &str, overrides: &[String]) -> Result<Self> {
-        let mut table: Table = toml::from_str(text).map_err(|error| ConfigError::Syntax {
-            file: origin.to_owned(),
-            message: error.to_string().trim_end().to_owned(),
-        })?;
-        for argument in overrides {
-            apply_override(&mut table, argument)?;
-        }
+        Self::from_table(origin, read(origin, text, overrides)?, overrides)
+    }
+
+    fn from_table(origin: &str, table: Table, overrides: &[String]) -> Result<Self> {
         let config: Self = serde_path_to_error::deserialize(table)
             .map_err(|error| describe(origin, overrides, &error))?;
         config.validate()?;
@@ -439,12 +454,21 @@ impl Config {
         self.validate_tasks()?;
         validate_model(&self.model)?;
         self.validate_loss()?;
-        if self.model.adapter.is_some() && self.train.start_from.is_none() {
+        let method = self.finetune.as_ref().map(|finetune| finetune.method);
+        if (method == Some(Method::Lora)) != self.model.adapter.is_some() {
             return Err(ConfigError::value(
                 "model.adapter",
-                "adapters without `train.start_from`",
-                "a trained model in `train.start_from`: with adapters everything else is frozen",
+                match self.model.adapter {
+                    Some(_) => "an adapter",
+                    None => "nothing",
+                },
+                "an adapter with `dtmem finetune --method lora`, and only there: all else is frozen",
             ));
+        }
+        let share = self.finetune.as_ref().map_or(1.0, |from| from.share);
+        if !(share > 0.0 && share <= 1.0) {
+            let expected = "above 0, at most 1";
+            return Err(ConfigError::value("finetune.share", share, expected));
         }
         self.train.validate()?;
         self.evaluation.validate()
@@ -560,6 +584,15 @@ impl Config {
             }
             _ => Ok(()),
         }
+    }
+
+    /// How many demonstrations are learnt from, of so many.
+    pub fn shared(&self, episodes: usize) -> usize {
+        let share = self
+            .finetune
+            .as_ref()
+            .map_or(1.0, |finetune| finetune.share);
+        ((episodes as f64 * share).round() as usize).clamp(1, episodes.max(1))
     }
 
     /// The memory loss as the model takes it; none if λ is 0.
@@ -704,9 +737,7 @@ pub fn validate_model(model: &ModelConfig) -> Result<()> {
                 "a table [model.memory] as well: adapters stand on the memory's projections",
             ));
         }
-        whole("model.adapter.rank", adapter.rank as u64, 1, 1 << 16)?;
-        positive("model.adapter.alpha", adapter.alpha)?;
-        probability("model.adapter.dropout", adapter.dropout)?;
+        validate_adapter(model, adapter)?;
     }
     let parameters = least_parameters(model, None);
     if parameters > MOST_PARAMETERS {
@@ -714,6 +745,27 @@ pub fn validate_model(model: &ModelConfig) -> Result<()> {
             "model",
             format!("at least {parameters:.1e} parameters"),
             format!("at most {MOST_PARAMETERS:.1e}: lower width, layers, feed_forward or slots"),
+        ));
+    }
+    Ok(())
+}
+
+/// Checks an adapter of a model, by its keys.
+pub fn validate_adapter(model: &ModelConfig, adapter: &AdapterConfig) -> Result<()> {
+    whole(
+        "model.adapter.rank",
+        adapter.rank as u64,
+        1,
+        model.width as u64,
+    )?;
+    positive("model.adapter.alpha", adapter.alpha)?;
+    probability("model.adapter.dropout", adapter.dropout)?;
+    if !adapter.has_targets() {
+        let names: Vec<&str> = adapter.targets.iter().map(|target| target.name()).collect();
+        return Err(ConfigError::value(
+            "model.adapter.targets",
+            format!("{names:?}"),
+            "at least one projection, none twice",
         ));
     }
     Ok(())
@@ -828,6 +880,18 @@ impl EvaluationConfig {
             None => Ok(()),
         }
     }
+}
+
+/// The table of a text, with its overrides.
+fn read(origin: &str, text: &str, overrides: &[String]) -> Result<Table> {
+    let mut table: Table = toml::from_str(text).map_err(|error| ConfigError::Syntax {
+        file: origin.to_owned(),
+        message: error.to_string().trim_end().to_owned(),
+    })?;
+    for argument in overrides {
+        apply_override(&mut table, argument)?;
+    }
+    Ok(table)
 }
 
 /// Sets a dotted key. The value is TOML, or else a string; an empty one removes the key, which
@@ -958,7 +1022,7 @@ fn nearest<'a>(word: &str, candidates: &[&'a str]) -> Option<&'a str> {
         .min_by_key(|candidate| strsim::damerau_levenshtein(word, candidate))
 }
 
-fn join(table: &str, key: &str) -> String {
+pub(super) fn join(table: &str, key: &str) -> String {
     if table.is_empty() {
         key.to_owned()
     } else {

@@ -44,7 +44,7 @@ impl Mixture {
         let generated = |task: &&TaskConfig| task.data.file.is_none();
         let total = tasks.iter().filter(generated);
         let total = total
-            .map(|task| task.data.generated_episodes() as u64)
+            .map(|task| config.shared(task.data.generated_episodes()) as u64)
             .sum();
         let mut before = 0;
         for (index, task) in tasks.into_iter().enumerate() {
@@ -52,7 +52,7 @@ impl Mixture {
                 true => String::new(),
                 false => format!("tasks.{index}."),
             };
-            let data = TrainingData::prepare(&task, config.seed, &key, |done| {
+            let data = TrainingData::prepare(&task, config, &key, |done| {
                 progress(before + done as u64, total);
             })?;
             if generated(&&task) {
@@ -102,7 +102,13 @@ impl Mixture {
             share: part.share,
             token_counts: part.data.token_counts(layout),
         });
-        BatchOrder::new(streams, config.train.batch_tokens, config.seed)
+        let streams: Vec<Stream> = streams.collect();
+        let mut budget = config.train.batch_tokens;
+        if config.finetune.is_some() {
+            // A small share of the demonstrations may all fit into one batch.
+            budget = budget.min(most_tokens(&streams));
+        }
+        BatchOrder::new(streams, budget, config.seed)
     }
 
     /// One episode as the packer takes it.
@@ -133,11 +139,11 @@ pub struct TrainingData {
 }
 
 impl TrainingData {
-    /// Generates or reads what a task asks for. `progress` is told how many episodes are there; `key`
-    /// is what stands before the task's keys in the configuration.
+    /// Generates or reads what a task of a run asks for. `progress` is told how many episodes are
+    /// there; `key` is what stands before the task's keys in the configuration.
     fn prepare(
         config: &TaskConfig,
-        seed: u64,
+        run: &Config,
         key: &str,
         progress: impl FnMut(usize),
     ) -> Result<Self, Error> {
@@ -154,13 +160,13 @@ impl TrainingData {
                     )
                     .into());
                 }
-                (demonstrations, episodes)
+                (demonstrations, run.shared(episodes))
             }
             (None, Some(task)) => {
-                let episodes = config.data.generated_episodes();
+                let episodes = run.shared(config.data.generated_episodes());
                 let share = config.data.annotated;
                 let demonstrations = Demonstrations::generate(
-                    task, episodes, seed, share, progress,
+                    task, episodes, run.seed, share, progress,
                 )
                 .map_err(|error| {
                     ConfigError::value(
@@ -317,6 +323,18 @@ pub struct Stream {
     pub share: f64,
     /// Tokens of each of its episodes.
     pub token_counts: Vec<usize>,
+}
+
+/// The largest budget of tokens for which no task gives more than all its episodes.
+fn most_tokens(streams: &[Stream]) -> usize {
+    let shares: f64 = streams.iter().map(|stream| stream.share).sum();
+    let used = streams.iter().filter(|stream| stream.share > 0.0);
+    used.map(|stream| {
+        let all: usize = stream.token_counts.iter().sum();
+        (all as f64 * shares / stream.share) as usize
+    })
+    .min()
+    .unwrap_or(0)
 }
 
 /// An episode of a batch.

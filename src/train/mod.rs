@@ -12,11 +12,13 @@ use crate::batch::BatchError;
 use crate::model::ModelError;
 use crate::tasks::{DemonstrationError, TaskError};
 
+pub mod adapters;
 pub mod checkpoint;
 pub mod config;
 pub mod data;
 pub mod device;
 pub mod evaluate;
+pub mod finetune;
 pub mod metrics;
 pub mod plots;
 pub mod ranks;
@@ -69,6 +71,12 @@ pub enum Error {
          --overwrite, or choose another folder with --out DIR", .0.display()
     )]
     Exists(PathBuf),
+    /// The output folder holds a model.
+    #[error(
+        "{}: there is a run in this folder already: replace it with --overwrite, or choose another \
+         folder with --out DIR", .0.display()
+    )]
+    Taken(PathBuf),
     /// A device that was asked for.
     #[error("--device {device}: {reason}; or compute on another one, with --device auto or cpu")]
     Device {
@@ -80,6 +88,12 @@ pub enum Error {
     /// Other ranks that are not found.
     #[error(transparent)]
     Ranks(#[from] ranks::RanksError),
+    /// A model without a task.
+    #[error(
+        "{}: this model was trained on demonstrations of its own and has no task to be evaluated \
+         on", .0.display()
+    )]
+    NoTask(PathBuf),
     /// There is nothing to resume.
     #[error("{}: no run to resume in this folder: leave out --resume to start one", .0.display())]
     NothingToResume(PathBuf),

@@ -7,16 +7,18 @@ use std::time::Instant;
 use serde::Serialize;
 use tracing::info;
 
+use super::adapters::{AdapterHeader, save_adapter};
 use super::checkpoint::{self, ModelHeader, State, StateHeader};
 use super::config::{Config, OptimiserKind, TrainConfig, validate_spaces};
 use super::data::{Batches, Chosen, Mixture, TrainingData};
 use super::evaluate::{self, Episodes, TaskResult, wilson};
+use super::finetune::{Adaptation, Base, Method};
 use super::metrics::{Line, MetricsFile, Window, per_second};
 use super::schedule::Schedule;
 use super::{Error, plots};
 use crate::backend::Backend;
 use crate::batch::Trajectory;
-use crate::model::{Model, ModelError, OptimiserStep, SupervisedPart, Training};
+use crate::model::{Model, ModelError, OptimiserStep, SupervisedPart, TrainedPart, Training};
 use crate::tasks::{Demonstrations, Split, Task, write_beside};
 
 /// The files of an output folder.
@@ -69,11 +71,46 @@ impl Folder {
         self.0.join("attention.png")
     }
 
+    /// An adapter's parameters by name, as PEFT calls the file.
+    pub fn adapter(&self) -> PathBuf {
+        self.0.join("adapter_model.safetensors")
+    }
+
+    /// An adapter's settings, as PEFT calls the file.
+    pub fn adapter_config(&self) -> PathBuf {
+        self.0.join("adapter_config.json")
+    }
+
+    /// Makes a folder for something new.
+    ///
+    /// # Errors
+    /// It holds a run, which is not to be replaced; or the system refuses.
+    pub fn prepare(&self, overwrite: bool) -> Result<(), Error> {
+        if !overwrite && self.is_used() {
+            return Err(Error::Taken(self.0.clone()));
+        }
+        self.clear()?;
+        std::fs::create_dir_all(&self.0).map_err(Error::io("create this folder", &self.0))
+    }
+
+    fn is_used(&self) -> bool {
+        self.files().iter().any(|file| file.exists())
+    }
+
+    fn clear(&self) -> Result<(), Error> {
+        for file in self.files().iter().filter(|file| file.exists()) {
+            std::fs::remove_file(file).map_err(Error::io("remove it", file))?;
+        }
+        Ok(())
+    }
+
     /// All of them; the state first, so that it never outlives what it belongs to.
-    fn files(&self) -> [PathBuf; 7] {
+    fn files(&self) -> [PathBuf; 9] {
         [
             self.state(),
             self.model(),
+            self.adapter(),
+            self.adapter_config(),
             self.metrics(),
             self.config(),
             self.curves(),
@@ -172,6 +209,9 @@ pub struct Summary {
     pub parameters: usize,
     /// How many of them are trained.
     pub trained_parameters: usize,
+    /// How a base was adapted, and what its own tasks lost by it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub adaptation: Option<Adaptation>,
 }
 
 /// What one of several tasks came to.
@@ -239,12 +279,14 @@ impl Summary {
             real_tokens_per_s: per_second(tokens, seconds),
             parameters: model.parameter_count(),
             trained_parameters: model.trained_count(),
+            adaptation: None,
         }
     }
 }
 
-/// Trains on a backend as the configuration says, from the start or from where the folder's run was
-/// left. Of several ranks, all of which are to be called so, the first one writes and evaluates.
+/// Trains on a backend as the configuration says, from the start, from a base, or from where the
+/// folder's run was left. Of several ranks, all of which are to be called so, the first one writes
+/// and evaluates.
 pub fn train<B: Backend<Element = f32>>(
     backend: B,
     config: &Config,
@@ -268,17 +310,27 @@ pub fn train<B: Backend<Element = f32>>(
         true => watch,
         false => &mut silent,
     };
-    let data = prepare_data(config, watch)?;
+    let mut data = prepare_data(config, watch)?;
+    let base = config.finetune.as_ref().map(Base::load).transpose()?;
+    if let Some(base) = &base {
+        base.check_spaces(data.spaces())?;
+        data.extend(&base.header().spaces);
+    }
     let spaces = data.spaces().clone();
     validate_spaces(&config.model, &spaces)?;
     let order = data.order(config)?;
     let capacity = order.capacity(&config.model);
+    let method = base.as_ref().map(Base::method);
+    let part = method.map_or(TrainedPart::All, Method::part);
     let steps = match (config.train.steps, config.train.epochs) {
+        _ if part == TrainedPart::Nothing => 0,
         (Some(steps), _) => steps,
         (None, epochs) => order.steps_of(epochs.unwrap_or_default()),
     };
     let shards = backend.shards(config.train.shards);
-    let mut model = Model::new(backend, config.model.clone(), spaces, config.supervision())?;
+    let supervision = config.supervision();
+    let mut model =
+        Model::partly_trained(backend, config.model.clone(), spaces, supervision, part)?;
     let mut training = Training::new(&model, capacity, shards)?;
     info!(
         "model: {} parameters, {} of them trained; {steps} steps of at most {} tokens",
@@ -288,15 +340,18 @@ pub fn train<B: Backend<Element = f32>>(
     );
     let mut batches = Batches::new(&data, order, model.packer());
     let state = match saved {
-        Some(bytes) => restore(folder, &bytes, &mut model, &mut training, &mut batches)?,
+        Some(bytes) => {
+            let state = restore(folder, &bytes, &mut model, &mut training, &mut batches)?;
+            if let Some(base) = &base {
+                base.check_frozen(&model)?;
+            }
+            state
+        }
         None => {
             model.initialise(config.seed)?;
-            if let Some(base) = &config.train.start_from {
-                let fresh = checkpoint::start_from(&Folder::new(base).model(), &mut model)?;
-                info!(
-                    "starting from the model in {}; {fresh} parameters start fresh",
-                    base.display()
-                );
+            match &base {
+                Some(base) if base.method() != Method::Scratch => base.start(&mut model)?,
+                _ => {}
             }
             StateHeader::start(config)
         }
@@ -304,6 +359,7 @@ pub fn train<B: Backend<Element = f32>>(
     let mut run = Run {
         config,
         folder,
+        base,
         target_returns: data
             .parts()
             .zip(config.task_list())
@@ -338,16 +394,12 @@ pub fn train<B: Backend<Element = f32>>(
 /// Makes the folder ready and returns the state to resume from, if there is one.
 fn open_folder(folder: &Folder, start: Start, config: &Config) -> Result<Option<Vec<u8>>, Error> {
     let path = folder.path();
-    let used = folder.files().iter().any(|file| file.exists());
+    let used = folder.is_used();
     let mut saved = None;
     match start {
         Start::Fresh if used => return Err(Error::Exists(path.to_owned())),
         Start::Resume if !used => return Err(Error::NothingToResume(path.to_owned())),
-        Start::Overwrite => {
-            for file in folder.files().iter().filter(|file| file.exists()) {
-                std::fs::remove_file(file).map_err(Error::io("remove it", file))?;
-            }
-        }
+        Start::Overwrite => folder.clear()?,
         Start::Resume => {
             saved = saved_state(folder, config)?;
             if saved.is_none() {
@@ -403,7 +455,7 @@ fn prepare_data(config: &Config, watch: &mut dyn FnMut(Event)) -> Result<Mixture
             Some(file) => info!("{called}reading demonstrations from {}", file.display()),
             None => info!(
                 "{called}generating {} demonstrations",
-                task.data.generated_episodes()
+                config.shared(task.data.generated_episodes())
             ),
         }
     }
@@ -472,6 +524,7 @@ fn restore<B: Backend<Element = f32>>(
 struct Run<'a, B: Backend> {
     config: &'a Config,
     folder: &'a Folder,
+    base: Option<Base>,
     /// Of each task.
     target_returns: Vec<f64>,
     steps: u64,
@@ -595,24 +648,29 @@ impl<B: Backend<Element = f32>> Run<'_, B> {
         Ok(())
     }
 
+    /// What the run is for: the model, or the adapter of a base, or nothing if nothing is trained.
     fn save_model(&self) -> Result<(), Error> {
-        let header = ModelHeader::new(
-            self.config,
-            self.model.spaces(),
-            &self.target_returns,
-            self.state.step,
-        );
+        let (targets, step) = (&self.target_returns, self.state.step);
+        match &self.base {
+            Some(base) if base.method() == Method::None => return Ok(()),
+            Some(base) if base.method() == Method::Lora => {
+                let header = AdapterHeader::new(self.config, base.fingerprint(), targets, step);
+                return save_adapter(self.folder, &self.model, &header);
+            }
+            _ => {}
+        }
+        let header = ModelHeader::new(self.config, self.model.spaces(), targets, step);
         checkpoint::save_model(&self.folder.model(), &self.model, &header)
     }
 
     /// Evaluates, draws and sums up.
     fn finish(
-        self,
+        mut self,
         data: &Mixture,
         stop: &AtomicBool,
         watch: &mut dyn FnMut(Event),
     ) -> Result<Outcome, Error> {
-        let Self { config, folder, .. } = self;
+        let (config, folder) = (self.config, self.folder);
         // A resumed run may have been killed before this.
         self.save_model()?;
         let tasks = config.task_list();
@@ -621,8 +679,9 @@ impl<B: Backend<Element = f32>> Run<'_, B> {
             seed: config.evaluation.seed,
         };
         let (model, targets) = (&self.model, &self.target_returns);
-        let watch = |done, total| watch(Event::Evaluation { done, total });
-        let results = evaluate::evaluate_all(model, &tasks, targets, episodes, stop, watch)?;
+        let mut progress = |done, total| watch(Event::Evaluation { done, total });
+        let results =
+            evaluate::evaluate_all(model, &tasks, targets, episodes, stop, &mut progress)?;
         let Some(results) = results else {
             return Ok(Outcome::Stopped {
                 step: self.state.step,
@@ -637,19 +696,55 @@ impl<B: Backend<Element = f32>> Run<'_, B> {
             self.model.parameter_count(),
             self.steps
         );
-        let lines = self.metrics.as_ref().map_or(&[][..], MetricsFile::lines);
-        plots::curves(&folder.curves(), &title, lines, &results)?;
+        if self.steps > 0 {
+            let lines = self.metrics.as_ref().map_or(&[][..], MetricsFile::lines);
+            plots::curves(&folder.curves(), &title, lines, &results)?;
+        }
         draw_attention(config, &self.model, data, &folder.attention())?;
-        let summary = Summary::new(
+        let mut summary = Summary::new(
             &results,
             &self.model,
             self.state.step,
             self.state.tokens,
             self.state.seconds,
         );
+        if let Some(base) = self.base.take() {
+            let Some(adaptation) = self.forgetting(&base, episodes, stop, progress)? else {
+                return Ok(Outcome::Stopped {
+                    step: self.state.step,
+                });
+            };
+            summary.adaptation = Some(adaptation);
+        }
         save_summary(&folder.summary(), &summary)?;
         info!("the run is in {}", folder.path().display());
         Ok(Outcome::Finished(summary))
+    }
+
+    /// Success on the base's own tasks, with the model as it is and with that of the base, which
+    /// takes its place. None if it was stopped.
+    fn forgetting(
+        &mut self,
+        base: &Base,
+        episodes: Episodes,
+        stop: &AtomicBool,
+        mut progress: impl FnMut(u64, u64),
+    ) -> Result<Option<Adaptation>, Error> {
+        info!("the base's own tasks, after and before");
+        let (tasks, targets) = base.header().trained_tasks();
+        let mut play = |model: &Model<B>| {
+            evaluate::evaluate_all(model, &tasks, &targets, episodes, stop, &mut progress)
+        };
+        let after = play(&self.model)?;
+        // An adapter's B is 0 at first: it changes nothing.
+        self.model.initialise(self.config.seed)?;
+        base.start(&mut self.model)?;
+        let before = match base.method() {
+            Method::None => after.clone(),
+            _ => play(&self.model)?,
+        };
+        let results = before.zip(after);
+        Ok(results.map(|(before, after)| base.adaptation(&before, &after)))
     }
 }
 

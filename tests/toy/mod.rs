@@ -1,0 +1,95 @@
+//! Whole runs at toy size, and the command.
+#![allow(dead_code)] // each test binary uses a part
+
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use dtmem::backend::Cpu;
+use dtmem::train::Error;
+use dtmem::train::config::Config;
+use dtmem::train::run::{Event, Folder, Options, Outcome, Start, Summary, train};
+
+/// DT-Mem on recall: other tokens, segments, memory.
+pub const RECALL: &str = r#"
+[task]
+name = "recall"
+steps = 6
+pairs = 2
+[data]
+episodes = 30
+[model]
+block = "pre_ln"
+layout = "return_obs_action"
+front_end = "linear"
+width = 8
+layers = 2
+heads = 2
+feed_forward = 16
+attention = "segment"
+segment_steps = 2
+[model.memory]
+slots = 4
+[loss]
+lambda = 0
+[train]
+epochs = 2
+batch_tokens = 100
+optimiser = "adamw"
+weight_decay = 1e-2
+clip = 1.0
+learning_rate = 1e-2
+log_every = 2
+checkpoint_every = 3
+[evaluation]
+episodes = 6
+"#;
+
+pub fn config(text: &str, overrides: &[&str]) -> Config {
+    let overrides: Vec<String> = overrides.iter().map(|&s| s.to_owned()).collect();
+    Config::parse("toy.toml", text, &overrides).unwrap()
+}
+
+/// Runs until it is done, or until `stop_after` steps are.
+pub fn run(
+    config: &Config,
+    folder: &Path,
+    start: Start,
+    stop_after: Option<u64>,
+) -> Result<Outcome, Error> {
+    let stop = AtomicBool::new(false);
+    let mut watch = |event: Event| {
+        if let Event::Step { step, .. } = event
+            && Some(step) == stop_after
+        {
+            stop.store(true, Ordering::Relaxed);
+        }
+    };
+    let options = Options {
+        folder: &Folder::new(folder),
+        start,
+        stop: &stop,
+        watch: &mut watch,
+    };
+    train(Cpu::new(), config, options)
+}
+
+pub fn finish(config: &Config, folder: &Path, start: Start) -> Summary {
+    match run(config, folder, start, None).unwrap() {
+        Outcome::Finished(summary) => summary,
+        stopped => panic!("{stopped:?}"),
+    }
+}
+
+pub fn dtmem(folder: &Path, arguments: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_dtmem"))
+        .args(arguments)
+        .current_dir(folder)
+        .stdin(Stdio::null())
+        .output()
+        .unwrap()
+}
+
+pub fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
