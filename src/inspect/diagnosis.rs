@@ -3,6 +3,7 @@
 use std::fmt::Write as _;
 use std::ops::Range;
 
+use dtmem_reference::content_memory::Order;
 use ndarray::{Array1, Array2, ArrayView1};
 
 use super::Episode;
@@ -111,39 +112,44 @@ impl Diagnosis {
         });
         let mut reasons = Vec::new();
         let sources: Vec<usize> = episode.recalled(step).collect();
-        let mut best = 0.0_f64;
-        for &source in sources.iter().take(MOST_SOURCES) {
-            let (share, text) = recall(view, step, source);
-            best = best.max(share);
-            reasons.push(text);
-        }
+        let recalled: Vec<Recalled> = sources
+            .iter()
+            .map(|&source| recall(view, step, source))
+            .collect();
+        reasons.extend(recalled.iter().take(MOST_SOURCES).map(|r| r.text.clone()));
         if sources.len() > MOST_SOURCES {
             let more = sources.len() - MOST_SOURCES;
-            reasons.push(format!("It follows from {more} more steps."));
+            reasons.push(format!("It also follows from {more} more steps."));
         }
-        if sources.is_empty() && left_at.is_some() {
-            reasons.push(format!(
-                "No earlier step is annotated as needed at step {step}."
-            ));
-        }
-        if left_at.is_some() && !sources.is_empty() {
-            let [recalled, not_recalled] = RECALLED;
-            reasons.push(
-                if best >= recalled {
-                    "So it recalled what it needed; the mistake lies in what it made of it."
-                } else if best < not_recalled {
-                    "So it hardly saw what it needed."
-                } else {
-                    "So it recalled what it needed only in part."
-                }
-                .to_owned(),
-            );
+        if left_at.is_some() {
+            reasons.push(conclusion(step, &recalled));
         }
         Self {
             verdict: verdict(view, left_at),
             reasons,
             step,
         }
+    }
+}
+
+/// What a wrong action at `step` comes from, given what was recalled there.
+fn conclusion(step: usize, recalled: &[Recalled]) -> String {
+    // What several steps share is less for each; the one that is recalled least counts.
+    let limits = RECALLED.map(|limit| limit / recalled.len().max(1) as f64);
+    let Some(least) = recalled.iter().min_by(|a, b| a.share.total_cmp(&b.share)) else {
+        return format!("No earlier step is annotated as needed at step {step}.");
+    };
+    match least.rival {
+        Some(rival) if least.share >= limits[1] => format!(
+            "So it recalled what it needed together with other steps, step {rival} more than that."
+        ),
+        _ if least.share >= limits[0] => {
+            "So it recalled what it needed; the mistake lies in what it made of it.".to_owned()
+        }
+        _ if least.share < limits[1] && least.nearby < limits[1] => {
+            "So it hardly saw what it needed.".to_owned()
+        }
+        _ => "So it recalled what it needed only in part.".to_owned(),
     }
 }
 
@@ -193,13 +199,23 @@ fn verdict(view: &View, left_at: Option<usize>) -> String {
     text
 }
 
-/// How much of a step was recalled at another, at best, and in words.
-fn recall(view: &View, step: usize, source: usize) -> (f64, String) {
+/// How a step was recalled at another.
+struct Recalled {
+    /// The largest share of any head, and of what any memory gave back.
+    share: f64,
+    /// A step of which the memory gave more, where a memory recalled most.
+    rival: Option<usize>,
+    /// The share of the step's whole segment, in what a memory gave back.
+    nearby: f64,
+    text: String,
+}
+
+fn recall(view: &View, step: usize, source: usize) -> Recalled {
     let mut text = format!("At step {step} the right action follows from step {source}.");
     let query = view.query(step);
     let (first, last) = view.segment(source);
     let same_segment = view.segment(step) == (first, last);
-    let mut best = 0.0_f64;
+    let (mut best, mut rival, mut nearby) = (0.0_f64, None, 0.0_f64);
     if view.by_segment && !same_segment {
         let _ = write!(
             text,
@@ -233,17 +249,24 @@ fn recall(view: &View, step: usize, source: usize) -> (f64, String) {
                     ""
                 },
                 share(*share_of_source),
-                elsewhere(shares, source, step)
+                elsewhere("on", shares, source, step)
             );
         }
     }
     for (layer, (recall, of_start)) in view.recall.iter().enumerate() {
+        let reads_first = view.trace.memory[layer].order == Order::ReadThenWrite;
+        if same_segment && reads_first {
+            continue;
+        }
         let shares = view.by_step(recall.row(query));
         let of_segment: f64 = shares.iter().take(last + 1).skip(first).sum();
         let of_start = of_start.get(query).copied().unwrap_or(0.0);
-        let all = shares.iter().sum::<f64>() + of_start;
-        if all > 0.0 {
-            best = best.max(of_segment / all);
+        let all = (shares.iter().sum::<f64>() + of_start).max(f64::MIN_POSITIVE);
+        let own = shares.get(source).copied().unwrap_or(0.0) / all;
+        nearby = nearby.max(of_segment / all);
+        if own > best {
+            best = own;
+            rival = largest(&shares).filter(|(most, _)| *most != source);
         }
         let _ = write!(
             text,
@@ -257,21 +280,30 @@ fn recall(view: &View, step: usize, source: usize) -> (f64, String) {
             },
             share(shares.get(source).copied().unwrap_or(0.0)),
             share(of_segment),
-            elsewhere(&shares, source, step),
+            elsewhere("of", &shares, source, step),
             share(of_start)
         );
     }
-    (best, text)
+    Recalled {
+        share: best,
+        rival: rival.map(|(step, _)| step),
+        nearby,
+        text,
+    }
 }
 
-/// `, most of step 7 (0.61)`, where another step than `source` has more at step `here`.
-fn elsewhere(shares: &[f64], source: usize, here: usize) -> String {
-    let most = shares.iter().copied().enumerate();
-    let most = most.max_by(|a, b| a.1.total_cmp(&b.1));
-    match most {
+/// The step with the largest share, and that.
+fn largest(shares: &[f64]) -> Option<(usize, f64)> {
+    let shares = shares.iter().copied().enumerate();
+    shares.max_by(|a, b| a.1.total_cmp(&b.1))
+}
+
+/// `, most on step 7 (0.61)`, where another step than `source` has more at step `here`.
+fn elsewhere(word: &str, shares: &[f64], source: usize, here: usize) -> String {
+    match largest(shares) {
         Some((step, most)) if step != source && most > 0.0 => {
             let itself = if step == here { " itself" } else { "" };
-            format!(", most of step {step}{itself} ({})", share(most))
+            format!(", most {word} step {step}{itself} ({})", share(most))
         }
         _ => String::new(),
     }
@@ -293,4 +325,45 @@ fn share(share: f64) -> String {
 fn significant(value: f64) -> String {
     let text = format!("{value:.3}");
     text.trim_end_matches('0').trim_end_matches('.').to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_conclusion_names_what_went_wrong() {
+        let recalled = |share, rival, nearby| Recalled {
+            share,
+            rival,
+            nearby,
+            text: String::new(),
+        };
+        for (all, said) in [
+            (vec![], "No earlier step is annotated"),
+            (
+                vec![recalled(0.9, None, 0.0)],
+                "recalled what it needed; the mistake",
+            ),
+            (
+                vec![recalled(0.31, Some(10), 0.8)],
+                "other steps, step 10 more than that",
+            ),
+            (vec![recalled(0.02, Some(10), 0.05)], "hardly saw"),
+            (vec![recalled(0.02, Some(10), 0.6)], "only in part"),
+            (vec![recalled(0.3, None, 0.0)], "only in part"),
+            // Two steps share the attention; the one that is missing counts.
+            (
+                vec![recalled(0.3, None, 0.0), recalled(0.25, None, 0.0)],
+                "the mistake",
+            ),
+            (
+                vec![recalled(0.9, None, 0.0), recalled(0.01, None, 0.0)],
+                "hardly saw",
+            ),
+        ] {
+            let text = conclusion(4, &all);
+            assert!(text.contains(said), "{text}, expected {said}");
+        }
+    }
 }

@@ -179,6 +179,8 @@ fn the_first_lines_name_the_step_and_what_it_recalled_there() {
         reason.contains(&format!("holds {share:.2} of what step {source} wrote")),
         "{reason} {share}"
     );
+    let conclusion = failed.diagnosis.reasons.last().unwrap();
+    assert!(conclusion.starts_with("So it "), "{conclusion}");
     assert!(failed.html.contains(verdict.as_str()));
 }
 
