@@ -16,7 +16,7 @@ use dtmem::train::config::{Config, ConfigError};
 use dtmem::train::run::{Folder, Outcome, Start, Summary};
 use proptest::prelude::*;
 use tempfile::TempDir;
-use toy::{RECALL, config, dtmem, finish, run, text};
+use toy::{MANY, RECALL, config, dtmem, finish, run, text};
 
 /// Another task for a model of [`RECALL`]: no table [model] at all.
 const OTHER: &str = r#"
@@ -446,6 +446,31 @@ fn what_contradicts_the_base_is_named() {
         "full",
         &["model.memory.strength_bias=-2", "model.observation_gain=1"],
     );
+}
+
+#[test]
+fn a_base_of_several_tasks_adapts_to_its_families_and_reports_each_task() {
+    let folder = TempDir::new().unwrap();
+    let base = folder.path().join("base");
+    finish(&config(MANY, &[]), &base, Start::Fresh);
+    let longer = ["task.steps=40", "train.batch_tokens=300"];
+    let hallway = [
+        "task.name=hallway",
+        "task.steps=",
+        "task.pairs=",
+        "task.length=1",
+        "train.batch_tokens=300",
+    ];
+    for (method, overrides) in [("lora", &longer[..]), ("full", &hallway)] {
+        let config = try_adapt(&base, method, overrides).unwrap();
+        let out = folder.path().join(method);
+        let adaptation = finish(&config, &out, Start::Fresh).adaptation.unwrap();
+        // Not the one that was held out.
+        let labels = adaptation.base_tasks.iter().map(|task| task.label.as_str());
+        assert!(labels.eq(["recall", "hallway"]));
+    }
+    let model = model_of(&folder.path().join("full"));
+    assert_eq!(model.spaces(), model_of(&base).spaces());
 }
 
 #[test]

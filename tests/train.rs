@@ -18,7 +18,7 @@ use dtmem::train::metrics::Line;
 use dtmem::train::run::{Folder, Outcome, Start};
 use proptest::prelude::*;
 use tempfile::TempDir;
-use toy::{RECALL, config, dtmem, finish, run, text};
+use toy::{MANY, RECALL, config, dtmem, finish, run, text};
 
 /// AttentionTuner in a hallway; dropout on, so that the masks matter.
 const HALLWAY: &str = r#"
@@ -44,49 +44,6 @@ learning_rate = 1e-2
 schedule = "cosine"
 log_every = 3
 checkpoint_every = 4
-[evaluation]
-episodes = 6
-"#;
-
-/// DT-Mem on two tasks of different families, with a third one held out.
-const MANY: &str = r#"
-[[tasks]]
-share = 2.0
-task = { name = "recall", steps = 6, pairs = 2 }
-data = { episodes = 30 }
-[[tasks]]
-target_return = 0.9
-task = { name = "hallway", length = 1 }
-data = { episodes = 25, return_scale = 2.0 }
-[[tasks]]
-label = "longer"
-share = 0.0
-task = { name = "recall", steps = 40, pairs = 3 }
-data = { episodes = 20 }
-[model]
-block = "pre_ln"
-layout = "return_obs_action"
-width = 8
-layers = 2
-heads = 2
-feed_forward = 16
-front_end = "linear"
-attention = "segment"
-segment_steps = 2
-dropout = 0.1
-[model.memory]
-slots = 4
-[loss]
-lambda = 0
-[train]
-epochs = 2
-batch_tokens = 100
-optimiser = "adamw"
-weight_decay = 1e-2
-clip = 1.0
-learning_rate = 1e-2
-log_every = 2
-checkpoint_every = 3
 [evaluation]
 episodes = 6
 "#;
