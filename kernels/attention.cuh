@@ -1,8 +1,8 @@
 // What the attention kernels share: the pack, masks, pairs, tiles in shared memory and products of a warp.
 //
-// A warp owns 16 rows of a tile; accumulators lie as mma leaves them (ptx.cuh): lane 4g + c holds, of each 8 columns,
-// columns 2c and 2c + 1 of rows g and g + 8. bf16 and f16 multiply by mma.sync. f32 multiplies by plain FMA in the same
-// layout, so that one kernel serves all types.
+// A warp owns one or two matrices of 16 rows of a tile; accumulators lie as mma leaves them (ptx.cuh): lane 4g + c holds, of
+// each 8 columns, columns 2c and 2c + 1 of rows g and g + 8. bf16 and f16 multiply by mma.sync. f32 multiplies by plain FMA
+// in the same layout, so that one kernel serves all types.
 #pragma once
 
 #include "mma.cuh"
@@ -15,33 +15,34 @@ namespace attention {
 
 constexpr int kWarps = 4;
 constexpr int kThreads = kWarps * kWarpSize;
-constexpr int kWarpRows = 16;
+constexpr int kMatrixRows = 16;
+constexpr int kStages = 2;  // of the other side's tiles
 constexpr int kColumns = 8;  // of one accumulator
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 constexpr float kInfinity = __builtin_huge_valf();
 
-// Sizes of the tiles for heads of `kWidth`.
+// Matrices of 16 rows that a warp owns: two where the accumulators of both fit into registers, because what it reads of
+// the other side's tile then serves twice, and reading shared memory is what takes longest.
 template <typename T, int kWidth>
-struct Tile {
-    // Warps that own the same rows, each with a part of the output's columns: they would not fit into registers.
-    static constexpr int kParts = kWidth > 128 ? 2 : 1;
-    static constexpr int kRows = kWarpRows * kWarps / kParts;
-    static constexpr int kPartWidth = kWidth / kParts;
-    // 16 bytes more than a row: eight rows of a matrix then lie in different banks.
-    static constexpr int kPitch = kWidth + kVectorSize<T>;
-};
+constexpr int kMatrices = sizeof(T) < sizeof(float) && kWidth <= 64 ? 2 : 1;
 
 // The rows and the part of the output's columns that a warp owns, and the lane's place in them.
-template <typename T, int kWidth>
+template <int kWidth, int kM>
 struct Owner {
+    // Warps that own the same rows, each with a part of the output's columns: they would not fit into registers.
+    static constexpr int kParts = kWidth > 128 ? 2 : 1;
+    static constexpr int kPartWidth = kWidth / kParts;
+    static constexpr int kWarpRows = kMatrixRows * kM;
+    static constexpr int kRows = kWarpRows * kWarps / kParts;  // of a block
+
     int lane = threadIdx.x % kWarpSize;
     int warp = threadIdx.x / kWarpSize;
-    int first_row = warp / Tile<T, kWidth>::kParts * kWarpRows;
-    int part = warp % Tile<T, kWidth>::kParts;
-    int first_column = part * Tile<T, kWidth>::kPartWidth;
+    int first_row = warp / kParts * kWarpRows;
+    int part = warp % kParts;
+    int first_column = part * kPartWidth;
 
-    __device__ int row(int half) const { return first_row + lane / 4 + half * 8; }
+    __device__ int row(int m, int half) const { return first_row + m * kMatrixRows + lane / 4 + half * 8; }
     // Of accumulator n, element i.
     __device__ int column(int n, int i) const { return n * kColumns + lane % 4 * 2 + i % 2; }
 };
@@ -70,7 +71,7 @@ struct Sequence {
 struct Run {
     int begin, end;
 
-    __device__ bool holds(int key) const { return begin <= key && key < end; }
+    __device__ bool holds(int key) const { return static_cast<unsigned>(key - begin) < static_cast<unsigned>(end - begin); }
 };
 
 struct Mask {
@@ -143,7 +144,17 @@ __device__ inline float loss_slope(float weight, bool paired) {
     return (paired ? -variance : weight * weight) / fmaxf(variance, kVarianceFloor);
 }
 
-// --- Tiles
+// --- Tiles: rows of kWidth elements. A piece of 16 bytes stands at another place in each of eight rows, so that the eight
+// of a matrix lie in different banks.
+
+template <int kWidth, typename T>
+__device__ inline T* place(T* tile, int row, int column) {
+    constexpr int kSize = kVectorSize<T>, kPieces = kWidth / kSize;
+    static_assert(kPieces == 2 || kPieces == 4 || kPieces % 8 == 0);
+    // Rows that share the banks once are turned alike.
+    const int turn = kPieces == 2 ? row / 4 % 2 : kPieces == 4 ? row / 2 % 4 : row % 8;
+    return tile + row * kWidth + (column / kSize ^ turn) * kSize + column % kSize;
+}
 
 // Starts the copy of `kRows` rows, zeros from `count` on.
 template <int kRows, int kWidth, typename T>
@@ -152,103 +163,128 @@ __device__ inline void load_tile(T* tile, const T* rows, int64_t stride, int cou
     for (int i = threadIdx.x; i < kRows * kVectors; i += kThreads) {
         const int row = i / kVectors, column = i % kVectors * kVectorSize<T>;
         const bool exists = row < count;
-        ptx::cp_async_16_zfill(tile + row * Tile<T, kWidth>::kPitch + column,
-                               rows + (exists ? row * stride : 0) + column, exists ? kVectorBytes : 0);
+        ptx::cp_async_16_zfill(place<kWidth>(tile, row, column), rows + (exists ? row * stride : 0) + column,
+                               exists ? kVectorBytes : 0);
     }
 }
 
-// d [16, 8·kTiles] += a [16, kDepth] · b [8·kTiles, kDepth]ᵀ, both in shared memory with rows of `kPitch`.
-template <int kDepth, int kPitch, int kTiles, typename T>
-__device__ inline void multiply_transposed(float (&d)[kTiles][4], const T* a, const T* b) {
+// d [16·kM, 8·kN] += rows of a from `first_row` · the first rows of bᵀ, over their width.
+template <int kWidth, int kM, int kN, typename T>
+__device__ inline void multiply_transposed(float (&d)[kM][kN][4], const T* a, int first_row, const T* b) {
     const int lane = threadIdx.x % kWarpSize;
 #pragma unroll
-    for (int k = 0; k < kDepth; k += 16) {
-        uint32_t rows[4];
-        ptx::ldmatrix_x4(rows, a + lane % 16 * kPitch + k + lane / 16 * 8);
+    for (int k = 0; k < kWidth; k += 16) {
+        uint32_t rows[kM][4];
 #pragma unroll
-        for (int n = 0; n < kTiles; n += 2) {
+        for (int m = 0; m < kM; ++m) {
+            ptx::ldmatrix_x4(rows[m], place<kWidth>(a, first_row + m * kMatrixRows + lane % 16, k + lane / 16 * 8));
+        }
+#pragma unroll
+        for (int n = 0; n < kN; n += 2) {
             uint32_t columns[4];
-            ptx::ldmatrix_x4(columns, b + ((n + lane / 16) * 8 + lane % 8) * kPitch + k + lane / 8 % 2 * 8);
-            mma(d[n], rows, columns[0], columns[1], a);
-            mma(d[n + 1], rows, columns[2], columns[3], a);
-        }
-    }
-}
-
-template <int kDepth, int kPitch, int kTiles>
-__device__ inline void multiply_transposed(float (&d)[kTiles][4], const float* a, const float* b) {
-    const int lane = threadIdx.x % kWarpSize;
-    const float* row = a + lane / 4 * kPitch;
-    const float* column = b + lane % 4 * 2 * kPitch;
-#pragma unroll 2
-    for (int k = 0; k < kDepth; ++k) {
-        const float upper = row[k], lower = row[8 * kPitch + k];
+            ptx::ldmatrix_x4(columns, place<kWidth>(b, (n + lane / 16) * 8 + lane % 8, k + lane / 8 % 2 * 8));
 #pragma unroll
-        for (int n = 0; n < kTiles; ++n) {
-            const float left = column[n * 8 * kPitch + k], right = column[(n * 8 + 1) * kPitch + k];
-            d[n][0] += upper * left;
-            d[n][1] += upper * right;
-            d[n][2] += lower * left;
-            d[n][3] += lower * right;
-        }
-    }
-}
-
-// d [16, 8·kTiles] += a · b: a [16, 8·kDepthTiles] in accumulators, which mma takes as its rows after rounding; b in
-// shared memory, row-major.
-template <int kPitch, int kTiles, int kDepthTiles, typename T>
-__device__ inline void multiply(float (&d)[kTiles][4], const float (&a)[kDepthTiles][4], const T* b) {
-    const int lane = threadIdx.x % kWarpSize;
-#pragma unroll
-    for (int k = 0; k < kDepthTiles; k += 2) {
-        const uint32_t rows[4] = {pack(a[k][0], a[k][1], b), pack(a[k][2], a[k][3], b),
-                                  pack(a[k + 1][0], a[k + 1][1], b), pack(a[k + 1][2], a[k + 1][3], b)};
-#pragma unroll
-        for (int n = 0; n < kTiles; n += 2) {
-            uint32_t columns[4];
-            ptx::ldmatrix_x4_trans(columns, b + (k * 8 + lane % 16) * kPitch + (n + lane / 16) * 8);
-            mma(d[n], rows, columns[0], columns[1], b);
-            mma(d[n + 1], rows, columns[2], columns[3], b);
-        }
-    }
-}
-
-template <int kPitch, int kTiles, int kDepthTiles>
-__device__ inline void multiply(float (&d)[kTiles][4], const float (&a)[kDepthTiles][4], const float* b) {
-    const int lane = threadIdx.x % kWarpSize;
-    const float* column = b + lane % 4 * 2;
-#pragma unroll
-    for (int tile = 0; tile < kDepthTiles; ++tile) {
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-            const int owner = (lane & ~3) + i / 2;
-            const float upper = __shfl_sync(0xffffffffu, a[tile][i % 2], owner);
-            const float lower = __shfl_sync(0xffffffffu, a[tile][2 + i % 2], owner);
-#pragma unroll
-            for (int n = 0; n < kTiles; ++n) {
-                float right[2];
-                load<2>(column + (tile * 8 + i) * kPitch + n * 8, right);
-                d[n][0] += upper * right[0];
-                d[n][1] += upper * right[1];
-                d[n][2] += lower * right[0];
-                d[n][3] += lower * right[1];
+            for (int m = 0; m < kM; ++m) {
+                mma(d[m][n], rows[m], columns[0], columns[1], a);
+                mma(d[m][n + 1], rows[m], columns[2], columns[3], a);
             }
         }
     }
 }
 
-// Writes factor[half]·d to the rows that exist; `rows` is the tile's first row.
-template <int kWidth, int kTiles, typename T>
-__device__ inline void store_rows(const float (&d)[kTiles][4], const float (&factor)[2], T* rows, int64_t stride, int count) {
-    const Owner<T, kWidth> owner;
+template <int kWidth, int kM, int kN>
+__device__ inline void multiply_transposed(float (&d)[kM][kN][4], const float* a, int first_row, const float* b) {
+    static_assert(kM == 1);
+    const int lane = threadIdx.x % kWarpSize;
+#pragma unroll 1
+    for (int k = 0; k < kWidth; k += 4) {
+        float rows[2][4];
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        const int row = owner.row(half);
-        if (row >= count) continue;
+        for (int half = 0; half < 2; ++half) load(place<kWidth>(a, first_row + lane / 4 + half * 8, k), rows[half]);
 #pragma unroll
-        for (int n = 0; n < kTiles; ++n) {
-            const float pair[2] = {d[n][half * 2] * factor[half], d[n][half * 2 + 1] * factor[half]};
-            store<2>(pair, rows + row * stride + owner.first_column + owner.column(n, 0));
+        for (int n = 0; n < kN; ++n) {
+#pragma unroll
+            for (int side = 0; side < 2; ++side) {
+                float column[4];
+                load(place<kWidth>(b, n * 8 + lane % 4 * 2 + side, k), column);
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    d[0][n][side] += rows[0][i] * column[i];
+                    d[0][n][2 + side] += rows[1][i] * column[i];
+                }
+            }
+        }
+    }
+}
+
+// d [16·kM, 8·kN] += a · b from column `first_column`: a [16·kM, 8·kDepth] in accumulators, which mma takes as its rows
+// after rounding; b in shared memory.
+template <int kWidth, int kM, int kN, int kDepth, typename T>
+__device__ inline void multiply(float (&d)[kM][kN][4], const float (&a)[kM][kDepth][4], const T* b, int first_column) {
+    const int lane = threadIdx.x % kWarpSize;
+#pragma unroll
+    for (int k = 0; k < kDepth; k += 2) {
+        uint32_t rows[kM][4];
+#pragma unroll
+        for (int m = 0; m < kM; ++m) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) rows[m][i] = pack(a[m][k + i / 2][i % 2 * 2], a[m][k + i / 2][i % 2 * 2 + 1], b);
+        }
+#pragma unroll
+        for (int n = 0; n < kN; n += 2) {
+            uint32_t columns[4];
+            ptx::ldmatrix_x4_trans(columns,
+                                   place<kWidth>(b, k * 8 + lane % 16, first_column + (n + lane / 16) * 8));
+#pragma unroll
+            for (int m = 0; m < kM; ++m) {
+                mma(d[m][n], rows[m], columns[0], columns[1], b);
+                mma(d[m][n + 1], rows[m], columns[2], columns[3], b);
+            }
+        }
+    }
+}
+
+template <int kWidth, int kM, int kN, int kDepth>
+__device__ inline void multiply(float (&d)[kM][kN][4], const float (&a)[kM][kDepth][4], const float* b,
+                                int first_column) {
+    static_assert(kM == 1);
+    const int lane = threadIdx.x % kWarpSize;
+#pragma unroll
+    for (int tile = 0; tile < kDepth; ++tile) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            const int owner = (lane & ~3) + i / 2;
+            const float upper = __shfl_sync(0xffffffffu, a[0][tile][i % 2], owner);
+            const float lower = __shfl_sync(0xffffffffu, a[0][tile][2 + i % 2], owner);
+#pragma unroll
+            for (int n = 0; n < kN; ++n) {
+                float right[2];
+                load<2>(place<kWidth>(b, tile * 8 + i, first_column + n * 8 + lane % 4 * 2), right);
+                d[0][n][0] += upper * right[0];
+                d[0][n][1] += upper * right[1];
+                d[0][n][2] += lower * right[0];
+                d[0][n][3] += lower * right[1];
+            }
+        }
+    }
+}
+
+// Writes factor·d to the rows that exist; `rows` is the tile's first row.
+template <int kWidth, int kM, int kN, typename T>
+__device__ inline void store_rows(const float (&d)[kM][kN][4], const float (&factor)[kM][2], T* rows, int64_t stride,
+                                  int count) {
+    const Owner<kWidth, kM> owner;
+#pragma unroll
+    for (int m = 0; m < kM; ++m) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int row = owner.row(m, half);
+            if (row >= count) continue;
+#pragma unroll
+            for (int n = 0; n < kN; ++n) {
+                const float pair[2] = {d[m][n][half * 2] * factor[m][half], d[m][n][half * 2 + 1] * factor[m][half]};
+                store<2>(pair, rows + row * stride + owner.first_column + owner.column(n, 0));
+            }
         }
     }
 }

@@ -6,18 +6,23 @@
 //   dq_i = scale·Σ_j dS_ij k_j,  dk_j = scale·Σ_i dS_ij q_i,  dv_j = Σ_i A_ij dO_i
 //
 // Three launches: attention_delta (Δ, a warp per row), attention_query_gradient and attention_key_gradient. The second
-// walks over keys as the forward pass does. In the third a block owns 64 keys of one key head (32 for width 256), a
-// warp 16 of them, and walks over the queries that see them, of all query heads of the group in their order; it
-// computes Sᵀ and dPᵀ, so that dk and dv stay in registers. Every sum has one order: no atomics, the same bits.
-// Scores are computed anew in both, 10 operations per width and visible pair where one kernel with atomics needs 7.
+// walks over keys as the forward pass does. In the third a block owns 128 keys of one key head (f32 and width 128: 64, width
+// 256: 32), a warp 32 (16) of them, and walks over the queries that see them, of all query heads of the group in their
+// order; it computes Sᵀ and dPᵀ, so that dk and dv stay in registers. Every sum has one order: no atomics, the same bits.
+// Scores are computed anew in both, 10 operations per width and visible pair where one kernel with atomics needs 7. In both
+// the other side's tiles come in two stages, and a warp leaves out and masks tiles as in the forward pass.
 //
 // Bytes: q, k, v, dO read and dq, dk, dv written once, and the others' tiles once per tile from the second level cache.
-// Bound by the matrix units for long sequences, in f32 by shared memory.
+// Bound by the matrix units for long sequences, in f32 by shared memory. For width 64, a warp reads shared memory
+// by 40 instructions of four matrices for 96 matrix instructions (query gradient, 32 keys), and by 32 for 64 (key gradient,
+// 16 queries): 160 and 128 cycles where an A100's matrix units take 192 and 128. With 16 rows to a warp it were 64 and 48.
 //
 // In f16 the gradients have the type's range, 6e-8 … 65504: callers scale the loss as usual.
 //
 // History (not measured on a GPU yet)
-//   1  this version: mma.sync; the tile is copied asynchronously, but waited for
+//   1  mma.sync; the tile is copied asynchronously, but waited for; padded rows, 16 rows to a warp
+//   2  two stages, with a query's lse and Δ among what is copied; 32 rows to a warp where its accumulators fit; swizzled rows;
+//      one multiplication with addition for the argument of 2^x; masks and pairs only in the tiles that have some
 
 #include "attention.cuh"
 
@@ -27,7 +32,10 @@ using namespace attention;
 
 // The other side's tokens in a tile.
 template <typename T, int kWidth>
-constexpr int kOthers = kWidth * sizeof(T) <= 512 ? 32 : 16;
+constexpr int kOthers = kWidth * sizeof(T) <= 256 ? 32 : kWidth * sizeof(T) <= 512 ? 16 : 8;
+// In the key gradient, whose two sums leave fewer registers.
+template <typename T, int kWidth>
+constexpr int kQueries = kMatrices<T, kWidth> == 2 && kWidth == 64 ? 16 : kOthers<T, kWidth>;
 
 template <typename T>
 struct Backward {
@@ -43,30 +51,24 @@ struct Backward {
     float scale;
 };
 
-// What a query's row of scores needs for its gradient.
-struct Row {
-    Run run;
-    float lse, delta;
+// What the gradient of a query's loss into its scores needs. It is 0 where the weight is, as it is where a key is hidden.
+struct LossRow {
     int peak;
     float shift, at_peak;
 
-    // Gradient of the row's loss into the score of `key`.
-    __device__ float loss_gradient(float weight, int key, bool paired) const {
+    __device__ float gradient(float weight, int key, bool paired) const {
         return key == peak ? -weight * at_peak : loss_slope(weight, paired) - weight * shift;
     }
 };
 
 template <typename T>
-__device__ inline Row row_of(const Backward<T>& x, const Sequence& sequence, int query, int head, int slot) {
-    const int64_t token = sequence.first_query + query, at = token * x.supervision.count + slot;
-    const bool supervised = slot >= 0;
-    return {x.mask.visible(sequence, query),
-            x.lse[token * x.heads + head],
-            x.delta[token * x.heads + head],
-            supervised ? x.peak[at] : -1,
-            supervised ? x.shift[at] : 0.0f,
-            supervised ? x.at_peak[at] : 0.0f};
+__device__ inline LossRow loss_row(const Backward<T>& x, int64_t token, int slot) {
+    const int64_t at = token * x.supervision.count + slot;
+    return {x.peak[at], x.shift[at], x.at_peak[at]};
 }
+
+// exp(scale·score − lse) = 2^(score·factor − centre)
+__device__ inline float centre_of(float lse) { return lse * kLog2E; }
 
 // The slot of the head if it is supervised and the sequence annotated, or −1.
 template <typename T>
@@ -77,21 +79,22 @@ __device__ inline int active_slot(const Backward<T>& x, const Sequence& sequence
 
 template <int kWidth, typename T>
 __device__ inline void query_gradient(const Backward<T>& x, T* dq, int dq_stride) {
-    using Sizes = Tile<T, kWidth>;
-    constexpr int kTileKeys = kOthers<T, kWidth>, kPitch = Sizes::kPitch, kTiles = kTileKeys / kColumns;
+    constexpr int kM = kMatrices<T, kWidth>;
+    using Rows = Owner<kWidth, kM>;
+    constexpr int kTileKeys = kOthers<T, kWidth>, kTiles = kTileKeys / kColumns, kTile = kTileKeys * kWidth;
     extern __shared__ __align__(16) unsigned char memory[];
     T* query_tile = reinterpret_cast<T*>(memory);
-    T* grad_tile = query_tile + Sizes::kRows * kPitch;
-    T* key_tile = grad_tile + Sizes::kRows * kPitch;
-    T* value_tile = key_tile + kTileKeys * kPitch;
+    T* grad_tile = query_tile + Rows::kRows * kWidth;
+    T* key_tiles = grad_tile + Rows::kRows * kWidth;
+    T* value_tiles = key_tiles + kStages * kTile;
 
     int first;
     const Sequence sequence(
-        x.pack, find_sequence(x.pack.queries, x.pack.sequences, Sizes::kRows, static_cast<int>(blockIdx.x), first));
-    const int rows = min(Sizes::kRows, sequence.queries - first);
+        x.pack, find_sequence(x.pack.queries, x.pack.sequences, Rows::kRows, static_cast<int>(blockIdx.x), first));
+    const int rows = min(Rows::kRows, sequence.queries - first);
     if (rows <= 0) return;
 
-    const Owner<T, kWidth> owner;
+    const Rows owner;
     const int head = static_cast<int>(blockIdx.y), key_head = head / (x.heads / x.key_heads);
     const T* keys = x.k + static_cast<int64_t>(sequence.first_key) * x.k_stride + key_head * kWidth;
     const T* values = x.v + static_cast<int64_t>(sequence.first_key) * x.v_stride + key_head * kWidth;
@@ -99,57 +102,101 @@ __device__ inline void query_gradient(const Backward<T>& x, T* dq, int dq_stride
     const int slot = active_slot(x, sequence, head);
     const float loss_factor = slot < 0 ? 0.0f : *x.grad_memory_loss * *x.factor;
 
-    const Run first_run = x.mask.visible(sequence, first), last_run = x.mask.visible(sequence, first + rows - 1);
-    const int end = last_run.end;
-    Row own[2] = {};
+    const int begin = x.mask.visible(sequence, first).begin, end = x.mask.visible(sequence, first + rows - 1).end;
+    const bool works = owner.first_row < rows;
+    const Run of_first = x.mask.visible(sequence, first + owner.first_row);
+    const Run of_last = x.mask.visible(sequence, first + min(owner.first_row + Rows::kWarpRows, rows) - 1);
+    float centres[kM][2] = {}, deltas[kM][2] = {};
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        if (owner.row(half) < rows) own[half] = row_of(x, sequence, first + owner.row(half), head, slot);
-    }
-
-    if (first_run.begin < end) {
-        load_tile<Sizes::kRows, kWidth>(query_tile, x.q + token * x.q_stride + head * kWidth, x.q_stride, rows);
-        load_tile<Sizes::kRows, kWidth>(grad_tile, x.grad_out + token * x.grad_out_stride + head * kWidth,
-                                        x.grad_out_stride, rows);
-    }
-
-    float sums[Sizes::kPartWidth / kColumns][4] = {};
-    for (int key = first_run.begin; key < end; key += kTileKeys) {
-        __syncthreads();  // nobody works on the last tile
-        load_tile<kTileKeys, kWidth>(key_tile, keys + static_cast<int64_t>(key) * x.k_stride, x.k_stride, end - key);
-        load_tile<kTileKeys, kWidth>(value_tile, values + static_cast<int64_t>(key) * x.v_stride, x.v_stride, end - key);
-        ptx::cp_async_wait_all();
-        __syncthreads();
-
-        float scores[kTiles][4] = {}, grads[kTiles][4] = {};
-        multiply_transposed<kWidth, kPitch>(scores, query_tile + owner.first_row * kPitch, key_tile);
-        multiply_transposed<kWidth, kPitch>(grads, grad_tile + owner.first_row * kPitch, value_tile);
-        const bool whole = last_run.begin <= key && key + kTileKeys <= first_run.end && rows == Sizes::kRows;
+    for (int m = 0; m < kM; ++m) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const Row& row = own[half];
-            const bool supervised = slot >= 0 && owner.row(half) < rows;
-            const uint64_t pairs = supervised ? x.supervision.bits(static_cast<int>(token) + owner.row(half), key) : 0;
+            const int row = owner.row(m, half);
+            if (row >= rows) continue;
+            centres[m][half] = centre_of(x.lse[(token + row) * x.heads + head]);
+            deltas[m][half] = x.delta[(token + row) * x.heads + head];
+        }
+    }
+    const auto start = [&](int key, int n) {
+        load_tile<kTileKeys, kWidth>(key_tiles + n % kStages * kTile, keys + static_cast<int64_t>(key) * x.k_stride,
+                                     x.k_stride, end - key);
+        load_tile<kTileKeys, kWidth>(value_tiles + n % kStages * kTile, values + static_cast<int64_t>(key) * x.v_stride,
+                                     x.v_stride, end - key);
+    };
+    if (begin < end) {
+        load_tile<Rows::kRows, kWidth>(query_tile, x.q + token * x.q_stride + head * kWidth, x.q_stride, rows);
+        load_tile<Rows::kRows, kWidth>(grad_tile, x.grad_out + token * x.grad_out_stride + head * kWidth,
+                                       x.grad_out_stride, rows);
+        start(begin, 0);
+    }
+
+    const float factor = x.scale * kLog2E;
+    float sums[kM][Rows::kPartWidth / kColumns][4] = {};
+    for (int key = begin, n = 0; key < end; key += kTileKeys, ++n) {
+        ptx::cp_async_wait_all();
+        __syncthreads();  // this tile is there, and nobody works on the last one
+        if (key + kTileKeys < end) start(key + kTileKeys, n + 1);
+        if (!works || key >= of_last.end || key + kTileKeys <= of_first.begin) continue;
+
+        const T* key_tile = key_tiles + n % kStages * kTile;
+        float weights[kM][kTiles][4] = {}, grads[kM][kTiles][4] = {};
+        multiply_transposed<kWidth>(weights, query_tile, owner.first_row, key_tile);
+        multiply_transposed<kWidth>(grads, grad_tile, owner.first_row, value_tiles + n % kStages * kTile);
 #pragma unroll
-            for (int n = 0; n < kTiles; ++n) {
+        for (int m = 0; m < kM; ++m) {
 #pragma unroll
-                for (int i = half * 2; i < half * 2 + 2; ++i) {
-                    const int column = owner.column(n, i);
-                    const bool shown = whole || row.run.holds(key + column);
-                    const float weight =
-                        shown ? ptx::exp2_approx((scores[n][i] * x.scale - row.lse) * kLog2E) : 0.0f;
-                    scores[n][i] = weight * (grads[n][i] - row.delta);
-                    if (supervised) {
-                        scores[n][i] +=
-                            loss_factor * row.loss_gradient(weight, key + column, (pairs >> column & 1) != 0 && shown);
+            for (int t = 0; t < kTiles; ++t) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    const float weight = ptx::exp2_approx(fmaf(weights[m][t][i], factor, -centres[m][i / 2]));
+                    weights[m][t][i] = weight;
+                    grads[m][t][i] = weight * (grads[m][t][i] - deltas[m][i / 2]);
+                }
+            }
+        }
+        if (of_last.begin > key || key + kTileKeys > of_first.end) {
+#pragma unroll
+            for (int m = 0; m < kM; ++m) {
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    const Run run = x.mask.visible(sequence, first + owner.row(m, half));
+#pragma unroll
+                    for (int t = 0; t < kTiles; ++t) {
+#pragma unroll
+                        for (int i = half * 2; i < half * 2 + 2; ++i) {
+                            if (!run.holds(key + owner.column(t, i))) weights[m][t][i] = grads[m][t][i] = 0.0f;
+                        }
                     }
                 }
             }
         }
-        multiply<kPitch>(sums, scores, key_tile + owner.first_column);
+        if (slot >= 0) {
+#pragma unroll
+            for (int m = 0; m < kM; ++m) {
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    const int64_t query = token + owner.row(m, half);
+                    if (owner.row(m, half) >= rows) continue;
+                    const LossRow row = loss_row(x, query, slot);
+                    const uint64_t pairs = x.supervision.bits(static_cast<int>(query), key);
+#pragma unroll
+                    for (int t = 0; t < kTiles; ++t) {
+#pragma unroll
+                        for (int i = half * 2; i < half * 2 + 2; ++i) {
+                            const int column = owner.column(t, i);
+                            grads[m][t][i] += loss_factor * row.gradient(weights[m][t][i], key + column,
+                                                                         (pairs >> column & 1) != 0);
+                        }
+                    }
+                }
+            }
+        }
+        multiply<kWidth>(sums, grads, key_tile, owner.first_column);
     }
-    const float factor[2] = {x.scale, x.scale};
-    store_rows<kWidth>(sums, factor, dq + token * dq_stride + head * kWidth, dq_stride, rows);
+    float scales[kM][2];
+#pragma unroll
+    for (int m = 0; m < kM; ++m) scales[m][0] = scales[m][1] = x.scale;
+    store_rows<kWidth>(sums, scales, dq + token * dq_stride + head * kWidth, dq_stride, rows);
 }
 
 // The first query from `begin` on for which `holds` is true; it stays true for those behind.
@@ -168,23 +215,28 @@ __device__ inline int first_query(int begin, int end, Condition holds) {
 
 template <int kWidth, typename T>
 __device__ inline void key_gradient(const Backward<T>& x, T* dk, T* dv, int dk_stride, int dv_stride) {
-    using Sizes = Tile<T, kWidth>;
-    constexpr int kTileQueries = kOthers<T, kWidth>, kPitch = Sizes::kPitch, kTiles = kTileQueries / kColumns;
+    constexpr int kM = kMatrices<T, kWidth>;
+    using Rows = Owner<kWidth, kM>;
+    constexpr int kTileQueries = kQueries<T, kWidth>, kTiles = kTileQueries / kColumns, kTile = kTileQueries * kWidth;
+    constexpr int kWords = (Rows::kRows + 63) / 64;
     extern __shared__ __align__(16) unsigned char memory[];
     T* key_tile = reinterpret_cast<T*>(memory);
-    T* value_tile = key_tile + Sizes::kRows * kPitch;
-    T* query_tile = value_tile + Sizes::kRows * kPitch;
-    T* grad_tile = query_tile + kTileQueries * kPitch;
-    __shared__ Row query_rows[kTileQueries];
-    __shared__ uint64_t query_pairs[kTileQueries];
+    T* value_tile = key_tile + Rows::kRows * kWidth;
+    T* query_tiles = value_tile + Rows::kRows * kWidth;
+    T* grad_tiles = query_tiles + kStages * kTile;
+    // Of the queries of a tile.
+    __shared__ alignas(8) float lses[kStages][kTileQueries];
+    __shared__ alignas(8) float deltas[kStages][kTileQueries];
+    __shared__ LossRow loss_rows[kStages][kTileQueries];
+    __shared__ uint64_t query_pairs[kStages][kTileQueries][kWords];
 
     int first;
     const Sequence sequence(
-        x.pack, find_sequence(x.pack.keys, x.pack.sequences, Sizes::kRows, static_cast<int>(blockIdx.x), first));
-    const int rows = min(Sizes::kRows, sequence.keys - first);
+        x.pack, find_sequence(x.pack.keys, x.pack.sequences, Rows::kRows, static_cast<int>(blockIdx.x), first));
+    const int rows = min(Rows::kRows, sequence.keys - first);
     if (rows <= 0) return;
 
-    const Owner<T, kWidth> owner;
+    const Rows owner;
     const int key_head = static_cast<int>(blockIdx.y), group = x.heads / x.key_heads;
     const int64_t token = sequence.first_key + first;
     // The queries that see any of these keys.
@@ -192,66 +244,123 @@ __device__ inline void key_gradient(const Backward<T>& x, T* dk, T* dv, int dk_s
                                   [&](int query) { return x.mask.visible(sequence, query).end > first; });
     const int end = first_query(begin, sequence.queries,
                                 [&](int query) { return x.mask.visible(sequence, query).begin >= first + rows; });
+    const int own_begin = first + owner.first_row, own_end = first + min(owner.first_row + Rows::kWarpRows, rows);
 
-    if (begin < end) {
-        load_tile<Sizes::kRows, kWidth>(key_tile, x.k + token * x.k_stride + key_head * kWidth, x.k_stride, rows);
-        load_tile<Sizes::kRows, kWidth>(value_tile, x.v + token * x.v_stride + key_head * kWidth, x.v_stride, rows);
+    // Step n: a tile of queries of one head, head by head.
+    const int of_head = (end - begin + kTileQueries - 1) / kTileQueries, steps = of_head * group;
+    const auto head_of = [&](int n) { return key_head * group + n / of_head; };
+    const auto query_of = [&](int n) { return begin + n % of_head * kTileQueries; };
+    const auto start = [&](int n) {
+        const int head = head_of(n), query = query_of(n), queries = end - query, stage = n % kStages;
+        const int64_t query_token = sequence.first_query + query;
+        load_tile<kTileQueries, kWidth>(query_tiles + stage * kTile, x.q + query_token * x.q_stride + head * kWidth,
+                                        x.q_stride, queries);
+        load_tile<kTileQueries, kWidth>(grad_tiles + stage * kTile,
+                                        x.grad_out + query_token * x.grad_out_stride + head * kWidth, x.grad_out_stride,
+                                        queries);
+        const int row = static_cast<int>(threadIdx.x);
+        if (row >= kTileQueries) return;
+        const bool exists = row < queries;
+        const int64_t at = (query_token + (exists ? row : 0)) * x.heads + head;
+        ptx::cp_async_4_zfill(&lses[stage][row], x.lse + at, exists ? 4 : 0);
+        ptx::cp_async_4_zfill(&deltas[stage][row], x.delta + at, exists ? 4 : 0);
+        const int slot = active_slot(x, sequence, head);
+        if (slot < 0) return;
+        loss_rows[stage][row] = exists ? loss_row(x, query_token + row, slot) : LossRow{-1, 0.0f, 0.0f};
+#pragma unroll
+        for (int word = 0; word < kWords; ++word) {
+            query_pairs[stage][row][word] =
+                exists ? x.supervision.bits(static_cast<int>(query_token) + row, first + word * 64) : 0;
+        }
+    };
+
+    if (steps > 0) {
+        load_tile<Rows::kRows, kWidth>(key_tile, x.k + token * x.k_stride + key_head * kWidth, x.k_stride, rows);
+        load_tile<Rows::kRows, kWidth>(value_tile, x.v + token * x.v_stride + key_head * kWidth, x.v_stride, rows);
+        start(0);
     }
 
-    float key_sums[Sizes::kPartWidth / kColumns][4] = {}, value_sums[Sizes::kPartWidth / kColumns][4] = {};
-    for (int head = key_head * group; head < (key_head + 1) * group; ++head) {
-        const int slot = active_slot(x, sequence, head);
-        const float loss_factor = slot < 0 ? 0.0f : *x.grad_memory_loss * *x.factor;
-        for (int query = begin; query < end; query += kTileQueries) {
-            const int queries = min(kTileQueries, end - query);
-            const int64_t query_token = sequence.first_query + query;
-            __syncthreads();  // nobody works on the last tile
-            load_tile<kTileQueries, kWidth>(query_tile, x.q + query_token * x.q_stride + head * kWidth, x.q_stride, queries);
-            load_tile<kTileQueries, kWidth>(grad_tile, x.grad_out + query_token * x.grad_out_stride + head * kWidth,
-                                            x.grad_out_stride, queries);
-            if (threadIdx.x < kTileQueries) {
-                const int row = static_cast<int>(threadIdx.x);
-                query_rows[row] = row < queries ? row_of(x, sequence, query + row, head, slot) : Row{};
-                query_pairs[row] = row < queries && slot >= 0
-                                       ? x.supervision.bits(static_cast<int>(query_token) + row, first)
-                                       : 0;
-            }
-            ptx::cp_async_wait_all();
-            __syncthreads();
+    const float factor = x.scale * kLog2E;
+    float key_sums[kM][Rows::kPartWidth / kColumns][4] = {}, value_sums[kM][Rows::kPartWidth / kColumns][4] = {};
+    for (int n = 0; n < steps; ++n) {
+        ptx::cp_async_wait_all();
+        __syncthreads();  // this tile is there, and nobody works on the last one
+        if (n + 1 < steps) start(n + 1);
+        const int stage = n % kStages, query = query_of(n), queries = min(kTileQueries, end - query);
+        const Run of_first = x.mask.visible(sequence, query), of_last = x.mask.visible(sequence, query + queries - 1);
+        if (own_begin >= own_end || own_begin >= of_last.end || own_end <= of_first.begin) continue;
 
-            float weights[kTiles][4] = {}, grads[kTiles][4] = {};
-            multiply_transposed<kWidth, kPitch>(weights, key_tile + owner.first_row * kPitch, query_tile);
-            multiply_transposed<kWidth, kPitch>(grads, value_tile + owner.first_row * kPitch, grad_tile);
-            const bool whole = queries == kTileQueries &&
-                               query_rows[kTileQueries - 1].run.begin <= first && first + rows <= query_rows[0].run.end;
+        const T* query_tile = query_tiles + stage * kTile;
+        const T* grad_tile = grad_tiles + stage * kTile;
+        float weights[kM][kTiles][4] = {}, grads[kM][kTiles][4] = {};
+        multiply_transposed<kWidth>(weights, key_tile, owner.first_row, query_tile);
+        multiply_transposed<kWidth>(grads, value_tile, owner.first_row, grad_tile);
 #pragma unroll
-            for (int n = 0; n < kTiles; ++n) {
+        for (int t = 0; t < kTiles; ++t) {
+            float lse[2], delta[2];
+            load(&lses[stage][owner.column(t, 0)], lse);
+            load(&deltas[stage][owner.column(t, 0)], delta);
+            const float centre[2] = {centre_of(lse[0]), centre_of(lse[1])};
+#pragma unroll
+            for (int m = 0; m < kM; ++m) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    const float weight = ptx::exp2_approx(fmaf(weights[m][t][i], factor, -centre[i % 2]));
+                    weights[m][t][i] = weight;
+                    grads[m][t][i] = weight * (grads[m][t][i] - delta[i % 2]);
+                }
+            }
+        }
+        if (queries < kTileQueries || of_last.begin > own_begin || own_end > of_first.end) {
+#pragma unroll
+            for (int t = 0; t < kTiles; ++t) {
 #pragma unroll
                 for (int side = 0; side < 2; ++side) {
-                    const Row& row = query_rows[owner.column(n, side)];
-                    const uint64_t pairs = query_pairs[owner.column(n, side)];
+                    const int column = query + owner.column(t, side);
+                    const Run run = column < end ? x.mask.visible(sequence, column) : Run{0, 0};
 #pragma unroll
-                    for (int half = 0; half < 2; ++half) {
-                        const int i = half * 2 + side, key = first + owner.row(half);
-                        const bool shown = whole || row.run.holds(key);
-                        const float weight =
-                            shown ? ptx::exp2_approx((weights[n][i] * x.scale - row.lse) * kLog2E) : 0.0f;
-                        weights[n][i] = weight;
-                        grads[n][i] = weight * (grads[n][i] - row.delta);
-                        if (slot >= 0) {
-                            const bool paired = shown && (pairs >> owner.row(half) & 1) != 0;
-                            grads[n][i] += loss_factor * row.loss_gradient(weight, key, paired);
+                    for (int m = 0; m < kM; ++m) {
+#pragma unroll
+                        for (int half = 0; half < 2; ++half) {
+                            if (run.holds(first + owner.row(m, half))) continue;
+                            weights[m][t][half * 2 + side] = grads[m][t][half * 2 + side] = 0.0f;
                         }
                     }
                 }
             }
-            multiply<kPitch>(value_sums, weights, grad_tile + owner.first_column);
-            multiply<kPitch>(key_sums, grads, query_tile + owner.first_column);
         }
+        if (active_slot(x, sequence, head_of(n)) >= 0) {
+            const float loss_factor = *x.grad_memory_loss * *x.factor;
+#pragma unroll
+            for (int t = 0; t < kTiles; ++t) {
+#pragma unroll
+                for (int side = 0; side < 2; ++side) {
+                    const int column = owner.column(t, side);
+                    const LossRow& row = loss_rows[stage][column];
+#pragma unroll
+                    for (int m = 0; m < kM; ++m) {
+#pragma unroll
+                        for (int half = 0; half < 2; ++half) {
+                            const int own = owner.row(m, half), i = half * 2 + side;
+                            const uint64_t pairs = query_pairs[stage][column][own / 64];
+                            grads[m][t][i] += loss_factor * row.gradient(weights[m][t][i], first + own,
+                                                                         (pairs >> own % 64 & 1) != 0);
+                        }
+                    }
+                }
+            }
+        }
+        multiply<kWidth>(value_sums, weights, grad_tile, owner.first_column);
+        multiply<kWidth>(key_sums, grads, query_tile, owner.first_column);
     }
-    const float one[2] = {1.0f, 1.0f}, factor[2] = {x.scale, x.scale};
-    store_rows<kWidth>(value_sums, one, dv + token * dv_stride + key_head * kWidth, dv_stride, rows);
-    store_rows<kWidth>(key_sums, factor, dk + token * dk_stride + key_head * kWidth, dk_stride, rows);
+    float ones[kM][2], scales[kM][2];
+#pragma unroll
+    for (int m = 0; m < kM; ++m) {
+        ones[m][0] = ones[m][1] = 1.0f;
+        scales[m][0] = scales[m][1] = x.scale;
+    }
+    store_rows<kWidth>(value_sums, ones, dv + token * dv_stride + key_head * kWidth, dv_stride, rows);
+    store_rows<kWidth>(key_sums, scales, dk + token * dk_stride + key_head * kWidth, dk_stride, rows);
 }
 
 // Δ of a row per warp.
@@ -301,8 +410,9 @@ __device__ inline void delta_rows(const T* grad_out, const T* out, float* delta,
             heads, key_heads, q_stride, k_stride, v_stride, grad_out_stride, scale                                     \
     }
 
-// Both: block 128; dynamic shared memory 2·(rows + others)·(width·size + 16) bytes with rows = 64 (width 256: 32) and
-// others = 32 (width·size > 512: 16). Without supervision the pointers from `slots` to `grad_memory_loss` are null.
+// Both: block 128; dynamic shared memory (2·rows + 4·others)·width·size bytes with rows = 128 (f32 and width
+// 128: 64, width 256: 32) and others = 32 (width·size > 256: 16, > 512: 8; width 64 of the key gradient, but in f32: 16).
+// Without supervision the pointers from `slots` to `grad_memory_loss` are null.
 // query gradient: grid (tokens_q / rows + sequences, H). key gradient: grid (tokens_k / rows + sequences, H_kv).
 #define ATTENTION_GRADIENTS(NAME, T, WIDTH)                                                                            \
     extern "C" __global__ void __launch_bounds__(kThreads) attention_query_gradient_##WIDTH##_##NAME(                  \

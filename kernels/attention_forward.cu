@@ -6,9 +6,9 @@
 // q, out [tokens_q, H, width]; k, v [tokens_k, H_kv, width], each with a token stride (elements) of its own, rows aligned
 // to 16 bytes; lse [tokens_q, H] in f32. Query head h uses key head h·H_kv/H. Queries stand at the end of their keys.
 //
-// A block owns 64 queries of one head (32 for width 256), a warp 16 of them: the scores, the output and the running
-// maximum and sum of its rows stay in registers. Keys and values come by asynchronous copies, one of the two while
-// the other is worked on.
+// A block owns 128 queries of one head (f32 and width 128: 64, width 256: 32), a warp 32 (16) of them: the scores, the output and the
+// running maximum and sum of its rows stay in registers. Tiles of keys and values come by asynchronous copies in two stages:
+// one barrier a tile. A warp leaves out the tiles that none of its rows sees, and masks those that some of them see.
 //
 // The loss of a supervised head needs lse, so it is one more pass over the keys. 1 − A of a row's largest entry (its
 // peak) is the sum of the others, never a subtraction; every other entry has A ≤ 1/2. While a row goes by, the largest
@@ -18,10 +18,15 @@
 // in which nothing cancels when A_p rounds to 1.
 //
 // Bytes: q, out once; k and v once for each tile of queries, from the second level cache. Operations: 4·width for every
-// visible pair (6 with the loss). Bound by the matrix units for long sequences, in f32 by shared memory.
+// visible pair (6 with the loss). Bound by the matrix units for long sequences, in f32 by shared memory. For width 64, 32
+// queries and 64 keys, a warp has 128 matrix instructions (256 cycles of an A100's units), reads shared memory by 40
+// instructions of four matrices (160 cycles; with 16 rows to a warp it were 72), and does three operations on a score, a
+// multiplication with addition, 2^x and an addition, besides its part of the maximum.
 //
 // History (not measured on a GPU yet)
-//   1  this version: mma.sync, cp.async with one buffer each for keys and values, padded rows
+//   1  mma.sync, cp.async with one buffer each for keys and values, padded rows, 16 rows to a warp
+//   2  32 rows to a warp, two stages, swizzled rows (what padding took is room for the second stage), the scale folded into
+//      the argument of 2^x, masks in the tiles of a warp that need them only
 
 #include "attention.cuh"
 
@@ -31,8 +36,9 @@ using namespace attention;
 
 // Keys of a tile.
 template <typename T, int kWidth>
-constexpr int kKeys = kWidth * sizeof(T) <= 256 ? 64 : 32;
+constexpr int kKeys = kWidth * sizeof(T) <= 256 ? 64 : kWidth * sizeof(T) <= 512 ? 32 : 16;
 
+constexpr float kLeastFactor = 1e-30f;
 constexpr float kLogFloor = -100.0f;
 // A is added up times e^40, so that the sum without the peak reaches e^−100 and below.
 constexpr float kLift = 40.0f;
@@ -114,149 +120,198 @@ struct Forward {
 
 template <int kWidth, typename T>
 __device__ inline void forward(const Forward<T>& x) {
-    using Sizes = Tile<T, kWidth>;
-    constexpr int kTileKeys = kKeys<T, kWidth>, kPitch = Sizes::kPitch, kTiles = kTileKeys / kColumns;
+    constexpr int kM = kMatrices<T, kWidth>;
+    using Rows = Owner<kWidth, kM>;
+    constexpr int kTileKeys = kKeys<T, kWidth>, kTiles = kTileKeys / kColumns, kTile = kTileKeys * kWidth;
+    constexpr int kOut = Rows::kPartWidth / kColumns;
     extern __shared__ __align__(16) unsigned char memory[];
     T* query_tile = reinterpret_cast<T*>(memory);
-    T* key_tile = query_tile + Sizes::kRows * kPitch;
-    T* value_tile = key_tile + kTileKeys * kPitch;
+    T* key_tiles = query_tile + Rows::kRows * kWidth;
+    T* value_tiles = key_tiles + kStages * kTile;
 
     int first;
     const Sequence sequence(
-        x.pack, find_sequence(x.pack.queries, x.pack.sequences, Sizes::kRows, static_cast<int>(blockIdx.x), first));
-    const int rows = min(Sizes::kRows, sequence.queries - first);
+        x.pack, find_sequence(x.pack.queries, x.pack.sequences, Rows::kRows, static_cast<int>(blockIdx.x), first));
+    const int rows = min(Rows::kRows, sequence.queries - first);
     if (rows <= 0) return;
 
-    const Owner<T, kWidth> owner;
+    const Rows owner;
     const int head = static_cast<int>(blockIdx.y), key_head = head / (x.heads / x.key_heads);
     const T* keys = x.k + static_cast<int64_t>(sequence.first_key) * x.k_stride + key_head * kWidth;
     const T* values = x.v + static_cast<int64_t>(sequence.first_key) * x.v_stride + key_head * kWidth;
     const int64_t token = sequence.first_query + first;
-    const auto load_keys = [&](int key, int end) {
-        load_tile<kTileKeys, kWidth>(key_tile, keys + static_cast<int64_t>(key) * x.k_stride, x.k_stride, end - key);
-        ptx::cp_async_commit();
+    const auto load_keys = [&](int key, int end, int n) {
+        load_tile<kTileKeys, kWidth>(key_tiles + n % kStages * kTile, keys + static_cast<int64_t>(key) * x.k_stride,
+                                     x.k_stride, end - key);
+    };
+    const auto load_values = [&](int key, int end, int n) {
+        load_tile<kTileKeys, kWidth>(value_tiles + n % kStages * kTile, values + static_cast<int64_t>(key) * x.v_stride,
+                                     x.v_stride, end - key);
     };
 
-    // The runs of the first and the last query bound those of all between.
-    const Run first_run = x.mask.visible(sequence, first), last_run = x.mask.visible(sequence, first + rows - 1);
-    const int begin = first_run.begin, end = last_run.end;
-    const Run runs[2] = {x.mask.visible(sequence, first + owner.row(0)), x.mask.visible(sequence, first + owner.row(1))};
-    const auto shown_whole = [&](int key) { return last_run.begin <= key && key + kTileKeys <= first_run.end; };
+    // The runs of the first and the last query bound those of all between, for the block and for the warp.
+    const int begin = x.mask.visible(sequence, first).begin, end = x.mask.visible(sequence, first + rows - 1).end;
+    const bool works = owner.first_row < rows;
+    const Run of_first = x.mask.visible(sequence, first + owner.first_row);
+    const Run of_last = x.mask.visible(sequence, first + min(owner.first_row + Rows::kWarpRows, rows) - 1);
+    const auto shown = [&](int key) { return works && key < of_last.end && of_first.begin < key + kTileKeys; };
+    const auto shown_whole = [&](int key) { return of_last.begin <= key && key + kTileKeys <= of_first.end; };
+    const auto run_of = [&](int m, int half) { return x.mask.visible(sequence, first + owner.row(m, half)); };
 
     if (begin < end) {
-        load_tile<Sizes::kRows, kWidth>(query_tile, x.q + token * x.q_stride + head * kWidth, x.q_stride, rows);
-        load_keys(begin, end);
+        load_tile<Rows::kRows, kWidth>(query_tile, x.q + token * x.q_stride + head * kWidth, x.q_stride, rows);
+        load_keys(begin, end, 0);
+        load_values(begin, end, 0);
     }
 
-    float out[Sizes::kPartWidth / kColumns][4] = {};
-    float maximum[2] = {-kInfinity, -kInfinity}, sum[2] = {};  // of scores times log2 e
-    for (int key = begin; key < end; key += kTileKeys) {
+    // The scale stands in the argument of 2^x. A factor of 0 would make NaN of what is hidden.
+    const float factor = fmaxf(fabsf(x.scale) * kLog2E, kLeastFactor);
+    float out[kM][kOut][4] = {};
+    float maximum[kM][2], sum[kM][2] = {};  // maximum: of scores times factor
+#pragma unroll
+    for (int m = 0; m < kM; ++m) maximum[m][0] = maximum[m][1] = -kInfinity;
+    for (int key = begin, n = 0; key < end; key += kTileKeys, ++n) {
         ptx::cp_async_wait_all();
-        __syncthreads();  // these keys are there, and nobody works on the last values
-        load_tile<kTileKeys, kWidth>(value_tile, values + static_cast<int64_t>(key) * x.v_stride, x.v_stride, end - key);
-        ptx::cp_async_commit();
+        __syncthreads();  // this tile is there, and nobody works on the last one
+        if (key + kTileKeys < end) {
+            load_keys(key + kTileKeys, end, n + 1);
+            load_values(key + kTileKeys, end, n + 1);
+        }
+        if (!shown(key)) continue;
 
-        float scores[kTiles][4] = {};
-        multiply_transposed<kWidth, kPitch>(scores, query_tile + owner.first_row * kPitch, key_tile);
+        float scores[kM][kTiles][4] = {};
+        multiply_transposed<kWidth>(scores, query_tile, owner.first_row, key_tiles + n % kStages * kTile);
+        const bool whole = shown_whole(key), negative = x.scale < 0.0f;
+        if (!whole || negative) {
+#pragma unroll
+            for (int m = 0; m < kM; ++m) {
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    const Run run = run_of(m, half);
+#pragma unroll
+                    for (int t = 0; t < kTiles; ++t) {
+#pragma unroll
+                        for (int i = half * 2; i < half * 2 + 2; ++i) {
+                            if (negative) scores[m][t][i] = -scores[m][t][i];
+                            if (!run.holds(key + owner.column(t, i))) scores[m][t][i] = -kInfinity;
+                        }
+                    }
+                }
+            }
+        }
+#pragma unroll
+        for (int m = 0; m < kM; ++m) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                float largest = -kInfinity;
+#pragma unroll
+                for (int t = 0; t < kTiles; ++t) {
+                    largest = fmaxf(largest, fmaxf(scores[m][t][half * 2], scores[m][t][half * 2 + 1]));
+                }
+                largest = fmaxf(maximum[m][half], row_maximum(largest) * factor);
+                const float centre = largest == -kInfinity ? 0.0f : largest;  // nothing seen yet
+                const float shrink = ptx::exp2_approx(maximum[m][half] - centre);
+                maximum[m][half] = largest;
+                float total = 0.0f;
+#pragma unroll
+                for (int t = 0; t < kTiles; ++t) {
+#pragma unroll
+                    for (int i = half * 2; i < half * 2 + 2; ++i) {
+                        scores[m][t][i] = ptx::exp2_approx(fmaf(scores[m][t][i], factor, -centre));
+                        total += scores[m][t][i];
+                    }
+                }
+                sum[m][half] = sum[m][half] * shrink + total;
+#pragma unroll
+                for (int t = 0; t < kOut; ++t) {
+                    out[m][t][half * 2] *= shrink;
+                    out[m][t][half * 2 + 1] *= shrink;
+                }
+            }
+        }
+        multiply<kWidth>(out, scores, value_tiles + n % kStages * kTile, owner.first_column);
+    }
 
-        ptx::cp_async_wait_all();
-        __syncthreads();  // the values are there, and nobody works on these keys
-        if (key + kTileKeys < end) load_keys(key + kTileKeys, end);
-
-        const bool whole = shown_whole(key);
+    float inverse[kM][2], lse[kM][2];
+#pragma unroll
+    for (int m = 0; m < kM; ++m) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            float largest = maximum[half];
-#pragma unroll
-            for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-                for (int i = half * 2; i < half * 2 + 2; ++i) {
-                    scores[n][i] *= x.scale * kLog2E;
-                    if (!whole && !runs[half].holds(key + owner.column(n, i))) scores[n][i] = -kInfinity;
-                    largest = fmaxf(largest, scores[n][i]);
-                }
-            }
-            largest = row_maximum(largest);
-            const float centre = largest == -kInfinity ? 0.0f : largest;  // nothing seen yet
-            const float shrink = ptx::exp2_approx(maximum[half] - centre);
-            maximum[half] = largest;
-            float total = 0.0f;
-#pragma unroll
-            for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-                for (int i = half * 2; i < half * 2 + 2; ++i) {
-                    scores[n][i] = ptx::exp2_approx(scores[n][i] - centre);
-                    total += scores[n][i];
-                }
-            }
-            sum[half] = sum[half] * shrink + total;
-#pragma unroll
-            for (int n = 0; n < Sizes::kPartWidth / kColumns; ++n) {
-                out[n][half * 2] *= shrink;
-                out[n][half * 2 + 1] *= shrink;
+            const float all = row_sum(sum[m][half]);
+            const int row = owner.row(m, half);
+            inverse[m][half] = all > 0.0f ? 1.0f / all : all;
+            lse[m][half] = maximum[m][half] * kLn2 + logf(all);
+            if (row < rows && owner.part == 0 && owner.lane % 4 == 0) {
+                x.lse[(token + row) * x.heads + head] = lse[m][half];
             }
         }
-        multiply<kPitch>(out, scores, value_tile + owner.first_column);
     }
-
-    float factor[2], lse[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        sum[half] = row_sum(sum[half]);
-        factor[half] = sum[half] > 0.0f ? 1.0f / sum[half] : sum[half];
-        lse[half] = maximum[half] * kLn2 + logf(sum[half]);
-        if (owner.row(half) < rows && owner.part == 0 && owner.lane % 4 == 0) {
-            x.lse[(token + owner.row(half)) * x.heads + head] = lse[half];
-        }
-    }
-    store_rows<kWidth>(out, factor, x.out + token * x.out_stride + head * kWidth, x.out_stride, rows);
+    store_rows<kWidth>(out, inverse, x.out + token * x.out_stride + head * kWidth, x.out_stride, rows);
 
     const int slot = x.supervision.slot(head);
     if (slot < 0) return;
     const bool annotated = x.supervision.annotated[sequence.index] != 0;
 
-    RowLoss losses[2];
-    for (int key = begin; annotated && key < end; key += kTileKeys) {
-        __syncthreads();  // nobody works on the last keys
-        load_keys(key, end);
-        ptx::cp_async_wait_all();
-        __syncthreads();
-        float scores[kTiles][4] = {};
-        multiply_transposed<kWidth, kPitch>(scores, query_tile + owner.first_row * kPitch, key_tile);
+    // 16 rows of each warp at a time: their sums want the registers.
+#pragma unroll 1
+    for (int m = 0; m < kM; ++m) {
+        if (annotated && begin < end) {
+            __syncthreads();  // nobody works on the last keys
+            load_keys(begin, end, 0);
+        }
+        Run run[2];
+        float own_lse[2];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            if (owner.row(half) >= rows) continue;
-            const uint64_t pairs = x.supervision.bits(static_cast<int>(token) + owner.row(half), key);
+            run[half] = run_of(m, half);
+            own_lse[half] = m == 0 ? lse[0][half] : lse[kM - 1][half];
+        }
+        RowLoss losses[2];
+        for (int key = begin, n = 0; annotated && key < end; key += kTileKeys, ++n) {
+            ptx::cp_async_wait_all();
+            __syncthreads();
+            if (key + kTileKeys < end) load_keys(key + kTileKeys, end, n + 1);
+            if (!shown(key)) continue;
+            float scores[1][kTiles][4] = {};
+            multiply_transposed<kWidth>(scores, query_tile, owner.first_row + m * kMatrixRows,
+                                        key_tiles + n % kStages * kTile);
 #pragma unroll
-            for (int n = 0; n < kTiles; ++n) {
+            for (int half = 0; half < 2; ++half) {
+                const int row = owner.row(m, half);
+                if (row >= rows) continue;
+                const uint64_t pairs = x.supervision.bits(static_cast<int>(token) + row, key);
 #pragma unroll
-                for (int i = half * 2; i < half * 2 + 2; ++i) {
-                    const int column = owner.column(n, i);
-                    if (!runs[half].holds(key + column)) continue;
-                    losses[half].add(scores[n][i] * x.scale - lse[half], key + column, pairs >> column & 1);
+                for (int t = 0; t < kTiles; ++t) {
+#pragma unroll
+                    for (int i = half * 2; i < half * 2 + 2; ++i) {
+                        const int column = owner.column(t, i);
+                        if (!run[half].holds(key + column)) continue;
+                        losses[half].add(scores[0][t][i] * x.scale - own_lse[half], key + column, pairs >> column & 1);
+                    }
                 }
             }
         }
-    }
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        losses[half].join(1);
-        losses[half].join(2);
-        if (owner.row(half) >= rows || owner.part != 0 || owner.lane % 4 != 0) continue;
-        const int64_t at = (token + owner.row(half)) * x.supervision.count + slot;
-        const bool counts = annotated && runs[half].begin < runs[half].end;
-        float at_peak = 0.0f, shift = 0.0f;
-        x.row_loss[at] = counts ? losses[half].finish(at_peak, shift) : 0.0f;
-        x.peak[at] = counts ? losses[half].peak : -1;
-        x.shift[at] = shift;
-        x.at_peak[at] = at_peak;
+        for (int half = 0; half < 2; ++half) {
+            losses[half].join(1);
+            losses[half].join(2);
+            const int row = owner.row(m, half);
+            if (row >= rows || owner.part != 0 || owner.lane % 4 != 0) continue;
+            const int64_t at = (token + row) * x.supervision.count + slot;
+            const bool counts = annotated && run[half].begin < run[half].end;
+            float at_peak = 0.0f, shift = 0.0f;
+            x.row_loss[at] = counts ? losses[half].finish(at_peak, shift) : 0.0f;
+            x.peak[at] = counts ? losses[half].peak : -1;
+            x.shift[at] = shift;
+            x.at_peak[at] = at_peak;
+        }
     }
 }
 
 }  // namespace
 
-// grid (tokens_q / rows + sequences, H), rows = 64 (width 256: 32); block 128; dynamic shared memory
-// (rows + 2·keys)·(width·size + 16) bytes, keys = 64 if width·size ≤ 256, else 32.
+// grid (tokens_q / rows + sequences, H), rows = 128 (f32 and width 128: 64, width 256: 32); block 128; dynamic shared memory
+// (rows + 4·keys)·width·size bytes, keys = 64 (width·size > 256: 32, > 512: 16).
 // `mask`: 0 none, 1 causal, 2 sliding window (`window`), 3 grouped causal (`groups` [tokens_k]); else groups is null.
 // Without supervision the pointers from `slots` to `row_loss` are null.
 #define ATTENTION_FORWARD(NAME, T, WIDTH)                                                                              \

@@ -19,6 +19,8 @@ const FORWARD: &str = "attention_forward";
 const BACKWARD: &str = "attention_backward";
 const THREADS: u32 = 128;
 const WARPS: usize = 4;
+/// Tiles of the other side that a block holds: one is worked on while the next is copied.
+const STAGES: usize = 2;
 const LOSS_THREADS: u32 = 1024;
 /// Of the heads; the kernels copy them by vectors of 16 bytes.
 const WIDTHS: [usize; 5] = [16, 32, 64, 128, 256];
@@ -317,15 +319,20 @@ impl Shape {
                 [&loss.shift, &loss.at_peak, &loss.row_loss].map(Output::span);
             [loss.peak.span(), shift, at_peak, row_loss]
         });
-        let keys_per_tile = if self.row_bytes::<T>() <= 256 { 64 } else { 32 };
+        let rows = self.rows::<T>();
+        let keys = match self.row_bytes::<T>() {
+            ..=256 => 64,
+            257..=512 => 32,
+            _ => 16,
+        };
         let attention = Launch::new(
             (
                 FORWARD,
                 self.kernel::<T>(for_each_width!("attention_forward")),
             ),
-            [self.tiles(self.queries), self.heads as u32, 1],
+            [self.tiles(self.queries, rows), self.heads as u32, 1],
             [THREADS, 1, 1],
-            self.shared_bytes::<T>(self.tile_rows() + 2 * keys_per_tile),
+            self.shared_bytes::<T>(rows + 2 * STAGES * keys),
             home,
             [
                 Arg::Input(tensors.q.span(self.of_queries())),
@@ -450,13 +457,18 @@ impl Shape {
                 [&loss.shift, &loss.at_peak, &loss.factor, &loss.grad_loss].map(Input::span);
             [loss.peak.span(), shift, at_peak, factor, grad_loss]
         });
-        let others = if self.row_bytes::<T>() <= 512 { 32 } else { 16 };
-        let gradient = |kernels, tokens: usize, heads: usize| {
+        let others = match self.row_bytes::<T>() {
+            ..=256 => 32,
+            257..=512 => 16,
+            _ => 8,
+        };
+        let rows = self.rows::<T>();
+        let gradient = |kernels, tokens: usize, others: usize, heads: usize| {
             Launch::new(
                 (BACKWARD, self.kernel::<T>(kernels)),
-                [self.tiles(tokens), heads as u32, 1],
+                [self.tiles(tokens, rows), heads as u32, 1],
                 [THREADS, 1, 1],
-                self.shared_bytes::<T>(2 * (self.tile_rows() + others)),
+                self.shared_bytes::<T>(2 * (rows + STAGES * others)),
                 home,
                 [
                     Arg::Input(tensors.q.span(self.of_queries())),
@@ -482,12 +494,16 @@ impl Shape {
         let numbers = [mask, window, Arg::F32(tensors.scale)];
 
         let kernels = for_each_width!("attention_query_gradient");
-        let launch = gradient(kernels, self.queries, self.heads)
+        let launch = gradient(kernels, self.queries, others, self.heads)
             .and([Arg::Output(tensors.dq.span(self.of_queries()))]);
         let query_gradient = sizes(launch).and([tensors.dq.stride()]).and(numbers);
 
         let kernels = for_each_width!("attention_key_gradient");
-        let launch = gradient(kernels, self.keys, self.key_heads)
+        let queries = match self.width {
+            64 if self.twice::<T>() => 16,
+            _ => others,
+        };
+        let launch = gradient(kernels, self.keys, queries, self.key_heads)
             .and([&tensors.dk, &tensors.dv].map(|x| Arg::Output(x.span(self.of_keys()))));
         let key_gradient = sizes(launch)
             .and([tensors.dk.stride(), tensors.dv.stride()])
@@ -511,19 +527,27 @@ impl Shape {
         self.width * size_of::<T>()
     }
 
-    /// Tokens that a block owns.
-    fn tile_rows(&self) -> usize {
-        if self.width > 128 { 32 } else { 64 }
+    /// Queries that a block owns, or keys in the key gradient: twice as many where the accumulators fit into registers.
+    fn rows<T>(&self) -> usize {
+        match self.width {
+            _ if self.twice::<T>() => 128,
+            ..=128 => 64,
+            _ => 32,
+        }
     }
 
-    /// Blocks for the tokens of all sequences, wherever these begin.
-    fn tiles(&self, tokens: usize) -> u32 {
-        (tokens / self.tile_rows() + self.sequences) as u32
+    fn twice<T>(&self) -> bool {
+        size_of::<T>() == 2 && self.width <= 64
     }
 
-    /// Of tiles with this many rows in all, each 16 bytes longer than it is wide.
+    /// Blocks of so many rows for the tokens of all sequences, wherever these begin.
+    fn tiles(&self, tokens: usize, rows: usize) -> u32 {
+        (tokens / rows + self.sequences) as u32
+    }
+
+    /// Of tiles with this many rows in all.
     fn shared_bytes<T>(&self, rows: usize) -> u32 {
-        (rows * (self.row_bytes::<T>() + VECTOR_BYTES)) as u32
+        (rows * self.row_bytes::<T>()) as u32
     }
 
     fn kernel<T: Storage>(&self, names: [[&'static str; 3]; WIDTHS.len()]) -> &'static str {

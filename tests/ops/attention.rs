@@ -469,9 +469,10 @@ fn the_plan_of_attention_has_a_block_for_every_tile_of_every_sequence() {
     );
     assert_eq!(
         (attention.grid(), attention.block()),
-        ([100 / 64 + 3, 4, 1], [128, 1, 1])
+        ([QUERIES as u32 / 128 + 3, 4, 1], [128, 1, 1])
     );
-    assert_eq!(attention.shared_bytes(), (64 + 2 * 64) * (64 + 16));
+    // A tile of queries, and two of keys and of values.
+    assert_eq!(attention.shared_bytes(), (128 + 4 * 64) * 64);
     assert_eq!(attention.args().len(), 27);
 
     let tensors = backward();
@@ -482,13 +483,19 @@ fn the_plan_of_attention_has_a_block_for_every_tile_of_every_sequence() {
     );
     assert_eq!(
         (query.kernel(), query.grid()),
-        ("attention_query_gradient_32_bf16", [4, 4, 1])
+        (
+            "attention_query_gradient_32_bf16",
+            [QUERIES as u32 / 128 + 3, 4, 1]
+        )
     );
     assert_eq!(
         (key.kernel(), key.grid()),
-        ("attention_key_gradient_32_bf16", [5, 2, 1])
+        (
+            "attention_key_gradient_32_bf16",
+            [KEYS as u32 / 128 + 3, 2, 1]
+        )
     );
-    assert_eq!(key.shared_bytes(), 2 * (64 + 32) * (64 + 16));
+    assert_eq!(key.shared_bytes(), 2 * (128 + 2 * 32) * 64);
     assert_eq!(
         key.args()[28..],
         [
