@@ -9,6 +9,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use dtmem::backend::Backend;
+use dtmem::experiment::Size;
+use dtmem::experiment::run::{self as experiments, End};
 use dtmem::inspect::{self, Inspection, Request};
 use dtmem::model::Model;
 use dtmem::tasks::{Demonstrations, Task};
@@ -24,7 +26,7 @@ use serde_json::{Map, Value};
 use tracing::info;
 
 use crate::progress::Progress;
-use crate::{Bench, Demos, Eval, Finetune, Inspect, Merge, Run, Verify};
+use crate::{Bench, Demos, Eval, Experiment, Finetune, Inspect, Merge, Run, Verify};
 
 type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
 type Fallible<T> = std::result::Result<T, dtmem::train::Error>;
@@ -480,6 +482,67 @@ fn describe(set: &Demonstrations) -> Result<String> {
         "annotated      {annotated} episodes, {pairs} pairs, {earlier} of them to an earlier step"
     )?;
     Ok(text)
+}
+
+/// `dtmem experiment`: the table goes to stdout.
+pub fn experiment(arguments: &Experiment) -> Result<ExitCode> {
+    let size = if arguments.full {
+        Size::Full
+    } else {
+        Size::Quick
+    };
+    let mut progress = Progress::new();
+    let stop = stop_on_interrupt()?;
+    let several = arguments.name.0.len() > 1;
+    for experiment in arguments.name.0 {
+        let name = experiment.name;
+        // Each of several experiments has a folder of its own.
+        let out = match &arguments.out {
+            Some(out) if several => out.join(name),
+            Some(out) => out.clone(),
+            None => Path::new("runs").join(format!("{name}-{}", size.name())),
+        };
+        let mut watch = |event: experiments::Event| progress.show_experiment(event);
+        let request = experiments::Request {
+            device: arguments.device,
+            set: &arguments.overrides,
+            overwrite: arguments.overwrite,
+            ..experiments::Request::new(experiment, size, arguments.seeds, &out, &stop, &mut watch)
+        };
+        if let End::Stopped { done, total } = experiments::run(request)? {
+            let command = continuation(arguments, size)?;
+            info!("stopped after {done} of {total} runs, saved; continue with: {command}");
+            return Ok(ExitCode::from(INTERRUPTED));
+        }
+        let table = out.join("results.md");
+        let text = std::fs::read_to_string(&table)
+            .map_err(|error| format!("{}: cannot read it: {error}", table.display()))?;
+        print(&text)?;
+        info!("table, CSV file and picture are in {}", out.display());
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The command that goes on with an experiment.
+fn continuation(arguments: &Experiment, size: Size) -> Result<String> {
+    let name = match arguments.name.0 {
+        [only] => only.name,
+        _ => "all",
+    };
+    let mut command = format!("dtmem experiment {name} --{}", size.name());
+    if let Some(seeds) = arguments.seeds {
+        write!(command, " --seeds {seeds}")?;
+    }
+    for argument in &arguments.overrides {
+        write!(command, " --set '{argument}'")?;
+    }
+    if let Some(out) = &arguments.out {
+        write!(command, " --out {}", out.display())?;
+    }
+    if arguments.device != Default::default() {
+        write!(command, " --device {}", arguments.device)?;
+    }
+    Ok(command)
 }
 
 /// `dtmem verify`: exit code 1 if any number is off.

@@ -5,6 +5,8 @@ pub mod batch;
 #[cfg(feature = "trainer")]
 pub mod bench;
 #[cfg(feature = "trainer")]
+pub mod experiment;
+#[cfg(feature = "trainer")]
 pub mod inspect;
 #[cfg(feature = "cust")]
 pub mod interop;

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
+use dtmem::experiment;
 use dtmem::train::device::DeviceChoice;
 use dtmem::train::finetune::Method;
 use dtmem::verify::{BackendChoice, DtypeChoice};
@@ -36,6 +37,9 @@ enum Command {
     Inspect(Inspect),
     /// Write a demonstration file, or show what is in one
     Demos(Demos),
+    /// Run a grid of settings with several seeds; write a table, a CSV file and a picture
+    #[command(after_help = experiment::overview())]
+    Experiment(Experiment),
     /// Check numbers in fixture files against the reference and the backends
     Verify(Verify),
     /// Time the operations at named shapes, on the CPU and on a GPU
@@ -179,6 +183,33 @@ struct Demos {
 }
 
 #[derive(Debug, Args)]
+struct Experiment {
+    /// Which one, of those below
+    name: experiment::Chosen,
+    /// Small models and few steps: minutes on two cores [default]
+    #[arg(long, conflicts_with = "full")]
+    quick: bool,
+    /// As the papers, for a GPU
+    #[arg(long)]
+    full: bool,
+    /// Seeds of each cell, from 0; more can be added later [default: those of the experiment]
+    #[arg(long, value_name = "K")]
+    seeds: Option<u64>,
+    /// Set a key in every cell, such as train.steps=100
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    overrides: Vec<String>,
+    /// Output folder; what is done there is not run again [default: runs/NAME-quick, runs/NAME-full]
+    #[arg(long, value_name = "DIR")]
+    out: Option<PathBuf>,
+    /// Where to compute: auto (a GPU if one works), cpu or cuda:N
+    #[arg(long, default_value_t)]
+    device: DeviceChoice,
+    /// Run cells again whose result belongs to other settings
+    #[arg(long)]
+    overwrite: bool,
+}
+
+#[derive(Debug, Args)]
 struct Verify {
     /// Fixture files (docs/fixtures.md)
     #[arg(required = true, value_name = "FILE")]
@@ -213,6 +244,7 @@ fn main() -> ExitCode {
         Command::Eval(arguments) => commands::eval(arguments),
         Command::Inspect(arguments) => commands::inspect(arguments),
         Command::Demos(arguments) => commands::demos(arguments),
+        Command::Experiment(arguments) => commands::experiment(arguments),
         Command::Verify(arguments) => commands::verify(arguments),
         Command::Bench(arguments) => commands::bench(arguments),
         Command::Info => commands::info(),

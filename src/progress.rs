@@ -4,6 +4,7 @@
 use std::io::{self, IsTerminal, Write};
 use std::time::{Duration, Instant};
 
+use dtmem::experiment::run as experiments;
 use dtmem::train::run::Event;
 use indicatif::{HumanDuration, MultiProgress, ProgressBar, ProgressStyle};
 use tracing::info;
@@ -19,6 +20,8 @@ pub struct Progress {
     current: Option<Current>,
     /// The last metrics of a training.
     metrics: String,
+    /// Which run of an experiment it is.
+    place: String,
 }
 
 /// The phase that is under way.
@@ -48,6 +51,7 @@ impl Progress {
             terminal: io::stderr().is_terminal(),
             current: None,
             metrics: String::new(),
+            place: String::new(),
         }
     }
 
@@ -73,6 +77,30 @@ impl Progress {
         }
     }
 
+    /// Shows an event of an experiment: which run it is, and what that run tells.
+    pub fn show_experiment(&mut self, event: experiments::Event) {
+        let (number, total, cell, seed, left) = match event {
+            experiments::Event::Run(event) => return self.show(event),
+            experiments::Event::Cell {
+                number,
+                total,
+                cell,
+                seed,
+                left,
+            } => (number, total, cell, seed, left),
+        };
+        let left = left.map_or(String::new(), |left| {
+            let whole = Duration::from_secs(left.as_secs());
+            format!("; about {} left for all", HumanDuration(whole))
+        });
+        (self.current, self.metrics) = (None, String::new());
+        self.place = format!("{number}/{total} ");
+        info!(
+            "run {number} of {total}: {}: {}, seed {seed}{left}",
+            cell.group, cell.name
+        );
+    }
+
     fn advance(
         &mut self,
         name: &'static str,
@@ -80,7 +108,7 @@ impl Progress {
         total: u64,
         message: impl FnOnce() -> String,
     ) {
-        let (bars, now) = (&self.bars, Instant::now());
+        let (bars, place, now) = (&self.bars, &self.place, Instant::now());
         if self
             .current
             .as_ref()
@@ -93,7 +121,7 @@ impl Progress {
             bar: bars.add(
                 ProgressBar::new(total)
                     .with_style(style())
-                    .with_prefix(name),
+                    .with_prefix(format!("{place}{name}")),
             ),
             started: now,
             first: done.saturating_sub(1),
@@ -105,7 +133,7 @@ impl Progress {
         } else if now - current.last_line >= LINE_EVERY {
             current.last_line = now;
             let left = current.left(done, total);
-            info!("{name} {done}/{total}  {}{left}", message());
+            info!("{place}{name} {done}/{total}  {}{left}", message());
         }
         if done >= total {
             current.bar.finish_and_clear();

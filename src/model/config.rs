@@ -1,9 +1,13 @@
 //! What a model is made of.
 
 use dtmem_reference::attention::Denominator;
+use dtmem_reference::content_memory::{self, ContentMemory};
 use serde::{Deserialize, Serialize};
 
 use crate::batch::{PackedBatch, TokenLayout};
+
+/// ε of cosine addressing (SPEC section 4).
+const COSINE_EPSILON: f64 = 1e-6;
 
 /// Where the layer normalisations of a block stand (SPEC section 2).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -105,6 +109,33 @@ impl Default for MemoryConfig {
             strength_bias: 0.0,
             erase: EraseKind::Coupled,
             order: OrderKind::ReadThenWrite,
+        }
+    }
+}
+
+impl MemoryConfig {
+    /// The memory of tokens of a width.
+    pub fn variant(&self, width: usize) -> ContentMemory {
+        ContentMemory {
+            addressing: match self.addressing {
+                AddressingKind::Cosine => content_memory::Addressing::Cosine,
+                AddressingKind::Dot => content_memory::Addressing::Dot,
+            },
+            strength: match self.strength {
+                StrengthKind::Sigmoid => content_memory::Strength::Sigmoid,
+                StrengthKind::Softmax => content_memory::Strength::Softmax,
+            },
+            erase: match self.erase {
+                EraseKind::Coupled => content_memory::Erase::Coupled,
+                EraseKind::Paper => content_memory::Erase::Paper,
+            },
+            order: match self.order {
+                OrderKind::ReadThenWrite => content_memory::Order::ReadThenWrite,
+                OrderKind::WriteThenRead => content_memory::Order::WriteThenRead,
+            },
+            top_k: (self.top_k > 0).then_some(self.top_k),
+            scale: 1.0 / (width as f64).sqrt(),
+            epsilon: COSINE_EPSILON,
         }
     }
 }

@@ -1,12 +1,11 @@
 //! What a model consists of: its operations with the places of their parameters.
 
-use dtmem_reference::content_memory::{self, ContentMemory};
 use dtmem_reference::convolution::Grid;
 
 use super::adapters::{Adaptation, Factor, KeptAdapter};
 use super::config::{
-    AdapterTarget, AddressingKind, AttentionSpan, Block, EraseKind, FrontEnd, MemoryConfig,
-    ModelConfig, OrderKind, StrengthKind, SupervisedPart, SupervisionConfig, TrainedPart,
+    AdapterTarget, AddressingKind, AttentionSpan, Block, FrontEnd, MemoryConfig, ModelConfig,
+    StrengthKind, SupervisedPart, SupervisionConfig, TrainedPart,
 };
 use super::parameters::{Declare, Start};
 use crate::backend::{
@@ -18,8 +17,6 @@ use crate::spaces::{Content, Family, Spaces};
 
 /// ε of every layer normalisation.
 const LAYER_NORM_EPSILON: f64 = 1e-5;
-/// ε of cosine addressing (SPEC section 4).
-const COSINE_EPSILON: f64 = 1e-6;
 /// Channels of the two convolutions (SPEC section 6).
 const CHANNELS: [usize; 2] = [40, 80];
 /// Standard deviation of learned positions.
@@ -426,27 +423,7 @@ impl MemoryNetwork {
         let key_strength = (config.addressing == AddressingKind::Cosine)
             .then(|| declare.within("key_strength", |declare| linear(declare, width, 1, start)));
         let memory = Memory {
-            variant: ContentMemory {
-                addressing: match config.addressing {
-                    AddressingKind::Cosine => content_memory::Addressing::Cosine,
-                    AddressingKind::Dot => content_memory::Addressing::Dot,
-                },
-                strength: match config.strength {
-                    StrengthKind::Sigmoid => content_memory::Strength::Sigmoid,
-                    StrengthKind::Softmax => content_memory::Strength::Softmax,
-                },
-                erase: match config.erase {
-                    EraseKind::Coupled => content_memory::Erase::Coupled,
-                    EraseKind::Paper => content_memory::Erase::Paper,
-                },
-                order: match config.order {
-                    OrderKind::ReadThenWrite => content_memory::Order::ReadThenWrite,
-                    OrderKind::WriteThenRead => content_memory::Order::WriteThenRead,
-                },
-                top_k: (config.top_k > 0).then_some(config.top_k),
-                scale: 1.0 / (width as f64).sqrt(),
-                epsilon: COSINE_EPSILON,
-            },
+            variant: config.variant(width),
             slots: config.slots,
             width,
             initial: declare.plain("initial", &[config.slots, width], Start::Normal(1.0)),

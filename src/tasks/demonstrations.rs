@@ -6,7 +6,7 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::{Episode, Split, Task, TaskError};
+use super::{AnnotationNoise, Episode, Split, Task, TaskError};
 use crate::spaces::{ActionSpace, Content, Family, ObservationSpace, Part, SpaceError};
 
 /// Episodes generated between two reports of progress.
@@ -284,21 +284,47 @@ impl Demonstrations {
         super::validate_frequency("annotated", share)?;
         let due = |annotated: usize| (annotated as f64 * share).round();
         let mut seen = 0;
-        let mut pairs = Vec::with_capacity(self.pairs.len());
+        for annotated in self.annotated.iter_mut().filter(|annotated| **annotated) {
+            seen += 1;
+            *annotated = due(seen) > due(seen - 1);
+        }
+        self.replace_pairs(|_, _| {});
+        Ok(())
+    }
+
+    /// Damages the pairs of the annotated episodes: always in the same way for the same noise, seed and number of the
+    /// episode.
+    ///
+    /// # Errors
+    /// Those of [`AnnotationNoise::validate`].
+    pub fn disturb_annotations(
+        &mut self,
+        noise: &AnnotationNoise,
+        seed: u64,
+    ) -> Result<(), TaskError> {
+        noise.validate()?;
+        self.replace_pairs(|episode, pairs| noise.disturb(seed, episode, pairs));
+        Ok(())
+    }
+
+    /// Changes the pairs of each annotated episode, in any way that keeps them inside of it, and drops the others.
+    fn replace_pairs(&mut self, mut change: impl FnMut(usize, &mut Vec<(u32, u32)>)) {
+        let mut all = Vec::with_capacity(self.pairs.len());
         let mut offsets = vec![0];
+        let mut pairs = Vec::new();
         for episode in 0..self.len() {
-            if self.annotated[episode] {
-                seen += 1;
-                self.annotated[episode] = due(seen) > due(seen - 1);
-            }
+            pairs.clear();
             if self.annotated[episode] {
                 pairs.extend_from_slice(&self.pairs[self.pair_range(episode)]);
+                change(episode, &mut pairs);
+                pairs.sort_unstable();
+                pairs.dedup();
             }
-            offsets.push(pairs.len());
+            all.extend_from_slice(&pairs);
+            offsets.push(all.len());
         }
-        self.pairs = pairs;
+        self.pairs = all;
         self.pair_offsets = offsets;
-        Ok(())
     }
 
     /// Number of episodes.

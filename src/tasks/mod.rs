@@ -13,11 +13,13 @@ mod demonstrations;
 mod file;
 pub mod grid;
 pub mod hallway;
+mod noise;
 pub mod ordering;
 pub mod recall;
 
 pub use demonstrations::{Demonstrations, EpisodeView, Invalid};
 pub use file::{DemonstrationError, write_beside};
+pub use noise::AnnotationNoise;
 pub use recall::RecallKind;
 
 use crate::spaces::{ActionSpace, Family, ObservationSpace};

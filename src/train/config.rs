@@ -16,7 +16,7 @@ use crate::model::{
     AdapterConfig, AttentionSpan, FrontEnd, ModelConfig, SupervisedPart, SupervisionConfig,
 };
 use crate::spaces::{Family, Spaces};
-use crate::tasks::Task;
+use crate::tasks::{AnnotationNoise, Task};
 
 /// Demonstrations that are generated unless the configuration says how many.
 const DEFAULT_EPISODES: usize = 4000;
@@ -150,6 +150,9 @@ pub struct DataConfig {
     pub episodes: Option<usize>,
     /// Share of the episodes whose pairs are used.
     pub annotated: f64,
+    /// What is wrong with these pairs.
+    #[serde(skip_serializing_if = "AnnotationNoise::is_none")]
+    pub annotation_noise: AnnotationNoise,
     /// Returns to go are divided by this.
     pub return_scale: f64,
     /// Read them from here instead of generating them.
@@ -162,6 +165,7 @@ impl Default for DataConfig {
         Self {
             episodes: None,
             annotated: 1.0,
+            annotation_noise: AnnotationNoise::default(),
             return_scale: 1.0,
             file: None,
         }
@@ -433,6 +437,13 @@ impl Config {
         Self::from_table(origin, read(origin, text, overrides)?, overrides)
     }
 
+    /// As [`Self::parse`]; what `[finetune]` leaves open is taken from the base.
+    pub fn parse_on_base(origin: &str, text: &str, overrides: &[String]) -> Result<Self> {
+        let mut table = read(origin, text, overrides)?;
+        finetune::complete(&mut table)?;
+        Self::from_table(origin, table, overrides)
+    }
+
     fn from_table(origin: &str, table: Table, overrides: &[String]) -> Result<Self> {
         let config: Self = serde_path_to_error::deserialize(table)
             .map_err(|error| describe(origin, overrides, &error))?;
@@ -677,6 +688,10 @@ impl DataConfig {
             whole(&join(key, "episodes"), episodes as u64, 1, 100_000_000)?;
         }
         real(&join(key, "annotated"), self.annotated, 0.0, 1.0)?;
+        self.annotation_noise.validate().map_err(|error| {
+            let key = join(key, &format!("annotation_noise.{}", error.argument));
+            ConfigError::value(key, error.found, error.expected)
+        })?;
         positive(&join(key, "return_scale"), self.return_scale)
     }
 }
@@ -896,7 +911,7 @@ fn read(origin: &str, text: &str, overrides: &[String]) -> Result<Table> {
 
 /// Sets a dotted key. The value is TOML, or else a string; an empty one removes the key, which
 /// brings its default back. `train.steps` and `train.epochs` replace each other.
-fn apply_override(table: &mut Table, argument: &str) -> Result<()> {
+pub(crate) fn apply_override(table: &mut Table, argument: &str) -> Result<()> {
     let error = |message: String| ConfigError::Override {
         argument: argument.to_owned(),
         message,
@@ -956,7 +971,7 @@ fn apply_override(table: &mut Table, argument: &str) -> Result<()> {
 /// Turns serde's error into one that names the key, its table and, if it is unknown, the nearest
 /// one. The valid keys are read from serde's own message, so they are listed in one place only:
 /// the structs above.
-fn describe(
+pub(crate) fn describe(
     origin: &str,
     overrides: &[String],
     error: &serde_path_to_error::Error<toml::de::Error>,

@@ -147,7 +147,7 @@ impl TrainingData {
         key: &str,
         progress: impl FnMut(usize),
     ) -> Result<Self, Error> {
-        let (demonstrations, episodes) = match (&config.data.file, &config.task) {
+        let (mut demonstrations, episodes) = match (&config.data.file, &config.task) {
             (Some(file), task) => {
                 let demonstrations = read(file, config, key, task.as_ref())?;
                 let available = demonstrations.len();
@@ -182,6 +182,10 @@ impl TrainingData {
                 return Err(ConfigError::value(format!("{key}task"), "nothing", expected).into());
             }
         };
+        let noise = &config.data.annotation_noise;
+        if !noise.is_none() {
+            demonstrations.disturb_annotations(noise, run.seed)?;
+        }
         Ok(Self::new(
             demonstrations,
             episodes,

@@ -1,4 +1,4 @@
-//! The two pictures of a run.
+//! The two pictures of a run, and what other pictures are drawn with.
 
 use std::path::Path;
 use std::sync::OnceLock;
@@ -18,17 +18,17 @@ use crate::tasks::write_beside;
 
 const FONT: &str = "sans-serif";
 const INK: RGBColor = RGBColor(40, 44, 52);
-const GRID: RGBColor = RGBColor(226, 229, 234);
-const BLUE: RGBColor = RGBColor(31, 105, 193);
-const ORANGE: RGBColor = RGBColor(222, 113, 22);
-const GREEN: RGBColor = RGBColor(34, 139, 84);
-const PURPLE: RGBColor = RGBColor(124, 77, 170);
+pub(crate) const GRID: RGBColor = RGBColor(226, 229, 234);
+pub(crate) const BLUE: RGBColor = RGBColor(31, 105, 193);
+pub(crate) const ORANGE: RGBColor = RGBColor(222, 113, 22);
+pub(crate) const GREEN: RGBColor = RGBColor(34, 139, 84);
+pub(crate) const PURPLE: RGBColor = RGBColor(124, 77, 170);
 const RED: RGBColor = RGBColor(191, 54, 54);
-const GREY: RGBColor = RGBColor(130, 136, 145);
+pub(crate) const GREY: RGBColor = RGBColor(130, 136, 145);
 
-type Drawing<'a> = DrawingArea<BitMapBackend<'a>, Shift>;
+pub(crate) type Drawing<'a> = DrawingArea<BitMapBackend<'a>, Shift>;
 /// Whatever plotters reports; only its text is used.
-type Drawn = Result<(), Box<dyn std::error::Error + Send + Sync>>;
+pub(crate) type Drawn = Result<(), Box<dyn std::error::Error + Send + Sync>>;
 
 /// Draws losses, accuracy and learning rate against real tokens, with the success rate at the end.
 pub fn curves(
@@ -219,7 +219,7 @@ fn draw_curves(area: &Drawing, title: &str, lines: &[Line], results: &[TaskResul
     Ok(())
 }
 
-fn legend<'a, 'b, X: Ranged, Y: Ranged>(
+pub(crate) fn legend<'a, 'b, X: Ranged, Y: Ranged>(
     chart: &mut ChartContext<'a, BitMapBackend<'b>, Cartesian2d<X, Y>>,
 ) -> Drawn
 where
@@ -237,7 +237,7 @@ where
         .map_err(|error| error.to_string().into())
 }
 
-fn swatch((x, y): (i32, i32), colour: RGBColor) -> Rectangle<(i32, i32)> {
+pub(crate) fn swatch((x, y): (i32, i32), colour: RGBColor) -> Rectangle<(i32, i32)> {
     Rectangle::new([(x, y - 2), (x + 18, y + 2)], colour.filled())
 }
 
@@ -333,7 +333,7 @@ fn heat(value: f64) -> RGBColor {
     RGBColor(mix(0), mix(1), mix(2))
 }
 
-fn text(size: u32) -> TextStyle<'static> {
+pub(crate) fn text(size: u32) -> TextStyle<'static> {
     TextStyle::from((FONT, size).into_font()).color(&INK)
 }
 
@@ -366,7 +366,7 @@ fn amount(value: f64) -> String {
 }
 
 /// Draws into memory, encodes as PNG and writes the file beside the old one.
-fn picture(
+pub(crate) fn picture(
     path: &Path,
     size: (u32, u32),
     draw: impl FnOnce(&Drawing) -> Drawn,
