@@ -50,7 +50,7 @@ impl Compiler {
     /// What nvcc warned of when it made these families' PTX, now or in an earlier build.
     pub fn warnings(&self, families: &[Family], architecture: &str) -> Vec<String> {
         let logs = families.iter().map(|family| {
-            let ptx = self.path(family, &format!("compute_{architecture}.ptx"));
+            let ptx = self.path(family, &with_lines(architecture));
             fs::read_to_string(ptx.with_extension("log")).unwrap_or_default()
         });
         let warnings = |log: String| -> Vec<_> {
@@ -78,16 +78,27 @@ impl Compiler {
 
     /// PTX for a virtual architecture.
     pub fn ptx(&self, family: &Family, architecture: &str) -> Result<PathBuf> {
+        let lines = self.ptx_with_lines(family, architecture)?;
         self.once(family, &format!("compute_{architecture}.ptx"), |out| {
+            let ptx = fs::read_to_string(&lines).map_err(context(lines.display()))?;
+            fs::write(out, without_lines(&ptx)).map_err(context(out.display()))?;
+            Ok(String::new())
+        })
+    }
+
+    /// The same with the lines of the sources, which profilers show beside the machine code.
+    fn ptx_with_lines(&self, family: &Family, architecture: &str) -> Result<PathBuf> {
+        self.once(family, &with_lines(architecture), |out| {
             let mut nvcc = self.nvcc();
             if let Some(program) = &self.nvcc.host_compiler {
                 nvcc.arg("--compiler-bindir").arg(program);
             }
-            nvcc.arg("--ptx")
+            nvcc.args(["--ptx", "--generate-line-info"])
                 .arg(format!("--gpu-architecture=compute_{architecture}"));
             let said = self.run(nvcc.arg("--output-file").arg(out).arg(&family.file))?;
             let ptx = fs::read_to_string(out).map_err(context(out.display()))?;
-            fs::write(out, without_module_id(&ptx)).map_err(context(out.display()))?;
+            let ptx = below(&self.root, &without_module_id(&ptx));
+            fs::write(out, ptx).map_err(context(out.display()))?;
             Ok(said)
         })
     }
@@ -95,10 +106,10 @@ impl Compiler {
     /// Machine code. What the assembler says of registers and spills is in the file beside it whose
     /// name ends in `.log`.
     pub fn cubin(&self, family: &Family, architecture: &str) -> Result<PathBuf> {
-        let ptx = self.ptx(family, architecture)?;
+        let ptx = self.ptx_with_lines(family, architecture)?;
         self.once(family, &format!("sm_{architecture}.cubin"), |out| {
             let mut nvcc = self.nvcc();
-            nvcc.arg("--cubin")
+            nvcc.args(["--cubin", "--generate-line-info"])
                 .arg(format!("--gpu-architecture=sm_{architecture}"));
             nvcc.args(["--resource-usage", "--output-file"])
                 .arg(out)
@@ -122,7 +133,9 @@ impl Compiler {
             &format!("{}.fatbin", architectures.join("-")),
             |out| {
                 let mut command = Command::new(self.nvcc.fatbinary());
-                command.arg("-64").arg(option("--create=", out));
+                // Lines are most of an image, and compress well.
+                command.args(["-64", "--compress-all"]);
+                command.arg(option("--create=", out));
                 for (kind, path) in &parts {
                     command.arg(option(&format!("--image3={kind},file="), path));
                 }
@@ -195,6 +208,29 @@ impl Compiler {
             Err(format!("{command:?}: {}\n{said}", output.status))
         }
     }
+}
+
+/// Kind of the PTX that has lines.
+fn with_lines(architecture: &str) -> String {
+    format!("compute_{architecture}.lines.ptx")
+}
+
+/// PTX that names its sources by their paths below the root, wherever that is.
+fn below(root: &Path, ptx: &str) -> String {
+    let root = std::path::absolute(root).unwrap_or_else(|_| root.to_owned());
+    ptx.replace(&format!("\"{}/", root.display()), "\"")
+}
+
+/// PTX without its lines: the same instructions.
+pub fn without_lines(ptx: &str) -> String {
+    // Files and names of functions come last, in place of an empty line.
+    let (code, end) = match ptx.find("\n\t.file\t") {
+        Some(end) => (&ptx[..=end], "\n"),
+        None => (ptx, ""),
+    };
+    let lines = code.split_inclusive('\n');
+    let instructions = lines.filter(|line| !line.starts_with("\t.loc\t"));
+    instructions.chain([end]).collect()
 }
 
 /// PTX that does not depend on where the sources lie: nvcc puts 8 digits made from their folder into

@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
 
-use build::compile::{in_parallel, without_module_id};
+use build::compile::{in_parallel, without_lines, without_module_id};
 use build::manifest::{Entry, Manifest};
 use build::nvcc::{architectures, candidates};
 use build::sources::{Family, Hash, families};
@@ -288,6 +288,15 @@ fn ptx_does_not_tell_the_folder_of_its_sources() {
     assert_eq!(without_module_id(&ptx("38b21133")), ptx("00000000"));
     let short = "_INTERNAL_38b2 _GLOBAL__N__not-hexadecimal _INTERNAL_é_é_é_";
     assert_eq!(without_module_id(short), short);
+}
+
+#[test]
+fn ptx_without_lines_has_the_same_instructions() {
+    let plain = "\tmov.u32 %r1, 0;\n$L__tmp0:\n\tret;\n\n}\n\n";
+    let lines = "\t.loc\t1 4 0\n\tmov.u32 %r1, 0;\n$L__tmp0:\n\t.loc\t1 5 2, function_name $L__info, inlined_at 1 4 0\n\
+                 \tret;\n\n}\n\t.file\t1 \"kernels/a.cu\"\n\t.section\t.debug_str\n\t{\n.b8 0\n\t}\n";
+    assert_eq!(without_lines(lines), plain);
+    assert_eq!(without_lines(plain), plain);
 }
 
 #[test]
