@@ -92,7 +92,9 @@ fn pack(model: &Model<Cpu<f32>>, lengths: &[usize]) -> PackedBatch {
         action,
     } = &model.spaces().families[0];
     let fields = observation.fields();
-    let Content::Codes(cardinalities) = &observation.content;
+    let Content::Codes(cardinalities) = &observation.content else {
+        panic!("codes");
+    };
     for (sequence, &steps) in lengths.iter().enumerate() {
         let draw = |index: usize, limit: usize| {
             (philox([index as u32, sequence as u32, 0, 0], [3, 5])[0] as usize % limit) as u8
@@ -114,8 +116,8 @@ fn pack(model: &Model<Cpu<f32>>, lengths: &[usize]) -> PackedBatch {
         packer
             .push_trajectory(Trajectory {
                 family: 0,
-                observations: &observations,
-                actions: &actions,
+                observations: (&observations).into(),
+                actions: (&actions).into(),
                 returns: &vec![1.0; steps],
                 pairs: &pairs,
                 annotated: true,

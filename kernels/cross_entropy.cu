@@ -1,7 +1,10 @@
-// Softmax cross-entropy of integer targets, with its gradient. Reference: cross_entropy.rs.
+// The losses of action heads: softmax cross-entropy of integer targets, and the squared error of real numbers, each with
+// its gradient. Reference: cross_entropy.rs, squared_error.rs.
 //
 //   p = softmax(logits_r),  loss_r = −log p[target_r],  dlogits_r = scale·(p − onehot(target_r))
 //   metrics = [Σ loss_r, number of rows whose largest logit, the first of equals, is the target]
+//
+//   squared error: loss_r = (1/size) · Σ_c (y_rc − t_rc)²,  dy = scale · (2/size) · (y − t),  metrics = [Σ loss_r, 0]
 //
 // logits, dlogits [rows, classes] in the storage type; targets [rows], i32: a row with a negative one counts for nothing
 // and has a gradient of 0 (padding), one beyond the classes makes the loss NaN, as do logits that are NaN. scale [1] and
@@ -15,7 +18,7 @@
 // the cache from the second on) and dlogits written, 2 elements a class, ≈ 10 operations each.
 //
 // History
-//   1  this version
+//   1  this version; the squared error came later, in the same way
 
 #include "reduce.cuh"
 #include "types.cuh"
@@ -87,6 +90,29 @@ __device__ inline void cross_entropy(const T* logits, const int32_t* targets, co
     }
 }
 
+// y, dy [rows, size] in the storage type, targets [rows, size] in f32; known [rows]: a row with a negative number counts for
+// nothing. The rows' lanes as above.
+template <typename T>
+__device__ inline void squared_error(const T* y, const float* targets, const int32_t* known, const float* scale, T* dy,
+                                     float* partial, int rows, int size, int lanes) {
+    __shared__ float exchange[kWarps];
+    const int64_t row = static_cast<int64_t>(blockIdx.x) * (kThreads / lanes) + threadIdx.x / lanes;
+    const bool inside = row < rows;
+    const bool counts = inside && known[row] >= 0;
+    const float each = 1.0f / static_cast<float>(size);
+    float loss = 0.0f;
+    for (int c = threadIdx.x % lanes; inside && c < size; c += lanes) {
+        const float difference = counts ? widen(y[row * size + c]) - targets[row * size + c] : 0.0f;
+        loss += each * difference * difference;
+        narrow(*scale * 2.0f * each * difference, dy[row * size + c]);
+    }
+    loss = block_sum(loss, exchange);
+    if (threadIdx.x == 0) {
+        partial[blockIdx.x] = loss;
+        partial[gridDim.x + blockIdx.x] = 0.0f;
+    }
+}
+
 }  // namespace
 
 // grid ⌈rows·lanes/256⌉, block 256; lanes = 1, 2, … or 32. partial [2, grid]. dlogits may be logits.
@@ -99,6 +125,17 @@ __device__ inline void cross_entropy(const T* logits, const int32_t* targets, co
 CROSS_ENTROPY(f32, float)
 CROSS_ENTROPY(bf16, bf16)
 CROSS_ENTROPY(f16, f16)
+
+// As cross_entropy, for the squared error.
+#define SQUARED_ERROR(NAME, T)                                                                                         \
+    extern "C" __global__ void __launch_bounds__(kThreads) squared_error_##NAME(                                       \
+        const T* y, const float* targets, const int32_t* known, const float* scale, T* dy, float* partial,             \
+        int32_t rows, int32_t size, int32_t lanes) {                                                                   \
+        squared_error(y, targets, known, scale, dy, partial, rows, size, lanes);                                       \
+    }
+SQUARED_ERROR(f32, float)
+SQUARED_ERROR(bf16, bf16)
+SQUARED_ERROR(f16, f16)
 
 // metrics[i] = Σ_b partial[i, b] over `blocks` pairs of partial sums. grid 2, block 256.
 extern "C" __global__ void __launch_bounds__(kThreads)

@@ -5,7 +5,7 @@ use std::ops::Range;
 use dtmem_reference::optimiser::AdamW;
 use thiserror::Error;
 
-use crate::spaces::Family;
+use crate::spaces::{ActionSpace, Content, Family, Values};
 
 /// Which tokens stand for one time step (SPEC section 1).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -67,12 +67,19 @@ pub struct PackedBatch {
     pub families: Vec<FamilyRows>,
     /// Observation codes of one family after another, each [its observations, its fields].
     pub observations: Vec<u8>,
+    /// Real numbers of observations, in the same way: vectors, and images cut into patches.
+    pub real_observations: Vec<f32>,
     /// Packed token of each observation.
     pub observation_tokens: Vec<i32>,
-    /// Action to predict at each observation; −1 where there is none (acting).
+    /// Action to predict at each observation; −1 where there is none (acting). Where actions are
+    /// continuous, 0 if there is one.
     pub targets: Vec<i32>,
-    /// Action codes of the action tokens.
+    /// Continuous actions to predict, of one family after another.
+    pub real_targets: Vec<f32>,
+    /// Action codes of the action tokens; 0 where actions are continuous.
     pub actions: Vec<u8>,
+    /// Continuous actions of the action tokens, of one family after another.
+    pub real_actions: Vec<f32>,
     /// Packed token of each action.
     pub action_tokens: Vec<i32>,
     /// Return to go of each return token.
@@ -103,6 +110,21 @@ pub struct FamilyRows {
     pub actions: Range<usize>,
     /// Among the codes of the observations.
     pub codes: Range<usize>,
+    /// Among the real numbers of the observations.
+    pub real_observations: Range<usize>,
+    /// Among the continuous targets.
+    pub real_targets: Range<usize>,
+    /// Among the continuous actions.
+    pub real_actions: Range<usize>,
+}
+
+/// The numbers of one observation, with what is to be done there.
+#[derive(Debug, Clone, Copy)]
+struct ObservationRow<'a> {
+    codes: &'a [u8],
+    reals: &'a [f32],
+    target: i32,
+    real_target: &'a [f32],
 }
 
 /// A step of a training, as far as it concerns its batch.
@@ -166,12 +188,7 @@ impl PackedBatch {
         to.clear(self.families.len());
         for &sequence in sequences {
             let family = self.sequence_family[sequence];
-            let FamilyRows {
-                observations: own,
-                codes,
-                ..
-            } = &self.families[family];
-            let fields = codes.len() / own.len().max(1);
+            let rows = &self.families[family];
             let tokens = self.tokens_of(sequence);
             let shift = to.tokens() as i32 - tokens.start as i32;
             let segments = [0, 1].map(|next| self.sequence_segments[sequence + next] as usize);
@@ -183,12 +200,18 @@ impl PackedBatch {
                 let row = self.token_row[token] as usize;
                 let new_row = match self.token_kind[token] {
                     kind if kind == TokenKind::Observation as u8 => {
-                        let first = codes.start + (row - own.start) * fields;
-                        let codes = &self.observations[first..first + fields];
-                        to.add_observation(family, at, codes, self.targets[row])
+                        let own = |all| row_of(all, &rows.observations, row);
+                        let observation = ObservationRow {
+                            codes: &self.observations[own(&rows.codes)],
+                            reals: &self.real_observations[own(&rows.real_observations)],
+                            target: self.targets[row],
+                            real_target: &self.real_targets[own(&rows.real_targets)],
+                        };
+                        to.add_observation(family, at, observation)
                     }
                     kind if kind == TokenKind::Action as u8 => {
-                        to.add_action(family, at, self.actions[row])
+                        let own = row_of(&rows.real_actions, &rows.actions, row);
+                        to.add_action(family, at, self.actions[row], &self.real_actions[own])
                     }
                     _ => to.add_return(at, self.returns[row]),
                 };
@@ -209,24 +232,35 @@ impl PackedBatch {
     }
 
     /// Adds the row of an observation token, and returns its number.
-    fn add_observation(&mut self, family: usize, token: i32, codes: &[u8], target: i32) -> i32 {
-        let (row, first) = (self.observation_tokens.len(), self.observations.len());
-        self.observations.extend_from_slice(codes);
-        self.targets.push(target);
+    fn add_observation(&mut self, family: usize, token: i32, row: ObservationRow) -> i32 {
+        let number = self.observation_tokens.len();
+        self.targets.push(row.target);
         self.observation_tokens.push(token);
         let rows = &mut self.families[family];
-        grow(&mut rows.observations, row, 1);
-        grow(&mut rows.codes, first, codes.len());
-        row as i32
+        grow(&mut rows.observations, number, 1);
+        append(&mut rows.codes, &mut self.observations, row.codes);
+        append(
+            &mut rows.real_observations,
+            &mut self.real_observations,
+            row.reals,
+        );
+        append(
+            &mut rows.real_targets,
+            &mut self.real_targets,
+            row.real_target,
+        );
+        number as i32
     }
 
     /// Adds the row of an action token, and returns its number.
-    fn add_action(&mut self, family: usize, token: i32, action: u8) -> i32 {
-        let row = self.action_tokens.len();
+    fn add_action(&mut self, family: usize, token: i32, action: u8, reals: &[f32]) -> i32 {
+        let number = self.action_tokens.len();
         self.actions.push(action);
         self.action_tokens.push(token);
-        grow(&mut self.families[family].actions, row, 1);
-        row as i32
+        let rows = &mut self.families[family];
+        grow(&mut rows.actions, number, 1);
+        append(&mut rows.real_actions, &mut self.real_actions, reals);
+        number as i32
     }
 
     /// Adds the row of a return token, and returns its number.
@@ -237,9 +271,9 @@ impl PackedBatch {
     }
 
     /// Fills the batch up, so that batches have one size: tokens of no kind in a sequence of their
-    /// own, empty sequences, and rows without a token, of the last family, whose observations have
-    /// so many `fields`. They take no part in any loss.
-    pub fn fill_up(&mut self, size: BatchSize, fields: usize) {
+    /// own, empty sequences, and rows without a token, of the last family. They take no part in any
+    /// loss.
+    pub fn fill_up(&mut self, size: BatchSize) {
         const NO_KIND: u8 = u8::MAX;
         let (first, end) = (self.tokens() as i32, size.tokens as i32);
         let pairs = self.pair_keys.len() as i32;
@@ -248,13 +282,17 @@ impl PackedBatch {
         let last_step = size.steps.saturating_sub(1) as i32;
         self.token_time.resize(size.tokens, last_step);
         self.pair_offsets.resize(size.tokens + 1, pairs);
-        let codes = self.observations.len();
-        let more = size.rows.saturating_sub(self.observation_tokens.len());
-        self.observations.resize(codes + more * fields, 0);
         if let Some(rows) = self.families.last_mut() {
-            grow(&mut rows.codes, codes, more * fields);
+            let more = size.rows.saturating_sub(self.observation_tokens.len());
+            let own = &rows.observations;
+            fill(&mut rows.codes, own, more, &mut self.observations);
+            let (range, reals) = (&mut rows.real_observations, &mut self.real_observations);
+            fill(range, own, more, reals);
+            fill(&mut rows.real_targets, own, more, &mut self.real_targets);
             grow(&mut rows.observations, self.observation_tokens.len(), more);
             let more = size.rows.saturating_sub(self.action_tokens.len());
+            let (range, reals) = (&mut rows.real_actions, &mut self.real_actions);
+            fill(range, &rows.actions, more, reals);
             grow(&mut rows.actions, self.action_tokens.len(), more);
         }
         self.targets.resize(size.rows, -1);
@@ -292,9 +330,12 @@ impl PackedBatch {
             token_row,
             token_time,
             observations,
+            real_observations,
             observation_tokens,
             targets,
+            real_targets,
             actions,
+            real_actions,
             action_tokens,
             returns,
             return_tokens,
@@ -327,7 +368,9 @@ impl PackedBatch {
         for bytes in [token_kind, observations, actions, annotated] {
             bytes.clear();
         }
-        returns.clear();
+        for reals in [returns, real_observations, real_targets, real_actions] {
+            reals.clear();
+        }
     }
 }
 
@@ -339,16 +382,43 @@ fn grow(range: &mut Range<usize>, end: usize, more: usize) {
     range.end = end + more;
 }
 
+/// Appends the numbers of one more row of a family.
+fn append<T: Copy>(range: &mut Range<usize>, all: &mut Vec<T>, row: &[T]) {
+    grow(range, all.len(), row.len());
+    all.extend_from_slice(row);
+}
+
+/// Appends `more` rows of zeros to the numbers of a family that has `rows`.
+fn fill<T: Copy + Default>(
+    range: &mut Range<usize>,
+    rows: &Range<usize>,
+    more: usize,
+    all: &mut Vec<T>,
+) {
+    let numbers = more * (range.len() / rows.len().max(1));
+    grow(range, all.len(), numbers);
+    all.resize(all.len() + numbers, T::default());
+}
+
+/// Where the numbers of one of a family's rows stand.
+fn row_of(numbers: &Range<usize>, rows: &Range<usize>, row: usize) -> Range<usize> {
+    let width = numbers.len() / rows.len().max(1);
+    let start = numbers.start + (row - rows.start) * width;
+    start..start + width
+}
+
 /// Why a sequence cannot be packed.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum BatchError {
-    /// An observation has the wrong number of codes.
-    #[error("an observation has {found} codes, expected {expected}")]
+    /// An observation or an action has the wrong number of numbers, or they are of another kind.
+    #[error("an {what} has {found}, expected {expected}")]
     Fields {
-        /// Codes passed.
-        found: usize,
-        /// Codes of the observation space.
-        expected: usize,
+        /// Which of the two.
+        what: &'static str,
+        /// Numbers passed.
+        found: String,
+        /// Numbers of the space.
+        expected: String,
     },
     /// A pair does not point from a later (or equal) step to an earlier one of the same sequence.
     #[error(
@@ -394,10 +464,11 @@ pub enum BatchError {
 pub struct Trajectory<'a> {
     /// Number of its family in the model.
     pub family: usize,
-    /// Codes [steps, fields].
-    pub observations: &'a [u8],
-    /// Actions `[steps]`: input of the action tokens and target of the observations.
-    pub actions: &'a [u8],
+    /// Codes, pixels or real numbers [steps, fields].
+    pub observations: Values<'a>,
+    /// Actions `[steps]`, or [steps, numbers]: input of the action tokens and target of the
+    /// observations.
+    pub actions: Values<'a>,
     /// Returns to go `[steps]`, already scaled; only read by [`TokenLayout::ReturnObsAction`].
     pub returns: &'a [f32],
     /// (recalling step, recalled step), sorted, without duplicates.
@@ -410,10 +481,11 @@ pub struct Trajectory<'a> {
 #[derive(Debug, Clone)]
 pub struct Packer {
     layout: TokenLayout,
-    /// Codes of an observation of each family.
-    fields: Vec<usize>,
+    families: Vec<Family>,
     segment_steps: usize,
     batch: PackedBatch,
+    /// Patches of an image.
+    patches: Vec<f32>,
     /// Of the current sequence.
     family: usize,
     segment: Option<i32>,
@@ -423,12 +495,12 @@ impl Packer {
     /// A packer for trajectories of these families. `segment_steps` is the length of a segment in
     /// time steps; segment boundaries lie at multiples of it. `None`: one segment per sequence.
     pub fn new(layout: TokenLayout, families: &[Family], segment_steps: Option<usize>) -> Self {
-        let fields = families.iter().map(|family| family.observation.fields());
         let mut packer = Self {
             layout,
-            fields: fields.collect(),
+            families: families.to_vec(),
             segment_steps: segment_steps.unwrap_or(usize::MAX).max(1),
             batch: PackedBatch::default(),
+            patches: Vec::new(),
             family: 0,
             segment: None,
         };
@@ -438,18 +510,18 @@ impl Packer {
 
     /// Starts an empty batch.
     pub fn clear(&mut self) {
-        self.batch.clear(self.fields.len());
+        self.batch.clear(self.families.len());
         self.family = 0;
         self.segment = None;
     }
 
     /// From here on sequences are of this family: the same as before, or a later one.
     pub fn start_family(&mut self, family: usize) -> Result<(), BatchError> {
-        if family < self.family || family >= self.fields.len() {
+        if family < self.family || family >= self.families.len() {
             return Err(BatchError::Family {
                 found: family,
                 first: self.family,
-                last: self.fields.len().saturating_sub(1),
+                last: self.families.len().saturating_sub(1),
             });
         }
         self.family = family;
@@ -464,7 +536,9 @@ impl Packer {
     /// Appends a whole trajectory, every step of it with its action.
     pub fn push_trajectory(&mut self, trajectory: Trajectory) -> Result<(), BatchError> {
         self.start_family(trajectory.family)?;
-        let (steps, fields) = (trajectory.actions.len(), self.fields[self.family]);
+        let own = &self.families[self.family];
+        let (fields, action_fields) = (own.observation.fields(), own.action.fields());
+        let steps = trajectory.actions.len() / action_fields.max(1);
         if trajectory.observations.len() != steps * fields {
             return Err(BatchError::Steps {
                 argument: "observations",
@@ -498,15 +572,16 @@ impl Packer {
             if with_returns {
                 self.push_return(trajectory.returns[step], time);
             }
-            let observation = &trajectory.observations[step * fields..][..fields];
-            self.push_observation(observation, time, Some(trajectory.actions[step]))?;
+            let observation = trajectory.observations.row(step, fields);
+            let action = trajectory.actions.row(step, action_fields);
+            self.push_observation(observation, time, Some(action))?;
             while let Some(&&(_, key)) = pairs.peek().filter(|pair| pair.0 as usize == step) {
                 self.batch.pair_keys.push(key as i32 * per_step + offset);
                 pairs.next();
             }
             *self.batch.pair_offsets.last_mut().unwrap_or(&mut 0) =
                 self.batch.pair_keys.len() as i32;
-            self.push_action(trajectory.actions[step], time);
+            self.push_action(action, time)?;
         }
         self.end_sequence(trajectory.annotated);
         Ok(())
@@ -521,31 +596,75 @@ impl Packer {
     /// Appends an observation token, with the action to predict there if it is known.
     pub fn push_observation(
         &mut self,
-        codes: &[u8],
+        values: Values,
         time: i32,
-        target: Option<u8>,
+        target: Option<Values>,
     ) -> Result<(), BatchError> {
-        let expected = self.fields.get(self.family).copied().unwrap_or_default();
-        if codes.len() != expected {
-            return Err(BatchError::Fields {
-                found: codes.len(),
-                expected,
-            });
+        let (number, token) = (self.family, self.next_token());
+        let Self {
+            families,
+            batch,
+            patches,
+            ..
+        } = self;
+        let own = families.get(number).ok_or(BatchError::Family {
+            found: number,
+            first: 0,
+            last: families.len().saturating_sub(1),
+        })?;
+        let (space, action) = (&own.observation, own.action);
+        let reals = matches!(space.content, Content::Reals);
+        expect("observation", values, space.fields(), reals)?;
+        if let Some(target) = target {
+            expect("action", target, action.fields(), !action.is_discrete())?;
         }
-        let (token, target) = (self.next_token(), target.map_or(-1, i32::from));
-        let row = self
-            .batch
-            .add_observation(self.family, token, codes, target);
+        let unknown;
+        let (target, real_target): (i32, &[f32]) = match (action, target) {
+            (ActionSpace::Discrete(_), target) => {
+                let code = target.and_then(|target| target.bytes().first());
+                (code.map_or(-1, |&code| i32::from(code)), &[])
+            }
+            (ActionSpace::Continuous(_), Some(target)) => (0, target.reals()),
+            (ActionSpace::Continuous(size), None) => {
+                unknown = vec![0.0; size];
+                (-1, &unknown)
+            }
+        };
+        let (codes, reals): (&[u8], &[f32]) = match space.patches() {
+            Some(cut) => {
+                patches.clear();
+                cut.cut(values.bytes(), patches);
+                (&[], patches)
+            }
+            None => (values.bytes(), values.reals()),
+        };
+        let row = ObservationRow {
+            codes,
+            reals,
+            target,
+            real_target,
+        };
+        let row = batch.add_observation(number, token, row);
         self.push_token(TokenKind::Observation, row, time);
         Ok(())
     }
 
     /// Appends an action token to the current sequence.
-    pub fn push_action(&mut self, action: u8, time: i32) {
+    pub fn push_action(&mut self, action: Values, time: i32) -> Result<(), BatchError> {
+        let own = self.families.get(self.family).ok_or(BatchError::Family {
+            found: self.family,
+            first: 0,
+            last: self.families.len().saturating_sub(1),
+        })?;
+        let space = own.action;
+        expect("action", action, space.fields(), !space.is_discrete())?;
+        let code = action.bytes().first().copied().unwrap_or_default();
+        let token = self.next_token();
         let row = self
             .batch
-            .add_action(self.family, self.next_token(), action);
+            .add_action(self.family, token, code, action.reals());
         self.push_token(TokenKind::Action, row, time);
+        Ok(())
     }
 
     /// Ends the current sequence; an empty one is kept as an empty sequence.
@@ -580,4 +699,23 @@ impl Packer {
             .pair_offsets
             .push(self.batch.pair_keys.len() as i32);
     }
+}
+
+/// Checks the numbers of an observation or of an action.
+fn expect(
+    what: &'static str,
+    values: Values,
+    fields: usize,
+    reals: bool,
+) -> Result<(), BatchError> {
+    let kind = |reals| if reals { "real numbers" } else { "codes" };
+    let found = matches!(values, Values::Reals(_));
+    if values.len() == fields && found == reals {
+        return Ok(());
+    }
+    Err(BatchError::Fields {
+        what,
+        found: format!("{} {}", values.len(), kind(found)),
+        expected: format!("{fields} {}", kind(reals)),
+    })
 }

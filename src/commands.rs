@@ -217,19 +217,33 @@ impl Evaluating<'_> {
         step: u64,
     ) -> Fallible<Option<Summary>> {
         let tasks = config.task_list();
-        if tasks.iter().all(|task| task.task.is_none()) {
+        if tasks
+            .iter()
+            .all(|task| task.task.is_none() && !task.has_validation())
+        {
             return Err(dtmem::train::Error::NoTask(self.file.to_owned()));
         }
         let asked = self.arguments.target_return;
         let targets: Vec<f64> = targets.iter().map(|own| asked.unwrap_or(*own)).collect();
         let results = self.play(model, config, &tasks, &targets)?;
-        Ok(results.map(|results| {
-            for line in run::result_lines(&results) {
+        let validation = evaluate::validate_all(model, config, self.stop)?;
+        Ok(results.zip(validation).map(|(results, validation)| {
+            let lines = run::result_lines(&results).into_iter();
+            for line in lines.chain(validation.iter().map(run::validation_line)) {
                 info!("{line}");
             }
-            let tokens = results.iter().map(|result| result.evaluation.tokens).sum();
-            let seconds = results.iter().map(|result| result.evaluation.seconds).sum();
-            Summary::new(&results, model, step, tokens, seconds)
+            let played = results.iter().map(|result| {
+                let evaluation = &result.evaluation;
+                (evaluation.tokens, evaluation.seconds)
+            });
+            let validated = validation.iter().map(|one| (one.tokens, one.seconds));
+            let (tokens, seconds) = played
+                .chain(validated)
+                .fold((0, 0.0), |sum, one| (sum.0 + one.0, sum.1 + one.1));
+            Summary {
+                validation,
+                ..Summary::new(&results, model, step, tokens, seconds)
+            }
         }))
     }
 }
@@ -444,12 +458,6 @@ fn describe(set: &Demonstrations) -> Result<String> {
         .episodes()
         .map(|episode| episode.rewards.iter().copied().map(f64::from).sum())
         .collect();
-    let mut actions = vec![0_u64; set.action_count()];
-    for action in set.episodes().flat_map(|episode| episode.actions) {
-        if let Some(count) = actions.get_mut(usize::from(*action)) {
-            *count += 1;
-        }
-    }
     let count = steps.len().max(1) as f64;
     let least = |values: &[f64]| values.iter().copied().fold(f64::INFINITY, f64::min);
     let most = |values: &[f64]| values.iter().copied().fold(f64::NEG_INFINITY, f64::max);
@@ -463,11 +471,28 @@ fn describe(set: &Demonstrations) -> Result<String> {
         set.steps() as f64 / count
     )?;
     writeln!(text, "observations   {}", set.space())?;
-    writeln!(
-        text,
-        "actions        {}, taken {actions:?}",
-        set.action_count()
-    )?;
+    match set.taken() {
+        Some(taken) => writeln!(text, "actions        {}, taken {taken:?}", taken.len())?,
+        None => {
+            writeln!(text, "actions        {}", set.family().action)?;
+            let width = set.family().action.fields();
+            for number in 0..width {
+                let values = set.episodes().flat_map(|episode| {
+                    let values = episode.actions.reals();
+                    let values = values.iter().skip(number).step_by(width);
+                    values.copied().map(f64::from)
+                });
+                let values: Vec<f64> = values.collect();
+                writeln!(
+                    text,
+                    "action [{number}]     {:.4} to {:.4}, {:.4} on average",
+                    least(&values),
+                    most(&values),
+                    values.iter().sum::<f64>() / values.len().max(1) as f64
+                )?;
+            }
+        }
+    }
     if !returns.is_empty() {
         writeln!(
             text,

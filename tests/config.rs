@@ -521,6 +521,7 @@ fn tasks_are_a_list_each_with_a_name_of_its_own() {
         (&["tasks.1.task.steps=0"], &["tasks.1.task.steps", "0"]),
         (&["tasks.3.share=1"], &["a list of 3", "`3`"]),
         (&["tasks.first.share=1"], &["a list of 3", "`first`"]),
+        (&["tasks.2=1"], &["`tasks` is a list", "tasks.0.share"]),
         (&["tasks.2.data="], &["tasks.2.task", "nothing"]),
         (
             &["tasks.0.data.return_scale=0"],

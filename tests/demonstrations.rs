@@ -7,7 +7,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 
-use dtmem::spaces::{ActionSpace, Family, ObservationSpace};
+use dtmem::spaces::{ActionSpace, Family, Numbers, ObservationSpace};
 use dtmem::tasks::{DemonstrationError, Demonstrations, EpisodeView, Split, Task};
 use proptest::prelude::*;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
@@ -26,16 +26,16 @@ fn own() -> Demonstrations {
     })
     .unwrap();
     set.push(EpisodeView {
-        observations: &[0, 8, 3, 0, 1, 1],
-        actions: &[0, 2, 1],
+        observations: (&[0_u8, 8, 3, 0, 1, 1]).into(),
+        actions: (&[0_u8, 2, 1]).into(),
         rewards: &[0.0, -1.0, 0.5],
         pairs: &[(2, 0), (1, 1), (2, 0)],
         annotated: true,
     })
     .unwrap();
     let second = EpisodeView {
-        observations: &[2, 2, 1, 7],
-        actions: &[1, 1],
+        observations: (&[2_u8, 2, 1, 7]).into(),
+        actions: (&[1_u8, 1]).into(),
         rewards: &[0.0, 1.0],
         pairs: &[],
         annotated: false,
@@ -101,8 +101,8 @@ fn a_generated_set_holds_the_experts_episodes_in_order() {
     let set = Demonstrations::generate(&task, 300, 9, 1.0, |_| {}).unwrap();
     assert_eq!((set.len(), set.is_empty()), (300, false));
     assert_eq!(
-        (set.space(), set.action_count()),
-        (&task.observation_space(), 7)
+        (set.family(), set.taken().map(|taken| taken.len())),
+        (&task.family(), Some(7))
     );
     for (number, episode) in set.episodes().enumerate() {
         let played = task
@@ -195,6 +195,156 @@ fn the_summary_tells_what_is_in_the_set() {
             .summary()
             .contains("hallway,length=2, seed 7")
     );
+}
+
+/// Sets of real numbers and of images: 3 and 2 steps.
+fn own_kinds() -> [Demonstrations; 2] {
+    let fill = |set: &mut Demonstrations, observations: &Numbers, actions: &Numbers| {
+        let Family {
+            observation,
+            action,
+        } = set.family().clone();
+        let mut first = 0;
+        for steps in [3, 2] {
+            let rows = |width: usize| first * width..(first + steps) * width;
+            set.push(EpisodeView {
+                observations: observations.all().part(rows(observation.fields())),
+                actions: actions.all().part(rows(action.fields())),
+                rewards: &[0.5, -1.0, 0.0][..steps],
+                pairs: &[(1, 0)],
+                annotated: true,
+            })
+            .unwrap();
+            first += steps;
+        }
+    };
+    let mut vectors = Demonstrations::new(Family {
+        observation: ObservationSpace::reals([2]),
+        action: ActionSpace::Continuous(3),
+    })
+    .unwrap();
+    let reals = |len| Numbers::Reals((0..len).map(|index| index as f32 / 4.0 - 1.0).collect());
+    fill(&mut vectors, &reals(10), &reals(15));
+    let mut images = Demonstrations::new(Family {
+        observation: ObservationSpace::pixels([2, 3, 1]),
+        action: ActionSpace::Discrete(4),
+    })
+    .unwrap();
+    let pixels = Numbers::Bytes((0..30).map(|index| index * 8).collect());
+    fill(&mut images, &pixels, &Numbers::Bytes(vec![0, 3, 1, 2, 0]));
+    [vectors, images]
+}
+
+#[test]
+fn real_numbers_and_images_come_back_from_a_file_as_they_were() {
+    let folder = Folder::new();
+    for set in own_kinds() {
+        let loaded = folder.load(&bytes_of(&set)).unwrap();
+        assert_eq!(loaded, set);
+        assert!(is_sound(&loaded));
+    }
+    let [vectors, _] = own_kinds();
+    let summary = vectors.summary();
+    for part in [
+        "[2], real numbers",
+        "action [2]",
+        "-0.5000 min",
+        "2.5000 max",
+    ] {
+        assert!(summary.contains(part), "{part:?} in {summary}");
+    }
+    let doubles: Vec<u8> = (0..10)
+        .flat_map(|index| (f64::from(index) / 4.0 - 1.0).to_le_bytes())
+        .collect();
+    let wide = Parts::of(&vectors).set("observations", Dtype::F64, &[5, 2], doubles);
+    assert_eq!(
+        folder.load(&wide.bytes()).unwrap().episode(0),
+        vectors.episode(0)
+    );
+}
+
+#[test]
+fn files_of_real_numbers_and_images_that_cannot_be_right_are_refused() {
+    let folder = Folder::new();
+    let [vectors, images] = own_kinds();
+    let (vectors, images) = (Parts::of(&vectors), Parts::of(&images));
+    let nan = |len: usize, at: usize| {
+        let mut values = vec![0.0; len];
+        values[at] = f32::NAN;
+        f32s(&values)
+    };
+    for (parts, expected) in [
+        (
+            vectors
+                .clone()
+                .set("observations", Dtype::F32, &[5, 2], nan(10, 7)),
+            &[
+                "`observations`",
+                "episode 1, step 0, number 1",
+                "NaN",
+                "finite",
+            ][..],
+        ),
+        (
+            vectors
+                .clone()
+                .set("actions", Dtype::F32, &[5, 3], nan(15, 5)),
+            &["`actions`", "episode 0, step 1, number 2", "finite"],
+        ),
+        (
+            vectors
+                .clone()
+                .set("actions", Dtype::F32, &[5], f32s(&[0.0; 5])),
+            &["`actions`", "[5]", "[steps, numbers]"],
+        ),
+        (
+            vectors
+                .clone()
+                .set("actions", Dtype::F32, &[4, 3], f32s(&[0.0; 12])),
+            &["`actions`", "[4, 3]", "[5, 3]"],
+        ),
+        (
+            vectors.clone().set("actions", Dtype::F32, &[5, 0], []),
+            &["`action_count`", "found 0"],
+        ),
+        (
+            vectors.clone().header("action_count", json!(3)),
+            &["`actions`", "with `action_count`"],
+        ),
+        (
+            vectors
+                .clone()
+                .header("observation_cardinalities", json!([4, 9])),
+            &["`observations`", "with `observation_cardinalities`", "U8"],
+        ),
+        (
+            vectors.clone().set("actions", Dtype::U8, &[5], [0; 5]),
+            &["`action_count`", "none", "a number"],
+        ),
+        (
+            images
+                .clone()
+                .set("observations", Dtype::U8, &[5, 6], [0; 30]),
+            &["`observations`", "[6]", "[steps, height, width, channels]"],
+        ),
+        (
+            images
+                .clone()
+                .set("observations", Dtype::U8, &[5, 0, 3, 1], []),
+            &["`observations`", "[0, 3, 1]"],
+        ),
+        (
+            images
+                .clone()
+                .set("actions", Dtype::U8, &[5], [0, 4, 0, 0, 0]),
+            &["`actions`", "episode 0, step 1", "below 4"],
+        ),
+    ] {
+        let message = folder.load(&parts.bytes()).unwrap_err().to_string();
+        for part in expected {
+            assert!(message.contains(part), "{part:?} in {message}");
+        }
+    }
 }
 
 #[test]
@@ -617,8 +767,8 @@ fn every_value_that_cannot_be_right_is_refused_with_file_place_found_and_expecte
 fn a_refused_episode_leaves_the_set_as_it_was() {
     let mut set = own();
     let bad = EpisodeView {
-        observations: &[0, 0],
-        actions: &[0],
+        observations: (&[0_u8, 0]).into(),
+        actions: (&[0_u8]).into(),
         rewards: &[0.0],
         pairs: &[(0, 1)],
         annotated: true,
@@ -635,7 +785,7 @@ fn a_refused_episode_leaves_the_set_as_it_was() {
     assert!(
         set.push(EpisodeView {
             pairs: &[],
-            observations: &[0; 3],
+            observations: (&[0_u8; 3]).into(),
             ..bad
         })
         .is_err()
@@ -681,8 +831,9 @@ fn is_sound(set: &Demonstrations) -> bool {
             && episode.observations.len() == steps * set.space().fields()
             && episode
                 .actions
+                .bytes()
                 .iter()
-                .all(|&action| usize::from(action) < set.action_count())
+                .all(|&action| usize::from(action) < set.family().action.outputs())
             && episode.rewards.iter().all(|reward| reward.is_finite())
             && episode
                 .pairs

@@ -309,12 +309,12 @@ fn a_merged_folder_gives_the_logits_of_base_and_adapter() {
     for seed in 0..8_u8 {
         let steps = 3 + usize::from(seed % 3);
         let code = |index: usize, limit: usize| ((index * 7 + usize::from(seed) * 5) % limit) as u8;
+        let codes = |len: usize, limit| (0..len).map(|index| code(index, limit)).collect();
+        let (observations, actions): (Vec<u8>, Vec<u8>) = (codes(2 * steps, 17), codes(steps, 16));
         let trajectory = dtmem::batch::Trajectory {
             family: 0,
-            observations: &(0..2 * steps)
-                .map(|index| code(index, 17))
-                .collect::<Vec<u8>>(),
-            actions: &(0..steps).map(|index| code(index, 16)).collect::<Vec<u8>>(),
+            observations: (&observations).into(),
+            actions: (&actions).into(),
             returns: &vec![1.0; steps],
             pairs: &[],
             annotated: false,

@@ -2,7 +2,7 @@
 
 mod data;
 
-use data::{Data, capacity, draw, grid, several, symbols};
+use data::{Data, all_kinds, capacity, draw, grid, images, several, symbols, vectors};
 use dtmem::backend::Cpu;
 use dtmem::batch::{PackedBatch, TokenLayout};
 use dtmem::model::{
@@ -10,6 +10,7 @@ use dtmem::model::{
     FrontEnd, MemoryConfig, Model, ModelConfig, ObservationSpace, OptimiserStep, OrderKind, Spaces,
     StepMetrics, StrengthKind, SupervisedPart, SupervisionConfig, Training,
 };
+use dtmem::spaces::{Numbers, Values};
 use dtmem_reference::Scalar;
 use dtmem_reference::attention::Denominator;
 
@@ -170,10 +171,66 @@ fn several_families_have_right_gradients() {
 }
 
 #[test]
+fn every_kind_of_observations_and_actions_has_right_gradients() {
+    for spaces in [vectors(), images(), all_kinds()] {
+        let config = ModelConfig {
+            front_end: FrontEnd::Linear,
+            observation_gain: 1.0,
+            ..tuner()
+        };
+        check_gradients(&config, &spaces, Some(supervision()));
+        check_gradients(&decision(), &spaces, None);
+    }
+}
+
+#[test]
+fn squared_error_is_the_mean_over_the_numbers_of_an_action() {
+    let model = model::<f64>(&decision(), &vectors(), None);
+    let batch = Data::new(&vectors(), &[5, 2], 3).pack(&model);
+    let mut training = Training::new(&model, capacity(&batch), 2).expect("buffers");
+    let metrics = training.gradients(&model, &batch, 5, 1).expect("gradients");
+    let outputs = model.logits(&batch).expect("outputs");
+    let squares = outputs.iter().zip(&batch.real_targets);
+    let sum: f64 = squares.map(|(y, &t)| (y - f64::from(t)).powi(2)).sum();
+    let mean = sum / outputs.len() as f64;
+    assert!((metrics.loss - mean).abs() < 1e-12 * mean);
+    assert_eq!(metrics.accuracy, 0.0);
+}
+
+#[test]
+fn images_are_cut_into_patches_without_losing_a_pixel() {
+    let model = model::<f32>(&decision(), &images(), None);
+    let data = Data::new(&images(), &[1], 8);
+    let batch = data.pack(&model);
+    let pixels = data.observations[0].all().bytes();
+    let patch = 12 * 12 * 2;
+    assert_eq!(batch.real_observations.len(), 2 * patch);
+    let mut sum = 0.0;
+    for (index, &pixel) in pixels.iter().enumerate() {
+        let (y, x, channel) = (index / 28, index / 2 % 14, index % 2);
+        let place = (x / 12) * patch + (y * 12 + x % 12) * 2 + channel;
+        assert_eq!(batch.real_observations[place], f32::from(pixel) / 255.0);
+        sum += f64::from(pixel) / 255.0;
+    }
+    let all: f64 = batch.real_observations.iter().map(|&x| f64::from(x)).sum();
+    assert!((all - sum).abs() < 1e-3, "the rest is 0");
+}
+
+#[test]
 fn a_family_learns_the_same_alone_and_beside_others() {
+    for spaces in [several(), all_kinds()] {
+        check_alone_and_beside_others(&spaces);
+    }
+}
+
+fn check_alone_and_beside_others(spaces: &Spaces) {
     // What sequences of other families are in a batch changes a sum, and nothing else.
-    let model = model::<f64>(&tuner(), &several(), None);
-    let data = Data::new(&several(), &[5, 3, 4, 7], 3);
+    let config = ModelConfig {
+        front_end: FrontEnd::Linear,
+        ..tuner()
+    };
+    let model = model::<f64>(&config, spaces, None);
+    let data = Data::new(spaces, &[5, 3, 4, 7], 3);
     let all = data.pack(&model);
     let mut training = Training::new(&model, capacity(&all), 2).expect("buffers");
     let mut gradients = |batch: &PackedBatch| {
@@ -396,22 +453,29 @@ fn check_acting_in(config: &ModelConfig, spaces: &Spaces, family: usize) {
     let mut acted: Vec<Vec<f64>> = vec![Vec::new(); lengths.len()];
     for time in 0..9 {
         let active: Vec<usize> = (0..3).filter(|&episode| time < lengths[episode]).collect();
-        let observations: Vec<u8> = active
-            .iter()
-            .flat_map(|&episode| data.observations[episode][time * fields..][..fields].to_vec())
-            .collect();
+        let mut observations = Numbers::observations(&alone.families[0].observation);
+        for &episode in &active {
+            observations.extend(data.observations[episode].all().row(time, fields));
+        }
         let returns: Vec<f32> = active
             .iter()
             .map(|&episode| data.returns[episode][time])
             .collect();
         let chosen = actor
-            .act(&model, &active, &observations, &returns)
-            .expect("actions")
-            .to_vec();
+            .act(&model, &active, observations.all(), &returns)
+            .expect("actions");
+        let chosen = match chosen {
+            Values::Bytes(values) => Numbers::Bytes(values.to_vec()),
+            Values::Reals(values) => Numbers::Reals(values.to_vec()),
+        };
         for (index, &episode) in active.iter().enumerate() {
             let logits = &actor.logits()[index * actions..][..actions];
             acted[episode].extend_from_slice(logits);
-            data.actions[episode][time] = chosen[index];
+            if time == 0 {
+                data.actions[episode].clear();
+            }
+            let width = alone.families[0].action.fields();
+            data.actions[episode].extend(chosen.all().row(index, width));
         }
     }
     let batch = data.pack(&model);
@@ -432,6 +496,7 @@ fn acting_step_by_step_equals_the_whole_episode() {
     check_acting(&tuner(), &several());
     check_acting(&decision(), &symbols());
     check_acting(&decision(), &several());
+    check_acting(&decision(), &all_kinds());
     for (attention, segment_steps, memory) in [
         (AttentionSpan::Episode, 3, true),
         (AttentionSpan::Episode, 0, true),
@@ -446,6 +511,7 @@ fn acting_step_by_step_equals_the_whole_episode() {
             ..decision()
         };
         check_acting(&config, &symbols());
+        check_acting(&config, &vectors());
     }
 }
 
@@ -604,7 +670,8 @@ fn the_number_of_shards_changes_rounding_only() {
         (dropout.clone(), grid(), Some(supervision())),
         (memory.clone(), symbols(), Some(recall())),
         (dropout, several(), Some(supervision())),
-        (memory, several(), Some(recall())),
+        (memory.clone(), several(), Some(recall())),
+        (memory, all_kinds(), None),
     ] {
         let model = model::<f64>(&config, &spaces, supervision);
         let batch = Data::new(&spaces, &[5, 3, 8], 7).pack(&model);

@@ -217,7 +217,9 @@ fn short_tasks() -> [Task; 5] {
 fn the_expert_succeeds_within_the_limit_and_stays_within_the_declared_codes() {
     for task in short_tasks() {
         let space = task.observation_space();
-        let Content::Codes(cardinalities) = &space.content;
+        let Content::Codes(cardinalities) = &space.content else {
+            panic!("codes");
+        };
         for number in 0..200 {
             let episode = task.demonstrate(Split::Demonstration, 1, number).unwrap();
             let steps = episode.actions.len();

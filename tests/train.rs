@@ -10,7 +10,8 @@ use std::sync::OnceLock;
 use std::sync::atomic::AtomicBool;
 
 use dtmem::backend::Cpu;
-use dtmem::tasks::{Demonstrations, Task};
+use dtmem::spaces::{ActionSpace, Family, ObservationSpace};
+use dtmem::tasks::{Demonstrations, EpisodeView, Task};
 use dtmem::train::checkpoint::{load_model, model_from_bytes, state_from_bytes};
 use dtmem::train::config::Config;
 use dtmem::train::evaluate::{Conditions, evaluate};
@@ -409,8 +410,10 @@ fn own_demonstrations_train_without_a_task() {
     set.save(&file).unwrap();
     let path = format!("data.file={}", file.display());
     let out = folder.path().join("run");
-    let summary = finish(&config(HALLWAY, &[&path, "task="]), &out, Start::Fresh);
+    let without = [&path, "task=", "data.validation=0"];
+    let summary = finish(&config(HALLWAY, &without), &out, Start::Fresh);
     assert_eq!((summary.task, summary.success_rate), (None, None));
+    assert_eq!(summary.validation, []);
     assert!(out.join("attention.png").exists());
     load_model(&Folder::new(&out).model(), Cpu::new()).unwrap();
     // The same demonstrations give the same losses, wherever they come from.
@@ -420,6 +423,73 @@ fn own_demonstrations_train_without_a_task() {
         .map(|line| line.action_loss)
         .collect();
     assert_eq!(mine, generated);
+}
+
+/// A file of episodes in which the action is twice the first number of the observation.
+fn steering(file: &Path, episodes: u32) {
+    let mut set = Demonstrations::new(Family {
+        observation: ObservationSpace::reals([2]),
+        action: ActionSpace::Continuous(1),
+    })
+    .unwrap();
+    for episode in 0..episodes {
+        let steps = 3 + episode as usize % 3;
+        let observations: Vec<f32> = (0..2 * steps)
+            .map(|index| (episode as f32 * 1.7 + index as f32 * 0.9).sin())
+            .collect();
+        let actions: Vec<f32> = observations.iter().step_by(2).map(|x| 2.0 * x).collect();
+        set.push(EpisodeView {
+            observations: (&observations).into(),
+            actions: (&actions).into(),
+            rewards: &vec![1.0; steps],
+            pairs: &[],
+            annotated: false,
+        })
+        .unwrap();
+    }
+    set.save(file).unwrap();
+}
+
+#[test]
+fn own_files_of_real_numbers_train_beside_a_task_and_are_measured_on_what_was_kept() {
+    let folder = TempDir::new().unwrap();
+    let file = folder.path().join("steering.safetensors");
+    steering(&file, 60);
+    let own = format!("tasks.1.data.file={}", file.display());
+    let overrides = [
+        own.as_str(),
+        "tasks.1.task=",
+        "tasks.1.data.episodes=",
+        "tasks.1.data.validation=0.25",
+        "tasks.0.share=1",
+        "train.epochs=30",
+    ];
+    let config = config(MANY, &overrides);
+    let out = folder.path().join("run");
+    let summary = finish(&config, &out, Start::Fresh);
+    assert_eq!(summary.tasks.len(), 2, "the file has no task to play");
+    let [validation] = &summary.validation[..] else {
+        panic!("{:?}", summary.validation);
+    };
+    assert_eq!(validation.label, "steering");
+    assert_eq!((validation.episodes, validation.accuracy), (15, None));
+    // The mean of the squared actions, about 2, is what a model gets that always says 0.
+    assert!(validation.loss < 1.0, "{validation:?}");
+    let told = dtmem(folder.path(), &["eval", &out.display().to_string()]);
+    let told: serde_json::Value = serde_json::from_slice(&told.stdout).unwrap();
+    assert_eq!(told["validation"][0]["loss"], validation.loss);
+    let shown = dtmem(
+        folder.path(),
+        &["demos", "--inspect", &file.display().to_string()],
+    );
+    let shown = text(&shown.stdout);
+    for part in [
+        "[2], real numbers",
+        "actions of 1 real numbers",
+        "action [0]",
+    ] {
+        assert!(shown.contains(part), "{part} is missing in: {shown}");
+    }
 }
 
 #[test]

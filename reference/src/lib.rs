@@ -26,6 +26,7 @@ pub mod one_hot;
 pub mod optimiser;
 pub mod recall;
 mod scalar;
+pub mod squared_error;
 
 pub use error::{Error, Result};
 pub use scalar::Scalar;

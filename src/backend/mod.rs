@@ -315,6 +315,17 @@ pub enum Codes {
     Actions(usize),
 }
 
+/// Real numbers that a batch brings.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reals {
+    /// Returns to go, one for each return token.
+    Returns,
+    /// Observations of a family.
+    Observations(usize),
+    /// Continuous actions of a family, one row per action token.
+    Actions(usize),
+}
+
 /// What is added to the tokens by their time step.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Positions {
@@ -615,8 +626,8 @@ pub trait Backend: Send + Sync {
         gradients: &mut Self::Buffer,
     ) -> Result<()>;
 
-    /// The batch's returns to go as a column [return tokens, 1].
-    fn returns(&self, batch: &Self::Batch, out: &mut Self::Buffer) -> Result<()>;
+    /// Real numbers of the batch, row after row, at the start of `out`.
+    fn reals(&self, batch: &Self::Batch, reals: Reals, out: &mut Self::Buffer) -> Result<()>;
 
     /// Token rows: the embedding of the token's kind plus the position of its time step.
     /// `returns` is read only if the batch has return tokens.
@@ -856,6 +867,20 @@ pub trait Backend: Send + Sync {
         actions: usize,
         logits: &Self::Buffer,
         grad_logits: &mut Self::Buffer,
+        metrics: &mut Self::Buffer,
+    ) -> Result<()>;
+
+    /// Squared error of a family's continuous actions, the mean over the `size` numbers of each:
+    /// writes [`Metric::ActionLoss`] (the sum), [`Metric::Correct`] = 0 and the gradient [the
+    /// family's observations, size] of the sum · its weight in the batch. Rows whose target is
+    /// negative count for nothing.
+    fn squared_error(
+        &self,
+        batch: &Self::Batch,
+        family: usize,
+        size: usize,
+        outputs: &Self::Buffer,
+        grad_outputs: &mut Self::Buffer,
         metrics: &mut Self::Buffer,
     ) -> Result<()>;
 

@@ -310,8 +310,8 @@ pub(super) fn batch(scale: &Scale, mut packer: Packer) -> Result<PackedBatch> {
             .collect();
         packer.push_trajectory(Trajectory {
             family: 0,
-            observations: &observations,
-            actions: &actions,
+            observations: (&observations).into(),
+            actions: (&actions).into(),
             returns: &vec![1.0; steps],
             pairs: &pairs,
             annotated: true,

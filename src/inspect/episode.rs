@@ -65,8 +65,8 @@ impl Episode {
             episode.expert.push(expert);
 
             let told = (to_go / played.return_scale) as f32;
-            let action = actor.act(model, &[0], observation, &[told])?;
-            let action = action.first().copied().unwrap_or_default();
+            let action = actor.act(model, &[0], &*observation, &[told])?;
+            let action = action.bytes().first().copied().unwrap_or_default();
             let outcome = environment.step(action.into());
             to_go -= outcome.reward;
             episode.probabilities.push(softmax(actor.logits()));

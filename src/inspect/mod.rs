@@ -280,8 +280,8 @@ fn pack<B: Backend>(
     let mut packer = model.packer();
     packer.push_trajectory(Trajectory {
         family,
-        observations: &episode.observations,
-        actions: &episode.actions,
+        observations: (&episode.observations).into(),
+        actions: (&episode.actions).into(),
         returns: &episode.returns,
         pairs: &[],
         annotated: false,

@@ -1,11 +1,14 @@
 //! Acting: many episodes in lockstep, one time step after another, without computing the past again.
 
+use dtmem_reference::Scalar;
+
 use super::activations::Activations;
 use super::config::{AttentionSpan, ModelConfig};
 use super::forward::{ActingState, Counts, Pass};
 use super::{Capacity, Model, ModelError, allocate};
 use crate::backend::{Backend, BackendError, KeyValueCache, Kind, Span};
 use crate::batch::{Packer, TokenLayout};
+use crate::spaces::{Family, Numbers, Values};
 
 /// Acts greedily in up to a fixed number of episodes that all started together.
 ///
@@ -25,7 +28,7 @@ pub struct Actor<B: Backend> {
     /// Of every observation of the windows.
     all_logits: Vec<B::Element>,
     logits: Vec<B::Element>,
-    actions: Vec<u8>,
+    actions: Numbers,
     /// Steps since the last commit, for each episode.
     windows: Vec<Window>,
     /// Steps between two commits of a whole segment; 0: every step is a commit.
@@ -35,13 +38,29 @@ pub struct Actor<B: Backend> {
 }
 
 /// What an episode has seen and done since the last commit.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Window {
     /// The action before the first step, if its token is not committed yet.
-    action_before: Option<(u8, i32)>,
-    observations: Vec<u8>,
+    action_before: Option<(Numbers, i32)>,
+    observations: Numbers,
     returns: Vec<f32>,
-    actions: Vec<u8>,
+    actions: Numbers,
+    /// How many observations and actions.
+    seen: usize,
+    done: usize,
+}
+
+impl Window {
+    fn new(family: &Family) -> Self {
+        Self {
+            action_before: None,
+            observations: Numbers::observations(&family.observation),
+            returns: Vec::new(),
+            actions: Numbers::actions(family.action),
+            seen: 0,
+            done: 0,
+        }
+    }
 }
 
 /// What makes acting need less memory on a device.
@@ -103,7 +122,7 @@ impl<B: Backend> Model<B> {
 impl<B: Backend> Actor<B> {
     /// An actor for `episodes` episodes of a family, all at their first step.
     pub fn new(model: &Model<B>, family: usize, episodes: usize) -> Result<Self, ModelError> {
-        model.family(family)?;
+        let own = model.family(family)?;
         let (backend, config) = (&*model.backend, &model.config);
         let per_step = config.layout.tokens_per_step();
         let Sizes {
@@ -158,8 +177,8 @@ impl<B: Backend> Actor<B> {
             memories,
             all_logits: Vec::new(),
             logits: Vec::new(),
-            actions: Vec::new(),
-            windows: (0..episodes).map(|_| Window::default()).collect(),
+            actions: Numbers::actions(own.action),
+            windows: (0..episodes).map(|_| Window::new(own)).collect(),
             segment,
             time: 0,
             prefix: 0,
@@ -169,15 +188,18 @@ impl<B: Backend> Actor<B> {
     /// The next time step of the episodes `active` (ascending, none that was left out before):
     /// `observations` [active, fields] and `returns` to go `[active]` (read by
     /// [`TokenLayout::ReturnObsAction`] only). Returns the action of largest logit of each, the
-    /// first of equals, and takes it as the action of that step.
-    pub fn act(
+    /// first of equals, or the continuous actions [active, numbers], and takes it as the action of
+    /// that step.
+    pub fn act<'v>(
         &mut self,
         model: &Model<B>,
         active: &[usize],
-        observations: &[u8],
+        observations: impl Into<Values<'v>>,
         returns: &[f32],
-    ) -> Result<&[u8], ModelError> {
-        let fields = model.family(self.family)?.observation.fields();
+    ) -> Result<Values<'_>, ModelError> {
+        let own = model.family(self.family)?;
+        let observations = observations.into();
+        let (fields, action_fields) = (own.observation.fields(), own.action.fields());
         let with_returns = model.config.layout == TokenLayout::ReturnObsAction;
         self.check(
             active,
@@ -190,14 +212,13 @@ impl<B: Backend> Actor<B> {
         if segment > 0 && self.time > 0 && self.time.is_multiple_of(segment) {
             self.run(model, active, true)?;
             for window in &mut self.windows {
-                *window = Window::default();
+                *window = Window::new(own);
             }
         }
         for (index, &episode) in active.iter().enumerate() {
             let window = &mut self.windows[episode];
-            window
-                .observations
-                .extend_from_slice(&observations[index * fields..][..fields]);
+            window.observations.extend(observations.row(index, fields));
+            window.seen += 1;
             if with_returns {
                 window.returns.push(returns[index]);
             }
@@ -205,19 +226,23 @@ impl<B: Backend> Actor<B> {
         self.run(model, active, segment == 0)?;
         self.choose(model, active)?;
         let time = self.time as i32;
-        for (&episode, &action) in active.iter().zip(&self.actions) {
+        for (index, &episode) in active.iter().enumerate() {
+            let action = self.actions.all().row(index, action_fields);
             let window = &mut self.windows[episode];
             if segment == 0 {
+                let mut before = Numbers::actions(own.action);
+                before.extend(action);
                 *window = Window {
-                    action_before: Some((action, time)),
-                    ..Window::default()
+                    action_before: Some((before, time)),
+                    ..Window::new(own)
                 };
             } else {
-                window.actions.push(action);
+                window.actions.extend(action);
+                window.done += 1;
             }
         }
         self.time += 1;
-        Ok(&self.actions)
+        Ok(self.actions.all())
     }
 
     fn check(
@@ -255,25 +280,27 @@ impl<B: Backend> Actor<B> {
 
     /// Computes the windows of the active episodes; `commit` makes their tokens final.
     fn run(&mut self, model: &Model<B>, active: &[usize], commit: bool) -> Result<(), ModelError> {
-        let fields = model.family(self.family)?.observation.fields();
+        let own = model.family(self.family)?;
+        let (fields, action_fields) = (own.observation.fields(), own.action.fields());
         self.packer.clear();
         self.packer.start_family(self.family)?;
         for &episode in active {
             let window = &self.windows[episode];
-            let steps = window.observations.len() / fields;
-            let first = (self.time + usize::from(window.actions.len() < steps)) - steps;
-            if let Some((action, time)) = window.action_before {
-                self.packer.push_action(action, time);
+            let steps = window.seen;
+            let first = (self.time + usize::from(window.done < steps)) - steps;
+            if let Some((action, time)) = &window.action_before {
+                self.packer.push_action(action.all(), *time)?;
             }
             for step in 0..steps {
                 let time = (first + step) as i32;
                 if let Some(&value) = window.returns.get(step) {
                     self.packer.push_return(value, time);
                 }
-                let observation = &window.observations[step * fields..][..fields];
+                let observation = window.observations.all().row(step, fields);
                 self.packer.push_observation(observation, time, None)?;
-                if let Some(&action) = window.actions.get(step) {
-                    self.packer.push_action(action, time);
+                if step < window.done {
+                    let action = window.actions.all().row(step, action_fields);
+                    self.packer.push_action(action, time)?;
                 }
             }
             self.packer.end_sequence(false);
@@ -302,7 +329,8 @@ impl<B: Backend> Actor<B> {
         Ok(())
     }
 
-    /// Logits of the last call of [`Self::act`] [active, actions].
+    /// Logits of the last call of [`Self::act`] [active, actions]; where actions are continuous,
+    /// these.
     pub fn logits(&self) -> &[B::Element] {
         &self.logits
     }
@@ -322,13 +350,20 @@ impl<B: Backend> Actor<B> {
         for window in self.all_logits.chunks(observations.max(1) * classes) {
             let logits = &window[window.len() - classes..];
             self.logits.extend_from_slice(logits);
-            let mut best = 0;
-            for (action, logit) in logits.iter().enumerate() {
-                if *logit > logits[best] {
-                    best = action;
+            match &mut self.actions {
+                Numbers::Bytes(actions) => {
+                    let mut best = 0;
+                    for (action, logit) in logits.iter().enumerate() {
+                        if *logit > logits[best] {
+                            best = action;
+                        }
+                    }
+                    actions.push(best as u8);
+                }
+                Numbers::Reals(actions) => {
+                    actions.extend(logits.iter().map(|number| number.to_f64() as f32));
                 }
             }
-            self.actions.push(best as u8);
         }
         Ok(())
     }

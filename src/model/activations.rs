@@ -1,7 +1,9 @@
 //! What a forward pass keeps and a backward pass writes, allocated once for the largest batch.
 
 use super::config::ModelConfig;
-use super::network::{BlockNetwork, FamilyNetwork, MemoryNetwork, Network, ObservationEmbedding};
+use super::network::{
+    ActionEmbedding, BlockNetwork, FamilyNetwork, MemoryNetwork, Network, ObservationEmbedding,
+};
 use crate::backend::{Backend, Kind, METRICS, Result};
 
 /// Upper bounds of the batches that buffers are made for.
@@ -47,8 +49,12 @@ pub(super) struct Activations<B: Backend> {
 /// The part of one family: rows are those of its observations.
 #[derive(Debug)]
 pub(super) struct FamilyActivations<B: Backend> {
-    pub convolution_middle: B::Buffer,
-    pub convolution_out: B::Buffer,
+    /// Observations and actions that are real numbers.
+    pub reals: B::Buffer,
+    pub real_actions: B::Buffer,
+    /// Of convolutions, and of patches before and after ReLU.
+    pub middle: B::Buffer,
+    pub out: B::Buffer,
     pub logits: B::Buffer,
     /// Its losses.
     pub metrics: B::Buffer,
@@ -142,10 +148,12 @@ impl<B: Backend> Activations<B> {
 
 impl<B: Backend> FamilyActivations<B> {
     fn new(backend: &B, family: &FamilyNetwork, observations: usize) -> Result<Self> {
-        let (middle, out) = convolution_lens(family, observations);
+        let lens = FrontEndLens::new(family, observations);
         Ok(Self {
-            convolution_middle: backend.buffer(middle, Kind::Activation)?,
-            convolution_out: backend.buffer(out, Kind::Activation)?,
+            reals: backend.buffer(lens.reals, Kind::Activation)?,
+            real_actions: backend.buffer(lens.real_actions, Kind::Activation)?,
+            middle: backend.buffer(lens.middle, Kind::Activation)?,
+            out: backend.buffer(lens.out, Kind::Activation)?,
             logits: backend.buffer(observations * family.head.outputs, Kind::Activation)?,
             metrics: backend.buffer(METRICS, Kind::Exact)?,
         })
@@ -229,8 +237,8 @@ pub(super) struct Backward<B: Backend> {
 /// The part of one family.
 #[derive(Debug)]
 pub(super) struct FamilyBackward<B: Backend> {
-    pub convolution_middle: B::Buffer,
-    pub convolution_out: B::Buffer,
+    pub middle: B::Buffer,
+    pub out: B::Buffer,
     pub logits: B::Buffer,
 }
 
@@ -252,10 +260,10 @@ impl<B: Backend> Backward<B> {
         let with_memory = usize::from(config.memory.is_some());
         let slots = config.memory.as_ref().map_or(0, |memory| memory.slots);
         let of_family = |family: &FamilyNetwork| {
-            let (middle, out) = convolution_lens(family, observations);
+            let lens = FrontEndLens::new(family, observations);
             Ok(FamilyBackward {
-                convolution_middle: backend.buffer(middle, Kind::Activation)?,
-                convolution_out: backend.buffer(out, Kind::Activation)?,
+                middle: backend.buffer(lens.middle, Kind::Activation)?,
+                out: backend.buffer(lens.out, Kind::Activation)?,
                 logits: backend.buffer(observations * family.head.outputs, Kind::Activation)?,
             })
         };
@@ -284,13 +292,36 @@ impl<B: Backend> Backward<B> {
     }
 }
 
-/// Lengths of the two convolutions' outputs; none with the linear front end.
-fn convolution_lens(family: &FamilyNetwork, observations: usize) -> (usize, usize) {
-    match &family.observation {
-        ObservationEmbedding::Convolution(front_end, _) => {
-            let cells = observations * front_end.grid.positions();
-            (cells * front_end.middle, cells * front_end.out)
+/// Lengths of what a family's front end has between batch and embedding.
+struct FrontEndLens {
+    reals: usize,
+    real_actions: usize,
+    middle: usize,
+    out: usize,
+}
+
+impl FrontEndLens {
+    fn new(family: &FamilyNetwork, observations: usize) -> Self {
+        let (reals, middle, out) = match &family.observation {
+            ObservationEmbedding::Convolution(front_end, _) => {
+                let cells = front_end.grid.positions();
+                (0, cells * front_end.middle, cells * front_end.out)
+            }
+            ObservationEmbedding::Linear(_) => (0, 0, 0),
+            ObservationEmbedding::Reals(map) => (map.inputs, 0, 0),
+            ObservationEmbedding::Patches { count, patch, map } => {
+                (count * patch.inputs, map.inputs, map.inputs)
+            }
+        };
+        let real_actions = match &family.action {
+            ActionEmbedding::OneHot(_) => 0,
+            ActionEmbedding::Reals(map) => map.inputs,
+        };
+        Self {
+            reals: observations * reals,
+            real_actions: observations * real_actions,
+            middle: observations * middle,
+            out: observations * out,
         }
-        ObservationEmbedding::Linear(_) => (0, 0),
     }
 }

@@ -5,7 +5,7 @@ use super::activations::{
 };
 use super::config::Block;
 use super::forward::{Pass, Site, memory_inputs};
-use super::network::{BlockNetwork, MemoryNetwork, ObservationEmbedding};
+use super::network::{ActionEmbedding, BlockNetwork, MemoryNetwork, ObservationEmbedding};
 use super::{Model, ModelError};
 use crate::backend::{
     Activation, Backend, Codes, Dropped, In, Linear, MemoryGradients, Metric, Out, Positions,
@@ -33,14 +33,15 @@ impl<B: Backend> Model<B> {
             let outputs = family.head.outputs;
             let own = &mut acts.families[index];
             let grad_logits = &mut grads.families[index].logits;
-            backend.cross_entropy(
-                batch,
-                index,
-                outputs,
-                &own.logits,
-                grad_logits,
-                &mut own.metrics,
-            )?;
+            let (logits, metrics) = (&own.logits, &mut own.metrics);
+            match family.action {
+                ActionEmbedding::OneHot(_) => {
+                    backend.cross_entropy(batch, index, outputs, logits, grad_logits, metrics)?
+                }
+                ActionEmbedding::Reals(_) => {
+                    backend.squared_error(batch, index, outputs, logits, grad_logits, metrics)?
+                }
+            }
             backend.add_assign(LOSS_METRICS, &own.metrics, &mut acts.metrics)?;
             self.linear_backward(
                 rows.len(),
@@ -160,46 +161,88 @@ impl<B: Backend> Model<B> {
             backend.activation_backward(Activation::Tanh, rows * width, x, y, grad)?;
         }
         for (index, (family, rows)) in pass.families_of(&self.network) {
-            if !rows.actions.is_empty() {
-                let (codes, map) = (Codes::Actions(index), &family.action);
-                backend.one_hot_backward(batch, codes, map, &grads.action, gradients)?;
-            }
-            let rows = &rows.observations;
             let own = &acts.families[index];
-            match &family.observation {
+            match &family.action {
+                _ if rows.actions.is_empty() => {}
+                ActionEmbedding::OneHot(map) => {
+                    let codes = Codes::Actions(index);
+                    backend.one_hot_backward(batch, codes, map, &grads.action, gradients)?;
+                }
+                ActionEmbedding::Reals(map) => self.linear_backward(
+                    rows.actions.len(),
+                    map,
+                    In::rows(&own.real_actions, map.inputs),
+                    &acts.none,
+                    None,
+                    In::rows_from(&grads.action, width, rows.actions.start),
+                    None,
+                    false,
+                    gradients,
+                )?,
+            }
+            let (count, first) = (rows.observations.len(), rows.observations.start);
+            let FamilyBackward { middle, out, .. } = &mut grads.families[index];
+            let (last_map, x, grad_x) = match &family.observation {
                 ObservationEmbedding::Linear(map) => {
                     let codes = Codes::Observations(index);
                     backend.one_hot_backward(batch, codes, map, &grads.observation, gradients)?;
+                    continue;
                 }
-                ObservationEmbedding::Convolution(front_end, map) => {
-                    let FamilyBackward {
-                        convolution_middle,
-                        convolution_out,
-                        ..
-                    } = &mut grads.families[index];
+                ObservationEmbedding::Reals(map) => (map, &own.reals, None),
+                ObservationEmbedding::Convolution(_, map)
+                | ObservationEmbedding::Patches { map, .. } => {
+                    (map, &own.out, Some(Out::rows(out, map.inputs)))
+                }
+            };
+            self.linear_backward(
+                count,
+                last_map,
+                In::rows(x, last_map.inputs),
+                &acts.none,
+                None,
+                In::rows_from(&grads.observation, width, first),
+                grad_x,
+                false,
+                gradients,
+            )?;
+            match &family.observation {
+                ObservationEmbedding::Convolution(front_end, _) => backend.convolutions_backward(
+                    batch,
+                    index,
+                    front_end,
+                    &self.values,
+                    &own.middle,
+                    &own.out,
+                    out,
+                    middle,
+                    gradients,
+                )?,
+                ObservationEmbedding::Patches {
+                    count: patches,
+                    patch,
+                    map,
+                } => {
+                    let len = count * map.inputs;
+                    backend.activation_backward(
+                        Activation::Relu,
+                        len,
+                        &own.middle,
+                        &own.out,
+                        out,
+                    )?;
                     self.linear_backward(
-                        rows.len(),
-                        map,
-                        In::rows(&own.convolution_out, map.inputs),
+                        count * patches,
+                        patch,
+                        In::rows(&own.reals, patch.inputs),
                         &acts.none,
                         None,
-                        In::rows_from(&grads.observation, width, rows.start),
-                        Some(Out::rows(convolution_out, map.inputs)),
+                        In::rows(out, patch.outputs),
+                        None,
                         false,
                         gradients,
                     )?;
-                    backend.convolutions_backward(
-                        batch,
-                        index,
-                        front_end,
-                        &self.values,
-                        &own.convolution_middle,
-                        &own.convolution_out,
-                        convolution_out,
-                        convolution_middle,
-                        gradients,
-                    )?;
                 }
+                ObservationEmbedding::Linear(_) | ObservationEmbedding::Reals(_) => {}
             }
         }
         Ok(())

@@ -4,11 +4,13 @@ use dtmem_reference::dropout::Mask;
 
 use super::activations::{Activations, FamilyActivations, MemoryActivations};
 use super::config::Block;
-use super::network::{FamilyNetwork, MemoryNetwork, Network, ObservationEmbedding};
+use super::network::{
+    ActionEmbedding, FamilyNetwork, MemoryNetwork, Network, ObservationEmbedding,
+};
 use super::{Model, ModelError};
 use crate::backend::{
     Activation, Backend, Codes, Dropped, In, KeyValueCache, Linear, MemoryInputs, MemoryStart, Out,
-    Positions,
+    Positions, Reals,
 };
 use crate::batch::{FamilyRows, PackedBatch};
 
@@ -199,48 +201,76 @@ impl<B: Backend> Model<B> {
         let width = self.config.width;
         for (index, (family, rows)) in pass.families_of(&self.network) {
             let FamilyActivations {
-                convolution_middle,
-                convolution_out,
+                reals,
+                real_actions,
+                middle,
+                out,
                 ..
             } = &mut acts.families[index];
-            match &family.observation {
-                ObservationEmbedding::Linear(map) => backend.one_hot(
-                    batch,
-                    Codes::Observations(index),
-                    map,
-                    &self.values,
-                    &mut acts.observation_in,
-                )?,
+            let observations = &rows.observations;
+            let (count, first) = (observations.len(), observations.start);
+            let last_map = match &family.observation {
+                ObservationEmbedding::Linear(map) => {
+                    let codes = Codes::Observations(index);
+                    backend.one_hot(batch, codes, map, &self.values, &mut acts.observation_in)?;
+                    None
+                }
                 ObservationEmbedding::Convolution(front_end, map) => {
-                    backend.convolutions(
-                        batch,
-                        index,
-                        front_end,
-                        &self.values,
-                        convolution_middle,
-                        convolution_out,
-                    )?;
-                    let rows = &rows.observations;
+                    backend.convolutions(batch, index, front_end, &self.values, middle, out)?;
+                    Some((map, &*out))
+                }
+                ObservationEmbedding::Reals(map) => {
+                    backend.reals(batch, Reals::Observations(index), reals)?;
+                    Some((map, &*reals))
+                }
+                ObservationEmbedding::Patches {
+                    count: patches,
+                    patch,
+                    map,
+                } => {
+                    backend.reals(batch, Reals::Observations(index), reals)?;
                     self.linear(
-                        rows.len(),
-                        map,
-                        In::rows(convolution_out, map.inputs),
+                        count * patches,
+                        patch,
+                        In::rows(reals, patch.inputs),
                         &mut acts.none,
                         None,
-                        Out::rows_from(&mut acts.observation_in, width, rows.start),
+                        Out::rows(middle, patch.outputs),
                     )?;
+                    backend.activation(Activation::Relu, count * map.inputs, middle, out)?;
+                    Some((map, &*out))
                 }
+            };
+            if let Some((map, x)) = last_map {
+                self.linear(
+                    count,
+                    map,
+                    In::rows(x, map.inputs),
+                    &mut acts.none,
+                    None,
+                    Out::rows_from(&mut acts.observation_in, width, first),
+                )?;
             }
             if rows.actions.is_empty() {
                 continue;
             }
-            backend.one_hot(
-                batch,
-                Codes::Actions(index),
-                &family.action,
-                &self.values,
-                &mut acts.action_in,
-            )?;
+            match &family.action {
+                ActionEmbedding::OneHot(map) => {
+                    let codes = Codes::Actions(index);
+                    backend.one_hot(batch, codes, map, &self.values, &mut acts.action_in)?;
+                }
+                ActionEmbedding::Reals(map) => {
+                    backend.reals(batch, Reals::Actions(index), real_actions)?;
+                    self.linear(
+                        rows.actions.len(),
+                        map,
+                        In::rows(real_actions, map.inputs),
+                        &mut acts.none,
+                        None,
+                        Out::rows_from(&mut acts.action_in, width, rows.actions.start),
+                    )?;
+                }
+            }
         }
         for (len, x, y) in [
             (
@@ -253,7 +283,7 @@ impl<B: Backend> Model<B> {
             backend.activation(Activation::Tanh, len * width, x, y)?;
         }
         if let Some(map) = &self.network.return_to_go {
-            backend.returns(batch, &mut acts.return_value)?;
+            backend.reals(batch, Reals::Returns, &mut acts.return_value)?;
             self.linear(
                 counts.returns,
                 map,

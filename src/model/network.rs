@@ -13,12 +13,14 @@ use crate::backend::{
     Positions, Span, Supervised,
 };
 use crate::batch::TokenLayout;
-use crate::spaces::{Content, Family, Spaces};
+use crate::spaces::{ActionSpace, Content, Family, Spaces};
 
 /// ε of every layer normalisation.
 const LAYER_NORM_EPSILON: f64 = 1e-5;
 /// Channels of the two convolutions (SPEC section 6).
 const CHANNELS: [usize; 2] = [40, 80];
+/// Numbers that become of each patch of an image.
+const PATCH_CHANNELS: usize = 64;
 /// Standard deviation of learned positions.
 const POSITION_DEVIATION: f64 = 0.1;
 
@@ -37,7 +39,7 @@ pub(super) struct Network {
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct FamilyNetwork {
     pub observation: ObservationEmbedding,
-    pub action: OneHot,
+    pub action: ActionEmbedding,
     pub head: Linear,
 }
 
@@ -46,6 +48,22 @@ pub(super) struct FamilyNetwork {
 pub(super) enum ObservationEmbedding {
     Convolution(Convolutions, Linear),
     Linear(OneHot),
+    /// Of real numbers.
+    Reals(Linear),
+    /// A linear map of each patch of an image, ReLU, and a linear map of so many of them.
+    Patches {
+        count: usize,
+        patch: Linear,
+        map: Linear,
+    },
+}
+
+/// The embedding of actions.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) enum ActionEmbedding {
+    OneHot(OneHot),
+    /// Of continuous ones.
+    Reals(Linear),
 }
 
 /// One block.
@@ -173,7 +191,7 @@ impl Network {
 /// A family's part before the blocks.
 struct FamilyEmbeddings {
     observation: ObservationEmbedding,
-    action: OneHot,
+    action: ActionEmbedding,
     outputs: usize,
 }
 
@@ -189,17 +207,22 @@ impl FamilyEmbeddings {
             observation: declare.within("observation", |declare| {
                 ObservationEmbedding::declare(declare, config, family, start)
             }),
-            action: declare.within("action", |declare| OneHot {
-                weight: declare.weight(
-                    "weight",
-                    &[actions, width],
-                    embedding_start(start, actions),
-                ),
-                bias: declare.plain("bias", &[width], start.bias(actions)),
-                offsets: vec![0],
-                inputs: actions,
-                width,
-                trainable: declare.trainable(),
+            action: declare.within("action", |declare| match family.action {
+                ActionSpace::Discrete(_) => ActionEmbedding::OneHot(OneHot {
+                    weight: declare.weight(
+                        "weight",
+                        &[actions, width],
+                        embedding_start(start, actions),
+                    ),
+                    bias: declare.plain("bias", &[width], start.bias(actions)),
+                    offsets: vec![0],
+                    inputs: actions,
+                    width,
+                    trainable: declare.trainable(),
+                }),
+                ActionSpace::Continuous(_) => {
+                    ActionEmbedding::Reals(linear(declare, actions, width, start))
+                }
             }),
             outputs: actions,
         }
@@ -239,19 +262,43 @@ impl ObservationEmbedding {
     ) -> Self {
         let width = config.width;
         let space = &family.observation;
-        let Content::Codes(cardinalities) = &space.content;
         let fields = space.fields();
+        // A one-hot field has one active input, whatever its cardinality.
+        let gain = |default: Start, active: usize| match config.observation_gain {
+            0.0 => default,
+            gain => Start::Normal(gain / (active as f64).sqrt()),
+        };
+        let last_map = |declare: &mut Declare, inputs: usize| Linear {
+            weight: declare.weight(
+                "linear.weight",
+                &[width, inputs],
+                gain(start.weight(inputs), inputs),
+            ),
+            bias: Some(declare.plain("linear.bias", &[width], gain_bias(config, start, inputs))),
+            ..linear_of(inputs, width, declare.trainable())
+        };
+        let cardinalities = match &space.content {
+            Content::Codes(cardinalities) => cardinalities,
+            Content::Reals => return Self::Reals(last_map(declare, fields)),
+            Content::Pixels => {
+                let (count, size) = space
+                    .patches()
+                    .map_or((0, 0), |patches| (patches.count(), patches.size()));
+                return Self::Patches {
+                    count,
+                    patch: declare.within("patch", |declare| {
+                        linear(declare, size, PATCH_CHANNELS, start)
+                    }),
+                    map: last_map(declare, count * PATCH_CHANNELS),
+                };
+            }
+        };
         let mut offsets = Vec::with_capacity(fields);
         let mut inputs = 0;
         for field in 0..fields {
             offsets.push(inputs);
             inputs += cardinalities[field % cardinalities.len()];
         }
-        // A one-hot field has one active input, whatever its cardinality.
-        let gain = |default: Start, active: usize| match config.observation_gain {
-            0.0 => default,
-            gain => Start::Normal(gain / (active as f64).sqrt()),
-        };
         match config.front_end {
             FrontEnd::Convolution if space.is_grid() => {
                 let grid = Grid {
@@ -280,16 +327,7 @@ impl ObservationEmbedding {
                     out,
                     trainable: declare.trainable(),
                 };
-                let mut map = Linear {
-                    weight: declare.weight(
-                        "linear.weight",
-                        &[width, flat],
-                        gain(start.weight(flat), flat),
-                    ),
-                    ..linear_of(flat, width, declare.trainable())
-                };
-                map.bias =
-                    Some(declare.plain("linear.bias", &[width], gain_bias(config, start, flat)));
+                let map = last_map(declare, flat);
                 Self::Convolution(convolutions, map)
             }
             _ => Self::Linear(OneHot {

@@ -349,8 +349,8 @@ mod tests {
                 packer
                     .push_trajectory(Trajectory {
                         family: 0,
-                        observations: &observations,
-                        actions: &actions,
+                        observations: (&observations).into(),
+                        actions: (&actions).into(),
                         returns: &returns,
                         pairs: &[],
                         annotated: false,

@@ -41,11 +41,11 @@ pub struct OptimiserStep {
 pub struct StepMetrics {
     /// action_loss + λ·memory_loss.
     pub loss: f64,
-    /// Mean cross-entropy of the actions, in nats.
+    /// Mean cross-entropy of the actions, in nats; of continuous actions the mean squared error.
     pub action_loss: f64,
     /// The attention-BCE; 0 without supervision.
     pub memory_loss: f64,
-    /// Share of actions predicted right.
+    /// Share of discrete actions predicted right; 0 where there are none.
     pub accuracy: f64,
     /// Norm of the gradient before clipping.
     pub gradient_norm: f64,
@@ -75,14 +75,22 @@ struct Measure {
     weights: LossWeights,
     /// 1 / the memory loss's denominator.
     per_pair: f64,
+    /// 1 / the number of discrete actions.
+    per_discrete: f64,
     tokens: usize,
 }
 
 impl Measure {
     fn new<B: Backend>(model: &Model<B>, batch: &PackedBatch) -> Self {
+        let families = model.spaces.families.iter().zip(&batch.families);
+        let discrete: usize = families
+            .filter(|(family, _)| family.action.is_discrete())
+            .map(|(_, rows)| rows.observations.len())
+            .sum();
         Self {
             weights: model.loss_weights(batch),
             per_pair: model.per_pair(batch),
+            per_discrete: 1.0 / discrete.max(1) as f64,
             tokens: batch.tokens(),
         }
     }
@@ -94,7 +102,7 @@ impl Measure {
             loss: action_loss + self.weights.pair * sum(Metric::MemoryLoss),
             action_loss,
             memory_loss: self.per_pair * sum(Metric::MemoryLoss),
-            accuracy: self.weights.action * sum(Metric::Correct),
+            accuracy: self.per_discrete * sum(Metric::Correct),
             gradient_norm: sum(Metric::GradientNorm),
             loss_scale: Some(sum(Metric::LossScale)).filter(|&scale| scale > 0.0),
             tokens: self.tokens,
@@ -184,10 +192,10 @@ impl<B: Backend> Shard<B> {
         self.part.training = training;
         // The kernels of the memory are launched for the segments that a batch really has, and those
         // of a family's embeddings and head for its rows.
-        if let ([family], None) = (&model.spaces.families[..], &model.config.memory)
+        if let ([_], None) = (&model.spaces.families[..], &model.config.memory)
             && backend.wants_one_size()
         {
-            self.part.fill_up(self.size, family.observation.fields());
+            self.part.fill_up(self.size);
         }
         Ok(backend.stage(&self.part, &mut self.batch)?)
     }

@@ -2,16 +2,16 @@
 //! definition: `dtmem_reference::cross_entropy`.
 
 use super::launch::{Arg, Launch, Launcher, blocks, launch_all};
-use super::memory::{Check, Input, Output, Storage, for_each_type, kernel_for};
+use super::memory::{Check, Home, Input, Output, Storage, for_each_type, kernel_for};
 use super::{Error, Result};
 
-const FAMILY: &str = "cross_entropy";
-const THREADS: usize = 256;
+pub(super) const FAMILY: &str = "cross_entropy";
+pub(super) const THREADS: usize = 256;
 const WARP: usize = 32;
 /// Row and class numbers of the kernels are 32-bit.
-const MAX_SIDE: usize = 1 << 30;
+pub(super) const MAX_SIDE: usize = 1 << 30;
 /// Σ of the losses and number of the hits.
-const METRICS: usize = 2;
+pub(super) const METRICS: usize = 2;
 
 /// Rows of logits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -124,26 +124,36 @@ impl Shape {
                 Arg::I32(self.lanes_per_row() as i32),
             ],
         );
-        let metrics = Launch::new(
+        let metrics = self.plan_metrics(&tensors.workspace, &tensors.metrics, home)?;
+        Ok([rows, metrics])
+    }
+
+    /// Adds up the blocks' partial sums.
+    pub(super) fn plan_metrics<'a>(
+        &self,
+        partial: &'a Output<'_, f32>,
+        metrics: &'a Output<'_, f32>,
+        home: Home,
+    ) -> Result<Launch<'a>> {
+        Ok(Launch::new(
             (FAMILY, "cross_entropy_metrics"),
             [METRICS as u32, 1, 1],
             [THREADS as u32, 1, 1],
             0,
             home,
             [
-                Arg::Input(partial),
-                Arg::Output(tensors.metrics.span()),
-                Arg::I32(blocks as i32),
+                Arg::Input(partial.span()),
+                Arg::Output(metrics.span()),
+                Arg::I32(self.blocks()? as i32),
             ],
-        );
-        Ok([rows, metrics])
+        ))
     }
 
-    fn lanes_per_row(&self) -> usize {
+    pub(super) fn lanes_per_row(&self) -> usize {
         self.classes.next_power_of_two().min(WARP)
     }
 
-    fn blocks(&self) -> Result<u32> {
+    pub(super) fn blocks(&self) -> Result<u32> {
         blocks("rows", self.rows, THREADS / self.lanes_per_row())
     }
 }

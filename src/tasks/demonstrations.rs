@@ -7,7 +7,9 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::{AnnotationNoise, Episode, Split, Task, TaskError};
-use crate::spaces::{ActionSpace, Content, Family, ObservationSpace, Part, SpaceError};
+use crate::spaces::{
+    ActionSpace, Content, Family, Numbers, ObservationSpace, Part, SpaceError, Values,
+};
 
 /// Episodes generated between two reports of progress.
 const CHUNK: u64 = 256;
@@ -20,8 +22,8 @@ pub struct Demonstrations {
     pub task: Option<Task>,
     /// The seed they were generated with.
     pub seed: Option<u64>,
-    observations: Vec<u8>,
-    actions: Vec<u8>,
+    observations: Numbers,
+    actions: Numbers,
     rewards: Vec<f32>,
     /// Where each episode starts among the steps; one more at the end.
     offsets: Vec<usize>,
@@ -34,10 +36,10 @@ pub struct Demonstrations {
 /// One episode of a set.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct EpisodeView<'a> {
-    /// Codes, `[steps, fields]`; each observation is the one before its action.
-    pub observations: &'a [u8],
-    /// Actions, `[steps]`.
-    pub actions: &'a [u8],
+    /// `[steps, fields]`; each observation is the one before its action.
+    pub observations: Values<'a>,
+    /// Actions, `[steps]`, or `[steps, numbers]` where they are continuous.
+    pub actions: Values<'a>,
     /// Rewards, `[steps]`.
     pub rewards: &'a [f32],
     /// Memory dependency pairs (recalling step, recalled step); in a set they are sorted, each once.
@@ -49,7 +51,7 @@ pub struct EpisodeView<'a> {
 impl EpisodeView<'_> {
     /// Number of steps.
     pub fn steps(&self) -> usize {
-        self.actions.len()
+        self.rewards.len()
     }
 }
 
@@ -64,8 +66,8 @@ impl<'a> From<&'a Episode> for EpisodeView<'a> {
             ..
         } = episode;
         Self {
-            observations,
-            actions,
+            observations: observations.into(),
+            actions: actions.into(),
             rewards,
             pairs,
             annotated: true,
@@ -123,11 +125,11 @@ impl Demonstrations {
     pub fn new(family: Family) -> Result<Self, Invalid> {
         family.validate()?;
         Ok(Self {
+            observations: Numbers::observations(&family.observation),
+            actions: Numbers::actions(family.action),
             family,
             task: None,
             seed: None,
-            observations: Vec::new(),
-            actions: Vec::new(),
             rewards: Vec::new(),
             offsets: vec![0],
             pairs: Vec::new(),
@@ -192,49 +194,73 @@ impl Demonstrations {
             ));
         }
         let fields = self.space().fields();
-        if steps.checked_mul(fields) != Some(episode.observations.len()) {
-            let found = format!("{} codes", episode.observations.len());
-            return Err(Invalid::new(
+        for (what, values, kept, each) in [
+            (
                 "tensor `observations`",
-                place,
-                found,
-                format!("{steps} × {fields}"),
-            ));
-        }
-        if episode.rewards.len() != steps {
-            return Err(Invalid::new(
-                "tensor `rewards`",
-                place,
-                episode.rewards.len(),
-                format!("{steps}"),
-            ));
-        }
-        if let Some(step) = episode
-            .actions
-            .iter()
-            .position(|&action| usize::from(action) >= self.action_count())
-        {
-            let expected = format!("an action below {}", self.action_count());
-            return Err(Invalid::new(
+                episode.observations,
+                &self.observations,
+                fields,
+            ),
+            (
                 "tensor `actions`",
-                at(step),
-                episode.actions[step],
-                expected,
-            ));
+                episode.actions,
+                &self.actions,
+                self.family.action.fields(),
+            ),
+        ] {
+            let kind = |bytes| {
+                if bytes {
+                    "whole numbers"
+                } else {
+                    "real numbers"
+                }
+            };
+            if !kept.is_kind_of(values) {
+                let found = kind(matches!(values, Values::Bytes(_)));
+                let expected = kind(matches!(kept, Numbers::Bytes(_)));
+                return Err(Invalid::new(what, place, found, expected));
+            }
+            if steps.checked_mul(each) != Some(values.len()) {
+                let found = format!("{} numbers", values.len());
+                return Err(Invalid::new(
+                    what,
+                    place,
+                    found,
+                    format!("{steps} × {each}"),
+                ));
+            }
+            let odd = values.reals().iter().position(|value| !value.is_finite());
+            if let Some(index) = odd {
+                let place = format!("{}, number {}", at(index / each), index % each);
+                let found = values.reals()[index];
+                return Err(Invalid::new(what, place, found, "a finite number"));
+            }
         }
-        let Content::Codes(cardinalities) = &self.family.observation.content;
-        let limits = cardinalities.iter().cycle();
-        if let Some((field, (code, limit))) = iter::zip(episode.observations, limits)
-            .enumerate()
-            .find(|(_, (code, limit))| usize::from(**code) >= **limit)
-        {
-            let place = format!("{}, code {}", at(field / fields), field % fields);
-            return Err(Invalid::new(
-                "tensor `observations`",
-                place,
-                code,
-                format!("a code below {limit}"),
-            ));
+        if let ActionSpace::Discrete(count) = self.family.action {
+            let actions = episode.actions.bytes();
+            if let Some(step) = actions.iter().position(|&a| usize::from(a) >= count) {
+                return Err(Invalid::new(
+                    "tensor `actions`",
+                    at(step),
+                    actions[step],
+                    format!("an action below {count}"),
+                ));
+            }
+        }
+        if let Content::Codes(cardinalities) = &self.space().content {
+            let limits = cardinalities.iter().cycle();
+            if let Some((field, (code, limit))) = iter::zip(episode.observations.bytes(), limits)
+                .enumerate()
+                .find(|(_, (code, limit))| usize::from(**code) >= **limit)
+            {
+                let place = format!("{}, code {}", at(field / fields), field % fields);
+                return Err(Invalid::new(
+                    "tensor `observations`",
+                    place,
+                    code,
+                    format!("a code below {limit}"),
+                ));
+            }
         }
         if let Some(step) = episode
             .rewards
@@ -262,10 +288,10 @@ impl Demonstrations {
                 expected,
             ));
         }
-        self.observations.extend_from_slice(episode.observations);
-        self.actions.extend_from_slice(episode.actions);
+        self.observations.extend(episode.observations);
+        self.actions.extend(episode.actions);
         self.rewards.extend_from_slice(episode.rewards);
-        self.offsets.push(self.actions.len());
+        self.offsets.push(self.rewards.len());
         let mut pairs = episode.pairs.to_vec();
         pairs.sort_unstable();
         pairs.dedup();
@@ -339,7 +365,7 @@ impl Demonstrations {
 
     /// Number of steps of all episodes.
     pub fn steps(&self) -> usize {
-        self.actions.len()
+        self.rewards.len()
     }
 
     /// What is observed and done.
@@ -352,10 +378,16 @@ impl Demonstrations {
         &self.family.observation
     }
 
-    /// Number of actions there are to choose from.
-    pub fn action_count(&self) -> usize {
-        let ActionSpace::Discrete(count) = self.family.action;
-        count
+    /// How often each action was taken; none where actions are not discrete.
+    pub fn taken(&self) -> Option<Vec<u64>> {
+        let ActionSpace::Discrete(count) = self.family.action else {
+            return None;
+        };
+        let mut taken = vec![0; count];
+        for &action in self.actions.all().bytes() {
+            taken[usize::from(action)] += 1;
+        }
+        Some(taken)
     }
 
     /// Steps of the longest episode.
@@ -370,10 +402,10 @@ impl Demonstrations {
     pub fn episode(&self, number: usize) -> Option<EpisodeView<'_>> {
         let annotated = *self.annotated.get(number)?;
         let steps = self.offsets[number]..self.offsets[number + 1];
-        let fields = self.space().fields();
+        let rows = |width: usize| steps.start * width..steps.end * width;
         Some(EpisodeView {
-            observations: &self.observations[steps.start * fields..steps.end * fields],
-            actions: &self.actions[steps.clone()],
+            observations: self.observations.all().part(rows(self.space().fields())),
+            actions: self.actions.all().part(rows(self.family.action.fields())),
             rewards: &self.rewards[steps],
             pairs: &self.pairs[self.pair_range(number)],
             annotated,
@@ -389,12 +421,12 @@ impl Demonstrations {
         self.pair_offsets[episode]..self.pair_offsets[episode + 1]
     }
 
-    pub(super) fn all_observations(&self) -> &[u8] {
-        &self.observations
+    pub(super) fn all_observations(&self) -> Values<'_> {
+        self.observations.all()
     }
 
-    pub(super) fn all_actions(&self) -> &[u8] {
-        &self.actions
+    pub(super) fn all_actions(&self) -> Values<'_> {
+        self.actions.all()
     }
 
     pub(super) fn all_rewards(&self) -> &[f32] {
@@ -465,15 +497,24 @@ impl Demonstrations {
             |episode: EpisodeView| episode.rewards.iter().copied().map(f64::from).sum::<f64>();
         line("return", range(&mut self.episodes().map(total)));
         line("observation", self.space().to_string());
-        let mut histogram = vec![0; self.action_count()];
-        self.actions
-            .iter()
-            .for_each(|&action| histogram[usize::from(action)] += 1);
-        for (action, &count) in histogram.iter().enumerate() {
-            line(
-                &format!("action {action}"),
-                format!("{count} ({:.1} %)", percent(count, self.steps())),
-            );
+        match self.taken() {
+            Some(taken) => {
+                for (action, &count) in taken.iter().enumerate() {
+                    let share = percent(count as usize, self.steps());
+                    line(
+                        &format!("action {action}"),
+                        format!("{count} ({share:.1} %)"),
+                    );
+                }
+            }
+            None => {
+                let width = self.family.action.fields();
+                for index in 0..width {
+                    let values = self.actions.all().reals().iter().skip(index);
+                    let mut values = values.step_by(width).copied().map(f64::from);
+                    line(&format!("action [{index}]"), range(&mut values));
+                }
+            }
         }
         line(
             "annotated",

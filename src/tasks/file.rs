@@ -1,5 +1,6 @@
 //! The file format of demonstrations (docs/demonstrations.md).
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io::{self, Write};
@@ -10,7 +11,7 @@ use safetensors::tensor::{Dtype, SafeTensorError, SafeTensors, TensorView};
 use serde::{Deserialize, Serialize};
 
 use super::{Demonstrations, EpisodeView, Invalid, Task};
-use crate::spaces::{ActionSpace, Content, Family, ObservationSpace};
+use crate::spaces::{ActionSpace, Content, Family, Numbers, ObservationSpace, Values};
 
 /// The metadata entry that holds the [`Header`] as JSON. One entry only, because the order of several is not fixed and
 /// the same demonstrations shall give the same bytes.
@@ -31,8 +32,12 @@ const TENSORS: [&str; 7] = [
 #[serde(deny_unknown_fields)]
 struct Header {
     version: u32,
-    observation_cardinalities: Vec<usize>,
-    action_count: usize,
+    /// Of codes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    observation_cardinalities: Option<Vec<usize>>,
+    /// Of discrete actions.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    action_count: Option<usize>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     task: Option<Task>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -133,11 +138,16 @@ impl Demonstrations {
     }
 
     fn to_bytes(&self) -> Result<Vec<u8>, SafeTensorError> {
-        let Content::Codes(cardinalities) = &self.space().content;
         let header = Header {
             version: VERSION,
-            observation_cardinalities: cardinalities.clone(),
-            action_count: self.action_count(),
+            observation_cardinalities: match &self.space().content {
+                Content::Codes(cardinalities) => Some(cardinalities.clone()),
+                Content::Pixels | Content::Reals => None,
+            },
+            action_count: match self.family().action {
+                ActionSpace::Discrete(count) => Some(count),
+                ActionSpace::Continuous(_) => None,
+            },
             task: self.task.clone(),
             seed: self.seed,
         };
@@ -146,11 +156,13 @@ impl Demonstrations {
         let observation_shape = iter::once(self.steps())
             .chain(self.space().shape.iter().copied())
             .collect();
-        let rewards: Vec<u8> = self
-            .all_rewards()
-            .iter()
-            .flat_map(|reward| reward.to_le_bytes())
-            .collect();
+        let action_shape = match self.family().action {
+            ActionSpace::Discrete(_) => vec![self.steps()],
+            ActionSpace::Continuous(size) => vec![self.steps(), size],
+        };
+        let (observation_type, observations) = stored(self.all_observations());
+        let (action_type, actions) = stored(self.all_actions());
+        let rewards = reals_to_bytes(self.all_rewards());
         let offsets = |offsets: &[usize]| -> Vec<u8> {
             offsets
                 .iter()
@@ -174,11 +186,11 @@ impl Demonstrations {
         let tensors = [
             (
                 "observations",
-                TensorView::new(Dtype::U8, observation_shape, self.all_observations())?,
+                TensorView::new(observation_type, observation_shape, &observations)?,
             ),
             (
                 "actions",
-                TensorView::new(Dtype::U8, vec![steps], self.all_actions())?,
+                TensorView::new(action_type, action_shape, &actions)?,
             ),
             (
                 "rewards",
@@ -202,6 +214,21 @@ impl Demonstrations {
             ),
         ];
         safetensors::serialize(tensors, Some(header))
+    }
+}
+
+fn reals_to_bytes(values: &[f32]) -> Vec<u8> {
+    values
+        .iter()
+        .flat_map(|value| value.to_le_bytes())
+        .collect()
+}
+
+/// What stands in a file for these numbers.
+fn stored(values: Values<'_>) -> (Dtype, Cow<'_, [u8]>) {
+    match values {
+        Values::Bytes(values) => (Dtype::U8, values.into()),
+        Values::Reals(values) => (Dtype::F32, reals_to_bytes(values).into()),
     }
 }
 
@@ -229,17 +256,10 @@ fn read(header: Option<&String>, tensors: &SafeTensors) -> Result<Demonstrations
             "[steps, …]",
         ));
     };
-    if observations.dtype() != Dtype::U8 {
-        return Err(Invalid::new(
-            "tensor `observations`",
-            "",
-            observations.dtype(),
-            "U8",
-        ));
-    }
+    let actions = required(tensors, "actions", "tensor `actions`")?;
     let mut set = Demonstrations::new(Family {
-        observation: ObservationSpace::codes(shape, header.observation_cardinalities),
-        action: ActionSpace::Discrete(header.action_count),
+        observation: observation_space(&observations, shape, header.observation_cardinalities)?,
+        action: action_space(&actions, header.action_count)?,
     })?;
     if let Some(task) = &header.task {
         task.validate()
@@ -258,16 +278,28 @@ fn read(header: Option<&String>, tensors: &SafeTensors) -> Result<Demonstrations
     set.seed = header.seed;
 
     let steps = *steps;
-    let actions = required(tensors, "actions", "tensor `actions`")?;
-    expect_shape(&actions, "tensor `actions`", &[steps])?;
-    let actions: Vec<u8> = convert(
-        &actions,
-        "tensor `actions`",
-        &format!("below {}", header.action_count),
-    )?;
+    let converted;
+    let actions = match set.family().action {
+        ActionSpace::Discrete(count) => {
+            let what = "tensor `actions`";
+            expect_shape(&actions, what, &[steps])?;
+            Numbers::Bytes(convert(&actions, what, &format!("below {count}"))?)
+        }
+        ActionSpace::Continuous(size) => {
+            expect_shape(&actions, "tensor `actions`", &[steps, size])?;
+            Numbers::Reals(reals(&actions, "tensor `actions`")?)
+        }
+    };
+    let observations = match set.space().content {
+        Content::Codes(_) | Content::Pixels => Values::Bytes(observations.data()),
+        Content::Reals => {
+            converted = reals(&observations, "tensor `observations`")?;
+            Values::Reals(&converted)
+        }
+    };
     let rewards = required(tensors, "rewards", "tensor `rewards`")?;
     expect_shape(&rewards, "tensor `rewards`", &[steps])?;
-    let rewards = read_rewards(&rewards)?;
+    let rewards = reals(&rewards, "tensor `rewards`")?;
 
     let offsets = required(tensors, "episode_offsets", "tensor `episode_offsets`")?;
     let offsets = read_offsets(&offsets, "tensor `episode_offsets`", steps)?;
@@ -312,12 +344,14 @@ fn read(header: Option<&String>, tensors: &SafeTensors) -> Result<Demonstrations
         Err(_) => vec![known; episodes],
     };
 
-    let fields = set.space().fields();
+    let (fields, action_fields) = (set.space().fields(), set.family().action.fields());
     for (episode, annotated) in annotated.into_iter().enumerate() {
         let steps = offsets[episode]..offsets[episode + 1];
         set.push(EpisodeView {
-            observations: &observations.data()[steps.start * fields..steps.end * fields],
-            actions: &actions[steps.clone()],
+            observations: observations.part(steps.start * fields..steps.end * fields),
+            actions: actions
+                .all()
+                .part(steps.start * action_fields..steps.end * action_fields),
             rewards: &rewards[steps],
             pairs: &pairs[pair_offsets[episode]..pair_offsets[episode + 1]],
             annotated,
@@ -326,9 +360,71 @@ fn read(header: Option<&String>, tensors: &SafeTensors) -> Result<Demonstrations
     Ok(set)
 }
 
+/// What the observations are, by their type and by whether there are numbers of codes.
+fn observation_space(
+    tensor: &TensorView,
+    shape: &[usize],
+    cardinalities: Option<Vec<usize>>,
+) -> Result<ObservationSpace, Invalid> {
+    let what = "tensor `observations`";
+    match (tensor.dtype(), cardinalities) {
+        (Dtype::U8, Some(cardinalities)) => Ok(ObservationSpace::codes(shape, cardinalities)),
+        (Dtype::U8, None) => match *shape {
+            [height, width, channels] => Ok(ObservationSpace::pixels([height, width, channels])),
+            _ => Err(Invalid::new(
+                what,
+                "",
+                format!("U8 and {shape:?} per step, without `observation_cardinalities`"),
+                "images [steps, height, width, channels], or `observation_cardinalities` for codes",
+            )),
+        },
+        (Dtype::F32 | Dtype::F64, None) => Ok(ObservationSpace::reals(shape)),
+        (Dtype::F32 | Dtype::F64, Some(_)) => Err(Invalid::new(
+            what,
+            "",
+            format!("{}, with `observation_cardinalities`", tensor.dtype()),
+            "U8 for codes, or no `observation_cardinalities` for real numbers",
+        )),
+        (other, _) => Err(Invalid::new(
+            what,
+            "",
+            other,
+            "U8 for codes and images, F32 or F64 for real numbers",
+        )),
+    }
+}
+
+/// What the actions are, by their type.
+fn action_space(tensor: &TensorView, count: Option<usize>) -> Result<ActionSpace, Invalid> {
+    let what = "tensor `actions`";
+    match (tensor.dtype(), tensor.shape(), count) {
+        (Dtype::F32 | Dtype::F64, &[_, size], None) => Ok(ActionSpace::Continuous(size)),
+        (Dtype::F32 | Dtype::F64, shape, None) => Err(Invalid::new(
+            what,
+            "",
+            format!("shape {shape:?}"),
+            "[steps, numbers] for continuous actions",
+        )),
+        (other @ (Dtype::F32 | Dtype::F64), _, Some(_)) => Err(Invalid::new(
+            what,
+            "",
+            format!("{other}, with `action_count`"),
+            "whole numbers, or no `action_count` for continuous actions",
+        )),
+        (_, _, Some(count)) => Ok(ActionSpace::Discrete(count)),
+        (other, _, None) => Err(Invalid::new(
+            "metadata `dtmem`",
+            ", `action_count`",
+            format!("none, with actions of type {other}"),
+            "a number for discrete actions; continuous ones are F32 or F64",
+        )),
+    }
+}
+
 fn read_header(header: Option<&String>) -> Result<Header, Invalid> {
     let what = "metadata `dtmem`";
-    let expected = "a JSON object with `version`, `observation_cardinalities` and `action_count`";
+    let expected = "a JSON object with `version` and, for codes and discrete actions, \
+                    `observation_cardinalities` and `action_count`";
     let header = header.ok_or_else(|| Invalid::new(what, "", "nothing", expected))?;
     let header: Header =
         serde_json::from_str(header).map_err(|error| Invalid::new(what, "", error, expected))?;
@@ -407,7 +503,8 @@ fn convert<T: TryFrom<i64>>(
         .collect()
 }
 
-fn read_rewards(tensor: &TensorView) -> Result<Vec<f32>, Invalid> {
+/// The real numbers of a tensor, whatever their width.
+fn reals(tensor: &TensorView, what: &'static str) -> Result<Vec<f32>, Invalid> {
     let data = tensor.data();
     match tensor.dtype() {
         Dtype::F32 => Ok(data
@@ -422,7 +519,7 @@ fn read_rewards(tensor: &TensorView) -> Result<Vec<f32>, Invalid> {
             .iter()
             .map(|bytes| f64::from_le_bytes(*bytes) as f32)
             .collect()),
-        other => Err(Invalid::new("tensor `rewards`", "", other, "F32 or F64")),
+        other => Err(Invalid::new(what, "", other, "F32 or F64")),
     }
 }
 

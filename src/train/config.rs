@@ -20,6 +20,8 @@ use crate::tasks::{AnnotationNoise, Task};
 
 /// Demonstrations that are generated unless the configuration says how many.
 const DEFAULT_EPISODES: usize = 4000;
+/// Share of a file without a task that is not learnt from, unless the configuration says which.
+pub const DEFAULT_VALIDATION: f64 = 0.1;
 
 /// A whole run.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -93,6 +95,14 @@ impl TaskConfig {
         self.share == 0.0
     }
 
+    /// Whether some of its demonstrations are kept to measure the loss on.
+    pub fn has_validation(&self) -> bool {
+        match self.data.validation {
+            Some(share) => share > 0.0,
+            None => self.task.is_none(),
+        }
+    }
+
     /// `key` is where it stands.
     fn validate(&self, key: &str) -> Result<()> {
         match &self.task {
@@ -155,6 +165,10 @@ pub struct DataConfig {
     pub annotation_noise: AnnotationNoise,
     /// Returns to go are divided by this.
     pub return_scale: f64,
+    /// Share of the episodes, the last ones, that is not learnt from, and that the loss is measured
+    /// on; default: [`DEFAULT_VALIDATION`] without a task, 0 with one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub validation: Option<f64>,
     /// Read them from here instead of generating them.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub file: Option<PathBuf>,
@@ -167,6 +181,7 @@ impl Default for DataConfig {
             annotated: 1.0,
             annotation_noise: AnnotationNoise::default(),
             return_scale: 1.0,
+            validation: None,
             file: None,
         }
     }
@@ -692,6 +707,9 @@ impl DataConfig {
             let key = join(key, &format!("annotation_noise.{}", error.argument));
             ConfigError::value(key, error.found, error.expected)
         })?;
+        if let Some(validation) = self.validation {
+            probability(&join(key, "validation"), validation)?;
+        }
         positive(&join(key, "return_scale"), self.return_scale)
     }
 }
@@ -935,7 +953,12 @@ pub(crate) fn apply_override(table: &mut Table, argument: &str) -> Result<()> {
             .or_insert_with(|| Value::Table(Table::new()));
         // The tables of a list are counted from 0: `tasks.1.share`.
         if let Value::Array(list) = value {
-            let (count, number) = (list.len(), tables.next().unwrap_or(last));
+            let count = list.len();
+            let number = tables.next().ok_or_else(|| {
+                error(format!(
+                    "`{key}` is a list: expected a key of one entry, such as {key}.0.share"
+                ))
+            })?;
             let place = number
                 .parse()
                 .ok()

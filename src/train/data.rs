@@ -1,5 +1,6 @@
 //! The order in which demonstrations are learnt from, and how they become packed batches.
 
+use std::ops::Range;
 use std::path::Path;
 
 use rand::SeedableRng;
@@ -7,10 +8,10 @@ use rand::rngs::ChaCha8Rng;
 use rand::seq::SliceRandom;
 
 use super::Error;
-use super::config::{Config, ConfigError, TaskConfig};
+use super::config::{Config, ConfigError, DEFAULT_VALIDATION, TaskConfig};
 use crate::batch::{BatchError, PackedBatch, Packer, TokenLayout, Trajectory};
 use crate::model::{Capacity, ModelConfig};
-use crate::spaces::Spaces;
+use crate::spaces::{Family, Spaces};
 use crate::tasks::{Demonstrations, EpisodeView, Task};
 
 /// The demonstrations of all tasks of a run.
@@ -129,8 +130,10 @@ impl Mixture {
 #[derive(Debug)]
 pub struct TrainingData {
     demonstrations: Demonstrations,
-    /// How many of them are used, from the start.
+    /// How many of them are learnt from, from the start, and how many there are with those after
+    /// them that the model is only measured on.
     episodes: usize,
+    all: usize,
     /// Returns to go of all steps, divided by the scale.
     returns: Vec<f32>,
     /// Where each episode's returns start.
@@ -141,7 +144,7 @@ pub struct TrainingData {
 impl TrainingData {
     /// Generates or reads what a task of a run asks for. `progress` is told how many episodes are
     /// there; `key` is what stands before the task's keys in the configuration.
-    fn prepare(
+    pub fn prepare(
         config: &TaskConfig,
         run: &Config,
         key: &str,
@@ -186,11 +189,11 @@ impl TrainingData {
         if !noise.is_none() {
             demonstrations.disturb_annotations(noise, run.seed)?;
         }
-        Ok(Self::new(
-            demonstrations,
-            episodes,
-            config.data.return_scale,
-        ))
+        let unseen = unseen(config, key, episodes)?;
+        Ok(Self {
+            episodes: episodes - unseen,
+            ..Self::new(demonstrations, episodes, config.data.return_scale)
+        })
     }
 
     /// The first `episodes` of a set; returns to go are divided by `return_scale`.
@@ -212,6 +215,7 @@ impl TrainingData {
         }
         Self {
             episodes: starts.len(),
+            all: starts.len(),
             demonstrations,
             returns,
             starts,
@@ -219,7 +223,17 @@ impl TrainingData {
         }
     }
 
-    /// Number of episodes in use.
+    /// What is observed and done.
+    pub fn family(&self) -> &Family {
+        self.demonstrations.family()
+    }
+
+    /// Numbers of the episodes that are not learnt from.
+    pub fn unseen(&self) -> Range<usize> {
+        self.episodes..self.all
+    }
+
+    /// Number of episodes that are learnt from.
     pub fn episodes(&self) -> usize {
         self.episodes
     }
@@ -234,12 +248,10 @@ impl TrainingData {
         self.best_return
     }
 
-    /// Time steps of the longest episode in use.
+    /// Time steps of the longest episode, learnt from or not.
     pub fn longest(&self) -> usize {
-        self.views()
-            .map(|episode| episode.steps())
-            .max()
-            .unwrap_or(0)
+        let all = self.demonstrations.episodes().take(self.all);
+        all.map(|episode| episode.steps()).max().unwrap_or(0)
     }
 
     /// Tokens of every episode in use.
@@ -266,6 +278,25 @@ impl TrainingData {
     fn views(&self) -> impl Iterator<Item = EpisodeView<'_>> {
         self.demonstrations.episodes().take(self.episodes)
     }
+}
+
+/// How many of a task's episodes are not learnt from: a share of a file that has no task to be
+/// evaluated on.
+fn unseen(config: &TaskConfig, key: &str, episodes: usize) -> Result<usize, ConfigError> {
+    let share = match (config.data.validation, &config.task) {
+        (None, Some(_)) => return Ok(0),
+        (None, None) => DEFAULT_VALIDATION,
+        (Some(share), _) => share,
+    };
+    let unseen = (episodes as f64 * share).ceil() as usize;
+    if share > 0.0 && unseen >= episodes {
+        return Err(ConfigError::value(
+            format!("{key}data.validation"),
+            share,
+            format!("0, or a share that leaves some of the {episodes} episodes to learn from"),
+        ));
+    }
+    Ok(unseen)
 }
 
 /// Reads a demonstration file and checks it against the task.
@@ -735,8 +766,8 @@ mod tests {
         let mut set = Demonstrations::new(task.family()).unwrap();
         for rewards in [[1.0, 0.0, 4.0], [0.0, 0.0, 2.0]] {
             set.push(EpisodeView {
-                observations: &[0; 6],
-                actions: &[0; 3],
+                observations: (&[0_u8; 6]).into(),
+                actions: (&[0_u8; 3]).into(),
                 rewards: &rewards,
                 pairs: &[],
                 annotated: true,

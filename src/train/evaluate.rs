@@ -3,12 +3,19 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
+use serde::Serialize;
+
 use super::Error;
-use super::config::{ConfigError, TaskConfig};
+use super::config::{Config, ConfigError, TaskConfig};
+use super::data::TrainingData;
 use crate::backend::Backend;
+use crate::batch::{PackedBatch, Trajectory};
 use crate::model::{Actor, Model, ModelError};
+use crate::spaces::ActionSpace;
 use crate::tasks::{Split, Task};
 
+/// About so many tokens of demonstrations are measured at once.
+const VALIDATION_TOKENS: usize = 4096;
 /// 0.975 quantile of the normal distribution.
 const Z: f64 = 1.959_963_984_540_054;
 
@@ -111,6 +118,125 @@ pub fn evaluate_all<B: Backend<Element = f32>>(
         });
     }
     Ok(Some(results))
+}
+
+/// The loss on demonstrations that were not learnt from.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Validation {
+    /// The task's name among those of the run.
+    pub label: String,
+    /// How many of them.
+    pub episodes: u64,
+    /// Mean cross-entropy of their actions in nats, or mean squared error of continuous ones.
+    pub loss: f64,
+    /// Share of the actions predicted right; none where they are continuous.
+    pub accuracy: Option<f64>,
+    /// Tokens computed.
+    #[serde(skip)]
+    pub tokens: u64,
+    /// Seconds taken.
+    #[serde(skip)]
+    pub seconds: f64,
+}
+
+/// The loss on each task's demonstrations that were kept for that. None if `stop` was set meanwhile.
+pub fn validate_all<B: Backend<Element = f32>>(
+    model: &Model<B>,
+    config: &Config,
+    stop: &AtomicBool,
+) -> Result<Option<Vec<Validation>>, Error> {
+    let mut all = Vec::new();
+    for task in config.task_list() {
+        if task.has_validation() {
+            let data = TrainingData::prepare(&task, config, "", |_| {})?;
+            let label = task.label.unwrap_or_default();
+            let Some(validation) = validate(model, label, &data, stop)? else {
+                return Ok(None);
+            };
+            all.push(validation);
+        }
+    }
+    Ok(Some(all))
+}
+
+/// The loss on a task's demonstrations that were not learnt from.
+fn validate<B: Backend<Element = f32>>(
+    model: &Model<B>,
+    label: String,
+    data: &TrainingData,
+    stop: &AtomicBool,
+) -> Result<Option<Validation>, Error> {
+    let start = Instant::now();
+    let family = model.spaces().position(data.family()).ok_or_else(|| {
+        let expected = "demonstrations of what the model observes and does";
+        ConfigError::value("data.file", data.family(), expected)
+    })?;
+    let action = data.family().action;
+    let mut packer = model.packer();
+    let (mut loss, mut correct, mut actions, mut tokens) = (0.0, 0_u64, 0_u64, 0);
+    let mut measure = |batch: &PackedBatch| -> Result<(), Error> {
+        let outputs = model.logits(batch)?;
+        let width = action.outputs();
+        for (row, output) in outputs.chunks_exact(width).enumerate() {
+            match action {
+                ActionSpace::Discrete(_) => {
+                    let target = usize::try_from(batch.targets[row]).unwrap_or_default();
+                    loss += cross_entropy(output, target);
+                    let best = |(index, &logit): (usize, &f32)| match index < target {
+                        true => logit < output[target],
+                        false => logit <= output[target],
+                    };
+                    correct += u64::from(output.iter().enumerate().all(best));
+                }
+                ActionSpace::Continuous(size) => {
+                    let targets = &batch.real_targets[row * size..][..size];
+                    let squares = output
+                        .iter()
+                        .zip(targets)
+                        .map(|(y, t)| f64::from(y - t).powi(2));
+                    loss += squares.sum::<f64>() / size as f64;
+                }
+            }
+            actions += 1;
+        }
+        tokens += batch.tokens() as u64;
+        Ok(())
+    };
+    for episode in data.unseen() {
+        if stop.load(Ordering::Relaxed) {
+            return Ok(None);
+        }
+        let Some(trajectory) = data.trajectory(episode) else {
+            continue;
+        };
+        packer.push_trajectory(Trajectory {
+            family,
+            ..trajectory
+        })?;
+        if packer.batch().tokens() >= VALIDATION_TOKENS {
+            measure(packer.batch())?;
+            packer.clear();
+        }
+    }
+    if packer.batch().tokens() > 0 {
+        measure(packer.batch())?;
+    }
+    let share = 1.0 / actions.max(1) as f64;
+    Ok(Some(Validation {
+        label,
+        episodes: data.unseen().len() as u64,
+        loss: loss * share,
+        accuracy: action.is_discrete().then_some(correct as f64 * share),
+        tokens,
+        seconds: start.elapsed().as_secs_f64(),
+    }))
+}
+
+/// −log softmax(logits)\[target\].
+fn cross_entropy(logits: &[f32], target: usize) -> f64 {
+    let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let sum: f64 = logits.iter().map(|&l| f64::from(l - largest).exp()).sum();
+    sum.ln() - f64::from(logits[target] - largest)
 }
 
 /// Wilson's 95 % interval of a share.
@@ -226,7 +352,7 @@ fn play<B: Backend<Element = f32>>(
         }
         let actions = actor.act(model, &active, &observations, &returns)?;
         played.tokens += (active.len() * per_step) as u64;
-        let mut actions = actions.iter();
+        let mut actions = actions.bytes().iter();
         active.retain(|&episode| {
             let action = actions.next().copied().unwrap_or_default();
             let outcome = environments[episode].step(action.into());

@@ -11,7 +11,7 @@ use super::adapters::{AdapterHeader, save_adapter};
 use super::checkpoint::{self, ModelHeader, State, StateHeader};
 use super::config::{Config, OptimiserKind, TrainConfig, validate_spaces};
 use super::data::{Batches, Chosen, Mixture, TrainingData};
-use super::evaluate::{self, Episodes, TaskResult, wilson};
+use super::evaluate::{self, Episodes, TaskResult, Validation, wilson};
 use super::finetune::{Adaptation, Base, Method};
 use super::metrics::{Line, MetricsFile, Window, per_second};
 use super::schedule::Schedule;
@@ -175,7 +175,7 @@ pub struct Options<'a> {
 #[derive(Debug, Clone, PartialEq)]
 pub enum Outcome {
     /// It is done.
-    Finished(Summary),
+    Finished(Box<Summary>),
     /// It is done, and rank 0 sums it up.
     Helped,
     /// It was stopped; this many steps are saved.
@@ -199,6 +199,9 @@ pub struct Summary {
     /// Each of several tasks.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub tasks: Vec<TaskSummary>,
+    /// The loss on demonstrations that were kept from learning, of each task that has such.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub validation: Vec<Validation>,
     /// Optimiser steps behind the model.
     pub steps: u64,
     /// Seconds of training (`train`) or of acting (`eval`).
@@ -274,6 +277,7 @@ impl Summary {
             interval: (episodes > 0).then(|| wilson(successes, episodes)),
             episodes,
             tasks,
+            validation: Vec::new(),
             steps,
             seconds,
             real_tokens_per_s: per_second(tokens, seconds),
@@ -687,7 +691,13 @@ impl<B: Backend<Element = f32>> Run<'_, B> {
                 step: self.state.step,
             });
         };
-        for line in result_lines(&results) {
+        let Some(validation) = evaluate::validate_all(model, config, stop)? else {
+            return Ok(Outcome::Stopped {
+                step: self.state.step,
+            });
+        };
+        let lines = result_lines(&results).into_iter();
+        for line in lines.chain(validation.iter().map(validation_line)) {
             info!("{line}");
         }
         let title = format!(
@@ -708,6 +718,7 @@ impl<B: Backend<Element = f32>> Run<'_, B> {
             self.state.tokens,
             self.state.seconds,
         );
+        summary.validation = validation;
         if let Some(base) = self.base.take() {
             let Some(adaptation) = self.forgetting(&base, episodes, stop, progress)? else {
                 return Ok(Outcome::Stopped {
@@ -718,7 +729,7 @@ impl<B: Backend<Element = f32>> Run<'_, B> {
         }
         save_summary(&folder.summary(), &summary)?;
         info!("the run is in {}", folder.path().display());
-        Ok(Outcome::Finished(summary))
+        Ok(Outcome::Finished(Box::new(summary)))
     }
 
     /// Success on the base's own tasks, with the model as it is and with that of the base, which
@@ -810,6 +821,18 @@ pub fn result_lines(results: &[TaskResult]) -> Vec<String> {
         )
     };
     results.iter().map(line).collect()
+}
+
+/// A loss on demonstrations that were kept from learning.
+pub fn validation_line(validation: &Validation) -> String {
+    let predicted = match validation.accuracy {
+        Some(accuracy) => format!(", {:.1} % of the actions right", 100.0 * accuracy),
+        None => " (squared error)".to_owned(),
+    };
+    format!(
+        "{}: loss {:.4}{predicted}, on {} unseen demonstrations",
+        validation.label, validation.loss, validation.episodes
+    )
 }
 
 /// The optimiser's numbers at one step (SPEC section 6).

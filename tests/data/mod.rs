@@ -4,6 +4,7 @@
 use dtmem::backend::Backend;
 use dtmem::batch::{PackedBatch, Trajectory};
 use dtmem::model::{ActionSpace, Capacity, Content, Family, Model, ObservationSpace, Spaces};
+use dtmem::spaces::Numbers;
 use dtmem_reference::dropout::philox;
 
 /// Uniform integers below `limit`, a pure function of the arguments.
@@ -38,12 +39,31 @@ pub fn several() -> Spaces {
     spaces
 }
 
+/// Real numbers in and out.
+pub fn vectors() -> Spaces {
+    Spaces::of(ObservationSpace::reals([3]), ActionSpace::Continuous(2), 9)
+}
+
+/// Images, of 2 patches with an edge that has to be filled up, and discrete actions.
+pub fn images() -> Spaces {
+    let observation = ObservationSpace::pixels([5, 14, 2]);
+    Spaces::of(observation, ActionSpace::Discrete(4), 9)
+}
+
+/// Every kind of observations and actions.
+pub fn all_kinds() -> Spaces {
+    let mut spaces = vectors();
+    spaces.include(symbols().families.remove(0), 9);
+    spaces.include(images().families.remove(0), 9);
+    spaces
+}
+
 /// Random trajectories of the given lengths.
 pub struct Data {
     pub lengths: Vec<usize>,
     pub families: Vec<usize>,
-    pub observations: Vec<Vec<u8>>,
-    pub actions: Vec<Vec<u8>>,
+    pub observations: Vec<Numbers>,
+    pub actions: Vec<Numbers>,
     pub returns: Vec<Vec<f32>>,
     pub pairs: Vec<Vec<(u32, u32)>>,
 }
@@ -63,23 +83,29 @@ impl Data {
             observations: sequences()
                 .map(|(sequence, steps)| {
                     let space = &of_sequence(sequence).observation;
-                    let Content::Codes(codes) = &space.content;
-                    (0..steps * space.fields())
-                        .map(|index| {
+                    let len = steps * space.fields();
+                    let code = |index: usize| match &space.content {
+                        Content::Codes(codes) => {
                             let count = codes[index % codes.len()];
                             draw(of(sequence, 1), index, count) as u8
-                        })
-                        .collect()
+                        }
+                        _ => draw(of(sequence, 1), index, 256) as u8,
+                    };
+                    match space.content {
+                        Content::Reals => reals(of(sequence, 1), len),
+                        _ => Numbers::Bytes((0..len).map(code).collect()),
+                    }
                 })
                 .collect(),
             actions: sequences()
                 .map(|(sequence, steps)| {
-                    (0..steps)
-                        .map(|index| {
-                            let actions = of_sequence(sequence).action.outputs();
-                            draw(of(sequence, 2), index, actions) as u8
-                        })
-                        .collect()
+                    let draw = |index, count| draw(of(sequence, 2), index, count) as u8;
+                    match of_sequence(sequence).action {
+                        ActionSpace::Discrete(count) => {
+                            Numbers::Bytes((0..steps).map(|index| draw(index, count)).collect())
+                        }
+                        ActionSpace::Continuous(size) => reals(of(sequence, 2), steps * size),
+                    }
                 })
                 .collect(),
             returns: sequences()
@@ -112,8 +138,8 @@ impl Data {
             packer
                 .push_trajectory(Trajectory {
                     family: self.families[sequence],
-                    observations: &self.observations[sequence],
-                    actions: &self.actions[sequence],
+                    observations: self.observations[sequence].all(),
+                    actions: self.actions[sequence].all(),
                     returns: &self.returns[sequence],
                     pairs: &self.pairs[sequence],
                     annotated: sequence != 1,
@@ -122,6 +148,12 @@ impl Data {
         }
         packer.batch().clone()
     }
+}
+
+/// Numbers between −1 and 1.
+fn reals(seed: u32, len: usize) -> Numbers {
+    let number = |index| draw(seed, index, 2001) as f32 / 1000.0 - 1.0;
+    Numbers::Reals((0..len).map(number).collect())
 }
 
 pub fn capacity(batch: &PackedBatch) -> Capacity {

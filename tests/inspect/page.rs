@@ -17,8 +17,8 @@ fn the_page_says_what_the_model_computes() {
             packer
                 .push_trajectory(dtmem::batch::Trajectory {
                     family: 0,
-                    observations: &shown.episode.observations,
-                    actions: &shown.episode.actions,
+                    observations: (&shown.episode.observations).into(),
+                    actions: (&shown.episode.actions).into(),
                     returns: &shown.episode.returns,
                     pairs: &[],
                     annotated: false,

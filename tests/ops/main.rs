@@ -14,4 +14,5 @@ mod lora_linear;
 mod machines;
 mod one_hot;
 mod refusals;
+mod squared_error;
 mod tokens;

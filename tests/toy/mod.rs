@@ -119,7 +119,7 @@ pub fn run(
 
 pub fn finish(config: &Config, folder: &Path, start: Start) -> Summary {
     match run(config, folder, start, None).unwrap() {
-        Outcome::Finished(summary) => summary,
+        Outcome::Finished(summary) => *summary,
         stopped => panic!("{stopped:?}"),
     }
 }

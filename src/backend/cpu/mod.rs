@@ -14,7 +14,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use dtmem_reference as reference;
 use dtmem_reference::{
     Scalar, activation, convolution, cross_entropy, dropout, layer_norm, linear, lora_linear,
-    one_hot, optimiser,
+    one_hot, optimiser, squared_error,
 };
 use ndarray::{ArrayView1, ArrayView2, ArrayViewMut1, ArrayViewMut2, Axis, s};
 use rayon::prelude::*;
@@ -25,7 +25,7 @@ use memory::{ChainGradients, Chains, Kept, MemoryState, Recall};
 use super::{
     Activation, AdamW, Attention, Backend, BackendError, Bytes, Codes, Convolutions, Dropped, In,
     KeyValueCache, Kind, LayerNorm, Linear, METRICS, Memory, MemoryGradients, MemoryInputs,
-    MemoryStart, Metric, OneHot, Out, Positions, Rank, Result, Span, Trained,
+    MemoryStart, Metric, OneHot, Out, Positions, Rank, Reals, Result, Span, Trained,
 };
 use crate::batch::{FamilyRows, PackedBatch, TokenKind};
 
@@ -854,9 +854,22 @@ impl<T: Scalar> Backend for Cpu<T> {
         partials.add_to(NAME, gradients, &spans)
     }
 
-    fn returns(&self, batch: &PackedBatch, out: &mut Vec<T>) -> Result<()> {
-        let out = front_mut("returns", out, batch.returns.len())?;
-        for (out, &value) in out.iter_mut().zip(&batch.returns) {
+    fn reals(&self, batch: &PackedBatch, reals: Reals, out: &mut Vec<T>) -> Result<()> {
+        const NAME: &str = "reals";
+        let rows = |family| rows_of(NAME, batch, family);
+        let values = match reals {
+            Reals::Returns => &batch.returns[..],
+            Reals::Observations(family) => part(
+                NAME,
+                &batch.real_observations,
+                span(&rows(family)?.real_observations),
+            )?,
+            Reals::Actions(family) => {
+                part(NAME, &batch.real_actions, span(&rows(family)?.real_actions))?
+            }
+        };
+        let out = front_mut(NAME, out, values.len())?;
+        for (out, &value) in out.iter_mut().zip(values) {
             *out = T::from_f64(f64::from(value));
         }
         Ok(())
@@ -1520,6 +1533,33 @@ impl<T: Scalar> Backend for Cpu<T> {
         let metrics = front_mut(NAME, metrics, METRICS)?;
         metrics[Metric::ActionLoss as usize] = T::from_f64(sums.loss);
         metrics[Metric::Correct as usize] = T::from_f64(sums.correct as f64);
+        Ok(())
+    }
+
+    fn squared_error(
+        &self,
+        batch: &PackedBatch,
+        family: usize,
+        size: usize,
+        outputs: &Vec<T>,
+        grad_outputs: &mut Vec<T>,
+        metrics: &mut Vec<T>,
+    ) -> Result<()> {
+        const NAME: &str = "squared_error";
+        let rows = rows_of(NAME, batch, family)?;
+        let known = part(NAME, &batch.targets, span(&rows.observations))?;
+        let targets = part(NAME, &batch.real_targets, span(&rows.real_targets))?;
+        let targets = matrix(NAME, targets, known.len(), size)?;
+        let outputs = matrix(NAME, outputs, known.len(), size)?;
+        let grad_outputs = matrix_mut(NAME, grad_outputs, known.len(), size)?;
+        let scale = T::from_f64(batch.training.weights.action);
+        let loss = named(
+            NAME,
+            squared_error::forward_backward(outputs, targets, known, scale, grad_outputs),
+        )?;
+        let metrics = front_mut(NAME, metrics, METRICS)?;
+        metrics[Metric::ActionLoss as usize] = T::from_f64(loss);
+        metrics[Metric::Correct as usize] = T::zero();
         Ok(())
     }
 

@@ -9,7 +9,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use super::Gpu;
 use super::chain::Chain;
 use super::device::{Compute, Device, Element};
-use crate::backend::{BackendError, Kind, Result};
+use crate::backend::{BackendError, Kind, Reals, Result};
 use crate::batch::{FamilyRows, PackedBatch};
 use crate::ops::adamw;
 use crate::ops::tokens::by_time_step;
@@ -179,10 +179,20 @@ pub(super) struct Bytes {
 pub(super) struct Floats {
     /// Weights of the losses: of an action, of a pair.
     pub weights: Range<usize>,
+    /// Continuous actions to predict.
+    pub targets: Range<usize>,
     /// The number 1.
     pub one: Range<usize>,
     /// Of the optimiser's step.
     pub factors: Option<Range<usize>>,
+}
+
+/// Places of a batch's arrays of real numbers that are computed with.
+#[derive(Debug, Default)]
+struct Narrow {
+    returns: Range<usize>,
+    observations: Range<usize>,
+    actions: Range<usize>,
 }
 
 /// A batch on the device.
@@ -196,7 +206,7 @@ pub struct Batch<D: Device, T: Compute> {
     pub(super) int: Ints,
     pub(super) byte: Bytes,
     pub(super) float: Floats,
-    returns_at: Range<usize>,
+    number: Narrow,
     step_at: Range<usize>,
     pub(super) tokens: usize,
     pub(super) sequences: usize,
@@ -223,7 +233,7 @@ impl<D: Device, T: Compute> Default for Batch<D, T> {
             int: Ints::default(),
             byte: Bytes::default(),
             float: Floats::default(),
-            returns_at: 0..0,
+            number: Narrow::default(),
             step_at: 0..0,
             tokens: 0,
             sequences: 0,
@@ -289,14 +299,23 @@ impl<D: Device, T: Compute> Batch<D, T> {
         let floats = &mut self.floats;
         self.float = Floats {
             weights: floats.push(&[weights.action as f32, weights.pair as f32]),
+            targets: floats.push(&batch.real_targets),
             one: floats.push(&[1.0]),
             factors: match &batch.training.optimiser {
                 Some(hyper) => Some(floats.push(&adamw::factors(hyper)?)),
                 None => None,
             },
         };
-        let returns: Vec<T> = batch.returns.iter().map(|&x| T::narrow(x)).collect();
-        self.returns_at = self.numbers.push(&returns);
+        let numbers = &mut self.numbers;
+        let mut narrow = |values: &[f32]| {
+            let values: Vec<T> = values.iter().map(|&x| T::narrow(x)).collect();
+            numbers.push(&values)
+        };
+        self.number = Narrow {
+            returns: narrow(&batch.returns),
+            observations: narrow(&batch.real_observations),
+            actions: narrow(&batch.real_actions),
+        };
         self.numbers.send(device)?;
         self.step_at = self.step.push(&[batch.training.number]);
         self.ints.send(device)?;
@@ -365,9 +384,24 @@ impl<D: Device, T: Compute> Batch<D, T> {
         Ok(device.output(memory, self.float.weights.clone())?)
     }
 
-    /// Returns to go.
-    pub(super) fn return_values<'a>(&'a self, device: &'a D) -> Result<Input<'a, T>> {
-        self.numbers.input(device, &self.returns_at)
+    /// Real numbers of one kind.
+    pub(super) fn reals<'a>(&'a self, device: &'a D, reals: Reals) -> Result<Input<'a, T>> {
+        let (all, own) = match reals {
+            Reals::Returns => (&self.number.returns, None),
+            Reals::Observations(family) => {
+                let own = &self.rows_of(family)?.real_observations;
+                (&self.number.observations, Some(own))
+            }
+            Reals::Actions(family) => {
+                let own = &self.rows_of(family)?.real_actions;
+                (&self.number.actions, Some(own))
+            }
+        };
+        let all = self.numbers.input(device, all)?;
+        Ok(match own {
+            Some(own) => all.slice(own.clone())?,
+            None => all,
+        })
     }
 
     /// Number of the optimiser step.

@@ -36,13 +36,13 @@ use memory::Scratch;
 use super::{
     Activation, Attention, Backend, BackendError, Bytes, Codes, Convolutions, Dropped, In,
     KeyValueCache, Kind, LayerNorm, Linear, METRICS, Memory, MemoryGradients, MemoryInputs,
-    MemoryStart, Metric, OneHot, Out, Positions, Rank, Result, Span, Supervised, Trained, is_heard,
-    range,
+    MemoryStart, Metric, OneHot, Out, Positions, Rank, Reals, Result, Span, Supervised, Trained,
+    is_heard, range,
 };
 use crate::batch::PackedBatch;
 use crate::ops::{
     self, activation, adamw, attention, convolutions, cross_entropy, elementwise, layer_norm,
-    one_hot, tokens,
+    one_hot, squared_error, tokens,
 };
 
 /// Most episodes that act at once.
@@ -557,20 +557,27 @@ impl<D: Device, T: Compute> Backend for Gpu<D, T> {
         Ok(shape.backward(device, tensors)?)
     }
 
-    fn returns(&self, batch: &Self::Batch, out: &mut Self::Buffer) -> Result<()> {
-        let _range = range("returns");
+    fn reals(&self, batch: &Self::Batch, reals: Reals, out: &mut Self::Buffer) -> Result<()> {
+        let _range = range("reals");
         let device = &self.device;
+        let x = batch.reals(device, reals)?;
+        let rows = match reals {
+            Reals::Returns => batch.returns,
+            Reals::Observations(family) => batch.rows_of(family)?.observations.len(),
+            Reals::Actions(family) => batch.rows_of(family)?.actions.len(),
+        };
+        let (len, width) = (x.len(), (x.len() / rows.max(1)).max(1));
         let shape = tokens::CopyShape {
-            rows: batch.returns,
-            width: 1,
-            x_rows: batch.returns,
-            y_rows: batch.returns,
+            rows,
+            width,
+            x_rows: rows,
+            y_rows: rows,
         };
         let tensors = tokens::Copy {
-            x: batch.return_values(device)?.rows(1),
+            x: x.rows(width),
             from: None,
             to: None,
-            y: out.write(device, 0..batch.returns)?.rows(1),
+            y: out.write(device, 0..len)?.rows(width),
         };
         Ok(shape.copy(device, tensors)?)
     }
@@ -1174,6 +1181,40 @@ impl<D: Device, T: Compute> Backend for Gpu<D, T> {
                 .slice(rows.clone())?,
             scale,
             dlogits: grad_logits.write(device, 0..shape.rows * actions)?,
+            metrics: metrics.write_exact(device, 0..2)?,
+            workspace: workspace.output(device)?,
+        };
+        Ok(shape.loss_and_gradient(device, tensors)?)
+    }
+
+    fn squared_error(
+        &self,
+        batch: &Self::Batch,
+        family: usize,
+        size: usize,
+        outputs: &Self::Buffer,
+        grad_outputs: &mut Self::Buffer,
+        metrics: &mut Self::Buffer,
+    ) -> Result<()> {
+        let _range = range("squared_error");
+        let device = &self.device;
+        let [scale, _] = batch.weights(device)?;
+        let rows = batch.rows_of(family)?;
+        let shape = squared_error::Shape {
+            rows: rows.observations.len(),
+            size,
+        };
+        let mut workspace = self.floats.lock(device, shape.workspace()?)?;
+        let tensors = squared_error::Tensors {
+            y: outputs.read(device, 0..shape.rows * size)?,
+            targets: batch
+                .floats(device, &batch.float.targets)?
+                .slice(rows.real_targets.clone())?,
+            known: batch
+                .ints(device, &batch.int.targets)?
+                .slice(rows.observations.clone())?,
+            scale,
+            dy: grad_outputs.write(device, 0..shape.rows * size)?,
             metrics: metrics.write_exact(device, 0..2)?,
             workspace: workspace.output(device)?,
         };
