@@ -271,9 +271,9 @@ impl PackedBatch {
     }
 
     /// Fills the batch up, so that batches have one size: tokens of no kind in a sequence of their
-    /// own, empty sequences, and rows without a token, of the last family. They take no part in any
-    /// loss.
-    pub fn fill_up(&mut self, size: BatchSize) {
+    /// own, empty sequences, and rows without a token, of the `last` family. They take no part in
+    /// any loss.
+    pub fn fill_up(&mut self, size: BatchSize, last: &Family) {
         const NO_KIND: u8 = u8::MAX;
         let (first, end) = (self.tokens() as i32, size.tokens as i32);
         let pairs = self.pair_keys.len() as i32;
@@ -282,17 +282,27 @@ impl PackedBatch {
         let last_step = size.steps.saturating_sub(1) as i32;
         self.token_time.resize(size.tokens, last_step);
         self.pair_offsets.resize(size.tokens + 1, pairs);
+        // From the family and not from its rows: a batch may have none.
+        let fields = last.observation.fields();
+        let (codes, reals) = match last.observation.content {
+            Content::Codes(_) | Content::Pixels => (fields, 0),
+            Content::Reals => (0, fields),
+        };
+        let of_action = match last.action {
+            ActionSpace::Discrete(_) => 0,
+            ActionSpace::Continuous(count) => count,
+        };
         if let Some(rows) = self.families.last_mut() {
             let more = size.rows.saturating_sub(self.observation_tokens.len());
-            let own = &rows.observations;
-            fill(&mut rows.codes, own, more, &mut self.observations);
-            let (range, reals) = (&mut rows.real_observations, &mut self.real_observations);
-            fill(range, own, more, reals);
-            fill(&mut rows.real_targets, own, more, &mut self.real_targets);
+            fill(&mut rows.codes, more * codes, &mut self.observations);
+            let (range, all) = (&mut rows.real_observations, &mut self.real_observations);
+            fill(range, more * reals, all);
+            let (range, all) = (&mut rows.real_targets, &mut self.real_targets);
+            fill(range, more * of_action, all);
             grow(&mut rows.observations, self.observation_tokens.len(), more);
             let more = size.rows.saturating_sub(self.action_tokens.len());
-            let (range, reals) = (&mut rows.real_actions, &mut self.real_actions);
-            fill(range, &rows.actions, more, reals);
+            let (range, all) = (&mut rows.real_actions, &mut self.real_actions);
+            fill(range, more * of_action, all);
             grow(&mut rows.actions, self.action_tokens.len(), more);
         }
         self.targets.resize(size.rows, -1);
@@ -388,14 +398,8 @@ fn append<T: Copy>(range: &mut Range<usize>, all: &mut Vec<T>, row: &[T]) {
     all.extend_from_slice(row);
 }
 
-/// Appends `more` rows of zeros to the numbers of a family that has `rows`.
-fn fill<T: Copy + Default>(
-    range: &mut Range<usize>,
-    rows: &Range<usize>,
-    more: usize,
-    all: &mut Vec<T>,
-) {
-    let numbers = more * (range.len() / rows.len().max(1));
+/// Appends so many zeros to the numbers of a family.
+fn fill<T: Copy + Default>(range: &mut Range<usize>, numbers: usize, all: &mut Vec<T>) {
     grow(range, all.len(), numbers);
     all.resize(all.len() + numbers, T::default());
 }

@@ -192,10 +192,10 @@ impl<B: Backend> Shard<B> {
         self.part.training = training;
         // The kernels of the memory are launched for the segments that a batch really has, and those
         // of a family's embeddings and head for its rows.
-        if let ([_], None) = (&model.spaces.families[..], &model.config.memory)
+        if let ([family], None) = (&model.spaces.families[..], &model.config.memory)
             && backend.wants_one_size()
         {
-            self.part.fill_up(self.size);
+            self.part.fill_up(self.size, family);
         }
         Ok(backend.stage(&self.part, &mut self.batch)?)
     }
