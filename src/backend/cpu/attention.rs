@@ -4,7 +4,8 @@ use dtmem_reference as reference;
 use dtmem_reference::Scalar;
 use ndarray::{ArrayView2, ArrayViewMut2, Axis, s};
 
-use super::{Cpu, matrix, named};
+use super::Cpu;
+use super::views::{matrix, named};
 use crate::backend::{Attention, BackendError, Extent, KeyValueCache, Result};
 use crate::batch::PackedBatch;
 

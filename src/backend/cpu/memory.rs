@@ -7,7 +7,8 @@ use dtmem_reference::content_memory::{Gradients, Inputs};
 use dtmem_reference::recall::recall_loss;
 use ndarray::{Array2, ArrayView1, ArrayView2, ArrayViewMut1, ArrayViewMut2, Axis, concatenate, s};
 
-use super::{Cpu, columns, front, part};
+use super::Cpu;
+use super::views::{columns, front, part};
 use crate::backend::{Memory, MemoryInputs, Result};
 use crate::batch::PackedBatch;
 

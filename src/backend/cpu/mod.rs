@@ -4,30 +4,39 @@
 //! and columns of a product, each summed in one order), and sums over rows are split by shape alone
 //! and added in a fixed order.
 
+mod adapters;
 mod attention;
+mod convolutions;
 mod memory;
+mod partials;
+mod views;
 
-use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use dtmem_reference as reference;
 use dtmem_reference::{
-    Scalar, activation, convolution, cross_entropy, dropout, layer_norm, linear, lora_linear,
-    one_hot, optimiser, squared_error,
+    Scalar, activation, convolution, cross_entropy, layer_norm, linear, lora_linear, one_hot,
+    optimiser, squared_error,
 };
-use ndarray::{ArrayView1, ArrayView2, ArrayViewMut1, ArrayViewMut2, Axis, s};
+use ndarray::{ArrayView1, ArrayViewMut1, ArrayViewMut2, Axis, s};
 use rayon::prelude::*;
 
+use adapters::{adapter, draw, dropped, weight};
 use attention::{Cached, HeadGradients, HeadSaved, Heads};
+use convolutions::ConvolutionShapes;
 use memory::{ChainGradients, Chains, Kept, MemoryState, Recall};
+use views::{
+    code_matrix, columns, columns_mut, front, front_mut, matrix, matrix_mut, named, part, part_mut,
+    rows_from, rows_of, span, two_parts,
+};
 
 use super::{
     Activation, AdamW, Attention, Backend, BackendError, Bytes, Codes, Convolutions, Dropped, In,
     KeyValueCache, Kind, LayerNorm, Linear, METRICS, Memory, MemoryGradients, MemoryInputs,
     MemoryStart, Metric, OneHot, Out, Positions, Rank, Reals, Result, Span, Trained,
 };
-use crate::batch::{FamilyRows, PackedBatch, TokenKind};
+use crate::batch::{PackedBatch, TokenKind};
 
 /// Numbers that one task of an element-wise operation touches.
 const ELEMENTS: usize = 1 << 14;
@@ -36,8 +45,6 @@ const GATHERED: usize = 64;
 /// Most episodes that act at once, and memory for what they keep.
 const MOST_EPISODES: usize = 256;
 const ACTING_BYTES: usize = 1 << 30;
-/// Partial parameter gradients of an operation that adds over rows.
-const PARTIALS: usize = 8;
 
 /// Computes with the reference on all threads of the current rayon pool, in `T`.
 #[derive(Debug)]
@@ -84,289 +91,6 @@ impl<T: Scalar> Cpu<T> {
             threads => len.div_ceil(2 * threads).next_multiple_of(16).max(64),
         }
     }
-
-    /// Zeroed partial sums of `width` parameter gradients, one for each piece of the rows.
-    fn partials(&self, width: usize) -> Partials<'_, T> {
-        let mut sums = self.spare_partials().pop().unwrap_or_default();
-        sums.clear();
-        sums.resize(PARTIALS * width, T::zero());
-        Partials {
-            backend: self,
-            sums,
-            width,
-        }
-    }
-
-    fn spare_partials(&self) -> MutexGuard<'_, Vec<Vec<T>>> {
-        self.partials.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn adapters_backward(
-        &self,
-        map: &Linear,
-        parameters: &[T],
-        x: ArrayView2<T>,
-        adapted: &[T],
-        dropout: Option<Dropped<PackedBatch>>,
-        grad_y: ArrayView2<T>,
-        mut grad_x: Option<ArrayViewMut2<T>>,
-        gradients: &mut [T],
-    ) -> Result<()> {
-        const NAME: &str = "adapters_backward";
-        let (rows, inputs) = x.dim();
-        let dropped_len = if dropout.is_some() { rows * inputs } else { 0 };
-        let mut scratch = self.scratch();
-        let len = rows * map.ranks() + 2 * dropped_len;
-        if scratch.len() < len {
-            scratch.resize(len, T::zero());
-        }
-        let (grad_adapted, rest) = scratch.split_at_mut(rows * map.ranks());
-        let (x_dropped, rest) = rest.split_at_mut(dropped_len);
-        let x = dropped(NAME, dropout, 0, x, x_dropped)?;
-        // Gradient of the dropped x, which the mask is still to be applied to.
-        let mut grad_dropped = match dropout {
-            Some(_) => Some(matrix_mut(NAME, rest, rows, inputs)?),
-            None => None,
-        };
-        if let Some(grad) = &mut grad_dropped {
-            grad.fill(T::zero());
-        }
-        let mut adapted = matrix(NAME, adapted, rows, map.ranks())?;
-        let mut grad_adapted = matrix_mut(NAME, grad_adapted, rows, map.ranks())?;
-        for lora in &map.adapters {
-            let (xa, rest) = adapted.split_at(Axis(1), lora.rank);
-            adapted = rest;
-            let (dxa, rest) = grad_adapted.split_at(Axis(1), lora.rank);
-            grad_adapted = rest;
-            let dy = grad_y.slice(s![.., lora.output..lora.output + lora.outputs]);
-            let dx = match &mut grad_dropped {
-                Some(grad) => Some(grad.view_mut()),
-                None => grad_x.as_mut().map(|grad| grad.view_mut()),
-            };
-            let (a, b) = two_parts(NAME, gradients, lora.a, lora.b)?;
-            let lora_view = adapter(NAME, map, lora, parameters)?;
-            let (da, db) = if map.transposed {
-                let da = matrix_mut(NAME, a, lora.rank, lora.outputs)?;
-                let db = matrix_mut(NAME, b, map.inputs, lora.rank)?;
-                (db.reversed_axes(), da.reversed_axes())
-            } else {
-                (
-                    matrix_mut(NAME, a, lora.rank, map.inputs)?,
-                    matrix_mut(NAME, b, lora.outputs, lora.rank)?,
-                )
-            };
-            named(
-                NAME,
-                lora_linear::backward_adapter(x, xa, lora_view, dy, dxa, dx, da, db),
-            )?;
-        }
-        if let (Some(dropout), Some(mut grad), Some(grad_x)) =
-            (dropout, grad_dropped, grad_x.as_mut())
-        {
-            if let Some(grad) = grad.as_slice_mut() {
-                draw(NAME, dropout, 0, x.ncols(), grad)?;
-            }
-            *grad_x += &grad;
-        }
-        Ok(())
-    }
-}
-
-/// Partial sums of parameter gradients: each piece of the rows has its own, so that threads do not
-/// meet and the order of the additions is fixed.
-struct Partials<'a, T: Scalar> {
-    backend: &'a Cpu<T>,
-    sums: Vec<T>,
-    width: usize,
-}
-
-impl<T: Scalar> Drop for Partials<'_, T> {
-    fn drop(&mut self) {
-        let sums = std::mem::take(&mut self.sums);
-        self.backend.spare_partials().push(sums);
-    }
-}
-
-impl<T: Scalar> Partials<'_, T> {
-    /// Rows of one piece.
-    fn piece(&self, rows: usize) -> usize {
-        rows.div_ceil(PARTIALS).max(1)
-    }
-
-    fn pieces(&mut self) -> rayon::slice::ChunksMut<'_, T> {
-        let width = self.width.max(1);
-        self.sums.par_chunks_mut(width)
-    }
-
-    /// Adds all pieces to the spans, which stand next to each other in a piece.
-    fn add_to(&self, operation: &'static str, gradients: &mut [T], spans: &[Span]) -> Result<()> {
-        for piece in self.sums.chunks(self.width.max(1)) {
-            let mut rest = piece;
-            for &span in spans {
-                let (of_span, after) = rest.split_at(span.len.min(rest.len()));
-                rest = after;
-                for (sum, &x) in part_mut(operation, gradients, span)?
-                    .iter_mut()
-                    .zip(of_span)
-                {
-                    *sum += x;
-                }
-            }
-        }
-        Ok(())
-    }
-}
-
-/// Shapes of the convolutional front end.
-struct ConvolutionShapes<'a> {
-    rows: usize,
-    middle: usize,
-    out: usize,
-    codes: ArrayView2<'a, u8>,
-}
-
-impl<'a> ConvolutionShapes<'a> {
-    fn new(batch: &'a PackedBatch, family: usize, front_end: &Convolutions) -> Result<Self> {
-        const NAME: &str = "convolutions";
-        let rows = rows_of(NAME, batch, family)?.observations.len();
-        let positions = front_end.grid.positions();
-        let fields = positions * front_end.grid.cardinalities.len();
-        Ok(Self {
-            rows,
-            middle: front_end.middle * positions,
-            out: front_end.out * positions,
-            codes: matrix(NAME, observation_codes(NAME, batch, family)?, rows, fields)?,
-        })
-    }
-
-    /// Rows of one task.
-    fn piece(&self) -> usize {
-        self.rows.div_ceil(PARTIALS).max(1)
-    }
-
-    fn weights<'w, T>(
-        &self,
-        operation: &'static str,
-        front_end: &Convolutions,
-        parameters: &'w [T],
-    ) -> Result<[ArrayView2<'w, T>; 2]> {
-        let weight1 = part(operation, parameters, front_end.weight1)?;
-        let weight2 = part(operation, parameters, front_end.weight2)?;
-        let inputs = front_end.grid.channels() * 9;
-        Ok([
-            matrix(operation, weight1, inputs, front_end.middle)?,
-            matrix(operation, weight2, front_end.out, front_end.middle * 9)?,
-        ])
-    }
-}
-
-/// Attaches the operation's name to an error of the reference.
-fn named<R>(operation: &'static str, result: reference::Result<R>) -> Result<R> {
-    result.map_err(|source| BackendError::Operation { operation, source })
-}
-
-fn part<'a, T>(operation: &'static str, buffer: &'a [T], span: Span) -> Result<&'a [T]> {
-    buffer.get(span.range()).ok_or(BackendError::Buffer {
-        operation,
-        found: buffer.len(),
-        expected: span.range().end,
-    })
-}
-
-fn part_mut<'a, T>(
-    operation: &'static str,
-    buffer: &'a mut [T],
-    span: Span,
-) -> Result<&'a mut [T]> {
-    let found = buffer.len();
-    buffer.get_mut(span.range()).ok_or(BackendError::Buffer {
-        operation,
-        found,
-        expected: span.range().end,
-    })
-}
-
-fn front<'a, T>(operation: &'static str, buffer: &'a [T], len: usize) -> Result<&'a [T]> {
-    part(operation, buffer, Span { offset: 0, len })
-}
-
-fn front_mut<'a, T>(
-    operation: &'static str,
-    buffer: &'a mut [T],
-    len: usize,
-) -> Result<&'a mut [T]> {
-    part_mut(operation, buffer, Span { offset: 0, len })
-}
-
-/// [rows, columns] at the start of a slice.
-fn matrix<'a, T>(
-    operation: &'static str,
-    buffer: &'a [T],
-    rows: usize,
-    columns: usize,
-) -> Result<ArrayView2<'a, T>> {
-    let buffer = front(operation, buffer, rows * columns)?;
-    ArrayView2::from_shape((rows, columns), buffer).map_err(|_| BackendError::Buffer {
-        operation,
-        found: buffer.len(),
-        expected: rows * columns,
-    })
-}
-
-/// [`matrix`] to write.
-fn matrix_mut<'a, T>(
-    operation: &'static str,
-    buffer: &'a mut [T],
-    rows: usize,
-    columns: usize,
-) -> Result<ArrayViewMut2<'a, T>> {
-    let buffer = front_mut(operation, buffer, rows * columns)?;
-    let found = buffer.len();
-    ArrayViewMut2::from_shape((rows, columns), buffer).map_err(|_| BackendError::Buffer {
-        operation,
-        found,
-        expected: rows * columns,
-    })
-}
-
-/// Some columns of wider rows.
-fn columns<'a, T>(
-    operation: &'static str,
-    x: In<'a, Vec<T>>,
-    rows: usize,
-    columns: usize,
-) -> Result<ArrayView2<'a, T>> {
-    let (row, column) = (x.start / x.stride, x.start % x.stride);
-    let all = part(operation, x.buffer, rows_from(row, rows, x.stride))?;
-    let all = matrix(operation, all, rows, x.stride)?;
-    if column + columns > x.stride {
-        return Err(BackendError::Buffer {
-            operation,
-            found: x.stride,
-            expected: column + columns,
-        });
-    }
-    Ok(all.slice_move(s![.., column..column + columns]))
-}
-
-/// [`columns`] to write.
-fn columns_mut<'a, T>(
-    operation: &'static str,
-    x: Out<'a, Vec<T>>,
-    rows: usize,
-    columns: usize,
-) -> Result<ArrayViewMut2<'a, T>> {
-    let (row, column) = (x.start / x.stride, x.start % x.stride);
-    let all = part_mut(operation, x.buffer, rows_from(row, rows, x.stride))?;
-    let all = matrix_mut(operation, all, rows, x.stride)?;
-    if column + columns > x.stride {
-        return Err(BackendError::Buffer {
-            operation,
-            found: x.stride,
-            expected: column + columns,
-        });
-    }
-    Ok(all.slice_move(s![.., column..column + columns]))
 }
 
 fn sum_of_squares<T: Scalar>(x: &[T]) -> f64 {
@@ -376,24 +100,6 @@ fn sum_of_squares<T: Scalar>(x: &[T]) -> f64 {
     let (left, right) = x.split_at((x.len() / 2).next_multiple_of(ELEMENTS));
     let (left, right) = rayon::join(|| sum_of_squares(left), || sum_of_squares(right));
     left + right
-}
-
-/// Two different parts at once.
-fn two_parts<'a, T>(
-    operation: &'static str,
-    buffer: &'a mut [T],
-    first: Span,
-    second: Span,
-) -> Result<(&'a mut [T], &'a mut [T])> {
-    let found = buffer.len();
-    match buffer.get_disjoint_mut([first.range(), second.range()]) {
-        Ok([first, second]) => Ok((first, second)),
-        Err(_) => Err(BackendError::Buffer {
-            operation,
-            found,
-            expected: first.range().end.max(second.range().end),
-        }),
-    }
 }
 
 /// out_i = row `tokens[i]` of x.
@@ -416,152 +122,6 @@ fn gather<T: Scalar>(
             out.copy_from_slice(part(operation, x, row)?);
             Ok(())
         })
-}
-
-/// The codes that a one-hot map reads [rows, fields], and which rows of their kind these are.
-fn code_matrix<'a>(
-    batch: &'a PackedBatch,
-    codes: Codes,
-    map: &OneHot,
-) -> Result<(ArrayView2<'a, u8>, Span)> {
-    const NAME: &str = "one_hot";
-    let (codes, rows) = match codes {
-        Codes::Observations(family) => (
-            observation_codes(NAME, batch, family)?,
-            &rows_of(NAME, batch, family)?.observations,
-        ),
-        Codes::Actions(family) => {
-            let rows = &rows_of(NAME, batch, family)?.actions;
-            (part(NAME, &batch.actions, span(rows))?, rows)
-        }
-    };
-    let codes = matrix(NAME, codes, rows.len(), map.offsets.len())?;
-    Ok((codes, span(rows)))
-}
-
-fn span(range: &Range<usize>) -> Span {
-    Span {
-        offset: range.start,
-        len: range.len(),
-    }
-}
-
-fn rows_of<'a>(
-    operation: &'static str,
-    batch: &'a PackedBatch,
-    family: usize,
-) -> Result<&'a FamilyRows> {
-    batch.families.get(family).ok_or(BackendError::Buffer {
-        operation,
-        found: batch.families.len(),
-        expected: family + 1,
-    })
-}
-
-/// The codes of a family's observations.
-fn observation_codes<'a>(
-    operation: &'static str,
-    batch: &'a PackedBatch,
-    family: usize,
-) -> Result<&'a [u8]> {
-    let codes = &rows_of(operation, batch, family)?.codes;
-    part(operation, &batch.observations, span(codes))
-}
-
-/// Numbers of `rows` rows from `first` on.
-fn rows_from(first: usize, rows: usize, width: usize) -> Span {
-    Span {
-        offset: first * width,
-        len: rows * width,
-    }
-}
-
-/// Drops elements of rows `first ..` of a batch's tokens.
-fn draw<T: Scalar>(
-    operation: &'static str,
-    dropout: Dropped<PackedBatch>,
-    first: usize,
-    width: usize,
-    rows: &mut [T],
-) -> Result<()> {
-    let batch = dropout.batch;
-    let mut token = first;
-    let mut sequence = batch
-        .cu_seqlens
-        .partition_point(|&start| start as usize <= token)
-        - 1;
-    let mut rest = rows;
-    while !rest.is_empty() {
-        let tokens = batch.tokens_of(sequence);
-        let len = ((tokens.end - token) * width).min(rest.len());
-        let (here, after) = rest.split_at_mut(len);
-        let index = (batch.origins[sequence] as usize + token - tokens.start) * width;
-        named(operation, dropout::apply(dropout.mask, index as u64, here))?;
-        rest = after;
-        token = tokens.end;
-        sequence += 1;
-    }
-    Ok(())
-}
-
-/// x after the dropout of an adapter's input, in `memory`: x itself without dropout. `first` is the
-/// number of x's first row.
-fn dropped<'a, T: Scalar>(
-    operation: &'static str,
-    dropout: Option<Dropped<PackedBatch>>,
-    first: usize,
-    x: ArrayView2<'a, T>,
-    memory: &'a mut [T],
-) -> Result<ArrayView2<'a, T>> {
-    let Some(dropout) = dropout else {
-        return Ok(x);
-    };
-    let memory = front_mut(operation, memory, x.len())?;
-    for (to, &from) in memory.iter_mut().zip(x) {
-        *to = from;
-    }
-    draw(operation, dropout, first, x.ncols(), memory)?;
-    matrix(operation, memory, x.nrows(), x.ncols())
-}
-
-/// A linear map's weight as the reference reads it, [outputs, inputs].
-fn weight<'a, T>(
-    operation: &'static str,
-    map: &Linear,
-    parameters: &'a [T],
-) -> Result<ArrayView2<'a, T>> {
-    let stored = part(operation, parameters, map.weight)?;
-    Ok(if map.transposed {
-        matrix(operation, stored, map.inputs, map.outputs)?.reversed_axes()
-    } else {
-        matrix(operation, stored, map.outputs, map.inputs)?
-    })
-}
-
-/// An adapter as the reference reads it: for a transposed map, Bᵀ takes A's place and Aᵀ that of B.
-fn adapter<'a, T: Scalar>(
-    operation: &'static str,
-    map: &Linear,
-    adapter: &super::Adapter,
-    parameters: &'a [T],
-) -> Result<lora_linear::Adapter<'a, T>> {
-    let a = part(operation, parameters, adapter.a)?;
-    let b = part(operation, parameters, adapter.b)?;
-    let (a, b) = if map.transposed {
-        let a = matrix(operation, a, adapter.rank, adapter.outputs)?;
-        let b = matrix(operation, b, map.inputs, adapter.rank)?;
-        (b.reversed_axes(), a.reversed_axes())
-    } else {
-        (
-            matrix(operation, a, adapter.rank, map.inputs)?,
-            matrix(operation, b, adapter.outputs, adapter.rank)?,
-        )
-    };
-    Ok(lora_linear::Adapter {
-        a,
-        b,
-        scaling: T::from_f64(adapter.scaling),
-    })
 }
 
 impl<T: Scalar> Backend for Cpu<T> {
