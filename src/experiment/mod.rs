@@ -14,6 +14,7 @@ use crate::train::config::ConfigError;
 
 mod adapt;
 mod annotation;
+mod carry;
 pub mod grid;
 pub mod memory;
 mod plot;
@@ -65,6 +66,7 @@ pub const EXPERIMENTS: &[Experiment] = &[
     slots::SLOTS,
     recall::RECALL,
     adapt::ADAPT,
+    carry::CARRY,
 ];
 
 /// What stands for all experiments, one after another.
