@@ -63,6 +63,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         tokens: TOKENS,
         longest: 3,
         slots: SLOTS,
+        key_width: WIDTH,
         width: WIDTH,
         variant: ContentMemory {
             addressing: Addressing::Cosine,

@@ -6,17 +6,18 @@
 //   keep_i = Π_t (1 − erased_it),  erased = w·β (coupled) or w·(1 − β) (paper)
 //   M′_i = keep_i·M_i + Σ_t w_it·β_it·v_t,  y_t = Σ_i w_it·M_i  or of M′
 //
-// M, M′ [B, N, D] and y [tokens, D] contiguous in the storage type; a, s, v rows of D with a stride of their own;
-// κ [tokens] in the storage type, b [1] in f32. `offsets` [B + 1]: sequence j has the tokens offsets[j] … offsets[j+1].
-// N ≤ 4096. Pointers need no alignment beyond their type's; rows that are aligned to 16 bytes are copied faster.
+// M, M′ [B, N, V] and y [tokens, V] contiguous in the storage type; a, s rows of D ≤ V and v rows of V, each with a stride of
+// its own; κ [tokens] in the storage type, b [1] in f32. Keys meet the first D columns of M (M_i·a_t, M_i·s_t and |M_i| are
+// theirs alone); the V − D behind them are only carried along, written and read. In the code D is `key_width`, V `width`.
+// `offsets` [B + 1]: sequence j has the tokens offsets[j] … offsets[j+1]. N ≤ 4096. Pointers need no alignment beyond their type's; rows that are aligned to 16 bytes are copied faster.
 //
 // Workspace, f32: w and β [tokens, N] each, and squares [B, N]: 4·N·(2·tokens + B) bytes.
 //
 // Launches, in order (`longest` is the most tokens of a sequence; `tiles(n)` = ⌈n/64⌉; all with 256 threads):
 //   scores   (tiles(N), tiles(longest), B)   M·a, M·s and |M|²: 64 slots × 64 tokens per block; 72 KiB of dynamic shared memory
 //   address  (longest, B)                    one token per block: w and β in the place of the products
-//   write    (tiles(N), tiles(D), B)         64 slots × 64 columns of M′ per block
-//   read     (tiles(D), tiles(longest), B)   64 tokens × 64 columns of y per block, all slots in order
+//   write    (tiles(N), tiles(V), B)         64 slots × 64 columns of M′ per block
+//   read     (tiles(V), tiles(longest), B)   64 tokens × 64 columns of y per block, all slots in order
 // The backward pass begins with the first two, and has scores multiply R and v as well.
 // With order read_then_write, write and read both take M; with write_then_read, read takes M′.
 // A block sums in one order that the shape alone decides, nothing is added atomically: the same bits in every run.
@@ -31,6 +32,7 @@
 //   2  bf16 and f16: panels in the storage type, what lies in memory comes by cp.async in 16-byte pieces, what is computed
 //      in two parts, so that nothing is lost where sums cancel; ldmatrix and m16n8k16
 //   3  scores: all products of a tile of slots in one block, three stages of swizzled panels; f32 by cp.async, too
+//   4  slots may be wider than keys
 
 #include "content_memory.cuh"
 
@@ -56,7 +58,7 @@ constexpr int kScoreStages = 3;
 template <typename T>
 __device__ inline void scores(const T* memory, const T* gradient, const Rows<T> (&rows)[kOperands],
                               const int32_t* offsets, float* const (&products)[kOperands], float* squares, float* dots,
-                              float* cross, unsigned char* shared, int slots, int width, int pitch) {
+                              float* cross, unsigned char* shared, int slots, int width, int key_width, int pitch) {
     using Stage = ScoreStage<T>;
     constexpr int kColumns = Stage::kColumns;
     auto* stages = reinterpret_cast<Stage*>(shared);
@@ -77,10 +79,12 @@ __device__ inline void scores(const T* memory, const T* gradient, const Rows<T> 
 #pragma unroll
     for (int n = 0; n < kOperands; ++n) vectors[n] = rows[n].in_vectors();
 
-    const int steps = (width + kColumns - 1) / kColumns, fragments = (tokens + 15) / 16;
+    // Keys, and so everything without a gradient, end at their width: zeros stand in their places behind it.
+    const int all = gradient != nullptr ? width : key_width;
+    const int steps = (all + kColumns - 1) / kColumns, fragments = (tokens + 15) / 16;
     const auto start = [&](int step) {
         Stage& stage = stages[step % kScoreStages];
-        const int column = step * kColumns, extent = width - column;
+        const int column = step * kColumns, extent = all - column;
         if (step < steps && of_slots) {
             stage.memory.load(kTile, extent, memory, memory_vectors, [&](int row) {
                 return row < count ? of_memory[of_memory_from + row] + column : nullptr;
@@ -94,7 +98,8 @@ __device__ inline void scores(const T* memory, const T* gradient, const Rows<T> 
 #pragma unroll
         for (int n = 0; n < kOperands; ++n) {
             if (step >= steps || rows[n].first == nullptr || !(of_slots || n == kValues)) continue;
-            stage.rows[n].load(fragments * 16, extent, rows[n].first, vectors[n], [&](int row) {
+            const int row_extent = n < kReads ? key_width - column : extent;
+            stage.rows[n].load(fragments * 16, row_extent, rows[n].first, vectors[n], [&](int row) {
                 return row < tokens ? rows[n][sequence.first + first_token + row] + column : nullptr;
             });
         }
@@ -119,7 +124,9 @@ __device__ inline void scores(const T* memory, const T* gradient, const Rows<T> 
             float m[kVectorSize<T>], g[kVectorSize<T>];
             load(stage.memory.at(slot, piece), m);
 #pragma unroll
-            for (int i = 0; i < kVectorSize<T>; ++i) square += m[i] * m[i];
+            for (int i = 0; i < kVectorSize<T>; ++i) {
+                if (step * kColumns + piece + i < key_width) square += m[i] * m[i];
+            }
             if (gradient == nullptr) continue;
             load(stage.gradient.at(slot, piece), g);
 #pragma unroll
@@ -229,7 +236,7 @@ __device__ inline void select_best(SlotValues& x, int slots, int k, float (&exch
 template <typename T>
 __device__ inline void address(const T* keys, const T* kappa, const float* bias, const int32_t* offsets,
                                const float* squares, float* similarity, float* w, float* beta, float* norms, int slots,
-                               int width, int stride, int top_k, float scale, float epsilon) {
+                               int key_width, int stride, int top_k, float scale, float epsilon) {
     __shared__ float exchange[kWarps];
     const Sequence sequence(offsets, blockIdx.y);
     if (static_cast<int>(blockIdx.x) >= sequence.tokens) return;
@@ -242,7 +249,7 @@ __device__ inline void address(const T* keys, const T* kappa, const float* bias,
     float norm = 0.0f;
     if (kappa != nullptr) {
         float sum = 0.0f;
-        for (int d = threadIdx.x; d < width; d += kThreads) {
+        for (int d = threadIdx.x; d < key_width; d += kThreads) {
             const float x = widen(keys[token * stride + d]);
             sum += x * x;
         }
@@ -366,19 +373,20 @@ __device__ inline void read(const float* w, const T* memory, const int32_t* offs
     extern "C" __global__ void __launch_bounds__(kThreads, 2) content_memory_scores_##NAME(                            \
         const T* memory, const T* gradient, const T* keys, const T* strength_keys, const T* reads, const T* values,    \
         const int32_t* offsets, float* of_keys, float* of_strength_keys, float* of_reads, float* of_values,            \
-        float* squares, float* dots, float* cross, int32_t slots, int32_t width, int32_t stride,                       \
+        float* squares, float* dots, float* cross, int32_t slots, int32_t width, int32_t key_width, int32_t stride,    \
         int32_t strength_stride, int32_t value_stride, int32_t pitch) {                                                \
         extern __shared__ __align__(16) unsigned char shared[];                                                        \
         scores<T>(memory, gradient,                                                                                    \
                   {{keys, stride}, {strength_keys, strength_stride}, {reads, width}, {values, value_stride}}, offsets, \
-                  {of_keys, of_strength_keys, of_reads, of_values}, squares, dots, cross, shared, slots, width, pitch);\
+                  {of_keys, of_strength_keys, of_reads, of_values}, squares, dots, cross, shared, slots, width,        \
+                  key_width, pitch);                                                                                   \
     }                                                                                                                  \
     extern "C" __global__ void __launch_bounds__(kThreads) content_memory_address_##NAME(                              \
         const T* keys, const T* kappa, const float* bias, const int32_t* offsets, const float* squares,                \
-        float* similarity, float* w, float* beta, float* norms, int32_t slots, int32_t width, int32_t stride,          \
+        float* similarity, float* w, float* beta, float* norms, int32_t slots, int32_t key_width, int32_t stride,      \
         int32_t top_k, float scale, float epsilon) {                                                                   \
-        address(keys, kappa, bias, offsets, squares, similarity, w, beta, norms, slots, width, stride, top_k, scale,   \
-                epsilon);                                                                                              \
+        address(keys, kappa, bias, offsets, squares, similarity, w, beta, norms, slots, key_width, stride, top_k,      \
+                scale, epsilon);                                                                                       \
     }                                                                                                                  \
     extern "C" __global__ void __launch_bounds__(kThreads) content_memory_write_##NAME(                                \
         const T* memory, const float* w, const float* beta, const T* value, const int32_t* offsets, T* memory_next,    \

@@ -6,7 +6,7 @@
 //   factor is 0. With write_then_read everything has G + wᵀ·R in the place of G; that sum is never formed, so it is
 //   not rounded: v·Rᵀ and (w·β)·wᵀ, two matrices of tokens × tokens, carry its second part.
 //
-// dM [B, N, D] contiguous; da, ds, dv rows of D with a stride of their own; dκ [tokens], all overwritten; db [1] in f32,
+// dM [B, N, V] contiguous; da, ds rows of D and dv rows of V, each with a stride of its own; dκ [tokens], all overwritten; db [1] in f32,
 // added to. No gradient may lie in the storage of an input.
 //
 // Launches, in order, all with 256 threads, `tiles(n)` = ⌈n/64⌉, * with write_then_read:
@@ -16,7 +16,7 @@
 //                                                           and the sums over slots that both softmaxes want
 //   coefficients         (tiles(N) + tiles(longest)²*, B)   through softmax, sigmoid and norms: the factors of all
 //                                                           further products; (w·β)·wᵀ*
-//   gradients            (tiles(D) or ⌈D/32⌉, splits·tiles(longest), B)  dM, and shares of da, ds, dv
+//   gradients            (tiles(V) or ⌈V/32⌉, splits·tiles(longest), B)  dM, and shares of da, ds, dv
 //   sums                 (tokens + 1)                       da, ds, dv, dκ from their shares, and db
 // scores and gradients have 72 KiB of dynamic shared memory, and registers for two blocks on a multiprocessor.
 //
@@ -35,6 +35,7 @@
 //   3  six launches: all products of a tile of M and G at once, before the softmaxes and behind them (8 elements read of
 //      each of N·D became 4); coefficients are rounded once, to two parts of bf16, not for every column tile, and come by
 //      cp.async to swizzled panels; f16 is split into two parts of bf16, exactly, and no longer multiplied as TF32
+//   4  slots may be wider than keys: behind the keys' columns `gradients` finds zeros in the places of M, a and s
 
 #include "content_memory.cuh"
 
@@ -297,8 +298,8 @@ struct GradientTiles {
 template <typename T>
 __device__ inline void gradients(const T* memory, const T* g, const Rows<T> (&rows)[kGate], const float* planes,
                                  Coefficients<T> gates, const float* keep, const float* slopes, const int32_t* offsets,
-                                 T* d_memory, float* shares, unsigned char* shared, int slots, int width, int pitch,
-                                 int splits) {
+                                 T* d_memory, float* shares, unsigned char* shared, int slots, int width,
+                                 int key_width, int pitch, int splits) {
     using Tiles = GradientTiles<T>;
     constexpr int kColumns = Tiles::kColumns, kFragments = kColumns / 2 / 8;
     auto& tiles = *reinterpret_cast<Tiles*>(shared);
@@ -311,6 +312,9 @@ __device__ inline void gradients(const T* memory, const T* g, const Rows<T> (&ro
     const int begin = split * of_split, end = min(begin + of_split, slot_tiles);
     const int carried = gates.first != nullptr && split == 0 ? chunks : 0;
     const int block_column = blockIdx.x * kColumns, extent = width - block_column;
+    // Behind the keys' columns neither keys nor what they met have a part.
+    const int key_extent = key_width - block_column;
+    const auto takes_part = [&](int plane) { return key_extent > 0 || plane >= kRead; };
     memory += of_sequence * width + block_column;
     g += of_sequence * width + block_column;
     const Rows<T> of_memory{memory, width}, of_gradient{g, width};
@@ -359,7 +363,7 @@ __device__ inline void gradients(const T* memory, const T* g, const Rows<T> (&ro
         }
         const auto slot_of = [&](const Rows<T>& x, int row) { return first + row < slots ? x[first + row] : nullptr; };
         if (step.plane == kAddress && step.chunk == chunk) {
-            tiles.memory.load(kTile, extent, memory, memory_vectors, [&](int row) { return slot_of(of_memory, row); });
+            tiles.memory.load(kTile, key_extent, memory, memory_vectors, [&](int row) { return slot_of(of_memory, row); });
         }
         if (step.plane == kGate) {
             tiles.gradient.load(kTile, extent, g, gradient_vectors, [&](int row) { return slot_of(of_gradient, row); });
@@ -372,7 +376,7 @@ __device__ inline void gradients(const T* memory, const T* g, const Rows<T> (&ro
         for (int p = 0; p < kGate; ++p) {
             // With one chunk they stay.
             if (step.plane != p || !owns(step.tile) || (chunks == 1 && step.tile != begin)) continue;
-            tiles.rows[p].load(rows_of(step.chunk), extent, rows[p].first, vectors[p],
+            tiles.rows[p].load(rows_of(step.chunk), p == kRead ? extent : key_extent, rows[p].first, vectors[p],
                                [&](int row) { return row_of(rows[p], step.chunk, row); });
         }
     };
@@ -408,7 +412,7 @@ __device__ inline void gradients(const T* memory, const T* g, const Rows<T> (&ro
         if (exists(next)) start(next, n + 1);
 
         const auto& factors = tiles.coefficients[n % 2];
-        if (step.chunk == chunk && first_row < tokens_of(chunk)) {
+        if (step.chunk == chunk && first_row < tokens_of(chunk) && takes_part(step.plane)) {
             if (step.plane == kAddress) multiply<false>(d_address, factors, first_row, tiles.memory, first_column, kTile);
             if (step.plane == kStrength) multiply<false>(d_strength, factors, first_row, tiles.memory, first_column, kTile);
             if (step.plane >= kGate) {
@@ -427,7 +431,7 @@ __device__ inline void gradients(const T* memory, const T* g, const Rows<T> (&ro
             }
             if (step.plane == kGate) {
                 add_slots(keep, tiles.gradient, step.tile);
-            } else {
+            } else if (takes_part(step.plane)) {
                 multiply<true>(d_slots, factors, first_row, tiles.rows[step.plane], first_column, rows_of(step.chunk));
             }
             if (next.plane == kPlanes || next.tile != step.tile) {
@@ -478,8 +482,8 @@ __device__ inline void gradients(const T* memory, const T* g, const Rows<T> (&ro
 template <typename T>
 __device__ inline void sums(const float* shares, const float* token_shares, const float* bias_shares,
                             const float* norms, Rows<T> keys, T* d_kappa, T* d_keys, T* d_strength_keys, T* d_value,
-                            float* d_bias, int tokens, int slots, int sequences, int width, int pitch, int splits,
-                            int d_stride, int d_strength_stride, int d_value_stride) {
+                            float* d_bias, int tokens, int slots, int sequences, int width, int key_width, int pitch,
+                            int splits, int d_stride, int d_strength_stride, int d_value_stride) {
     __shared__ float exchange[kWarps];
     const int64_t token = blockIdx.x;
     const int tiles = (slots + kTile - 1) / kTile;
@@ -512,9 +516,10 @@ __device__ inline void sums(const float* shares, const float* token_shares, cons
                 sum[of] += shares[((n * kShared + of) * static_cast<int64_t>(tokens) + token) * pitch + column];
             }
         }
+        narrow(sum[2], d_value[token * d_value_stride + column]);
+        if (column >= key_width) continue;
         narrow(sum[0] + slope * widen(keys[token][column]), d_keys[token * d_stride + column]);
         narrow(sum[1], d_strength_keys[token * d_strength_stride + column]);
-        narrow(sum[2], d_value[token * d_value_stride + column]);
     }
 }
 
@@ -645,19 +650,21 @@ extern "C" __global__ void __launch_bounds__(kThreads) content_memory_slots(
     extern "C" __global__ void __launch_bounds__(kThreads, 2) content_memory_gradients_##NAME(                         \
         const T* memory, const T* g, const T* keys, const T* strength_keys, const T* r, const float* planes, const float* gates,  \
         const float* keep, const float* slopes, const int32_t* offsets, T* d_memory, float* shares, int32_t slots,     \
-        int32_t width, int32_t stride, int32_t strength_stride, int32_t pitch, int32_t gate_pitch, int32_t splits) {   \
+        int32_t width, int32_t key_width, int32_t stride, int32_t strength_stride, int32_t pitch, int32_t gate_pitch,  \
+        int32_t splits) {                                                                                              \
         extern __shared__ __align__(16) unsigned char shared[];                                                        \
         gradients<T>(memory, g, {{keys, stride}, {strength_keys, strength_stride}, {r, width}}, planes,                \
                      plane_of<T>(gates, 0, offsets[gridDim.z], gate_pitch), keep, slopes, offsets, d_memory, shares,   \
-                     shared, slots, width, pitch, splits);                                                             \
+                     shared, slots, width, key_width, pitch, splits);                                                  \
     }                                                                                                                  \
     extern "C" __global__ void __launch_bounds__(kThreads) content_memory_sums_##NAME(                                 \
         const float* shares, const float* token_shares, const float* bias_shares, const float* norms, const T* keys,   \
         T* d_kappa, T* d_keys, T* d_strength_keys, T* d_value, float* d_bias, int32_t tokens, int32_t slots,           \
-        int32_t sequences, int32_t width, int32_t pitch, int32_t splits, int32_t stride, int32_t d_stride,             \
-        int32_t d_strength_stride, int32_t d_value_stride) {                                                           \
+        int32_t sequences, int32_t width, int32_t key_width, int32_t pitch, int32_t splits, int32_t stride,            \
+        int32_t d_stride, int32_t d_strength_stride, int32_t d_value_stride) {                                         \
         sums<T>(shares, token_shares, bias_shares, norms, {keys, stride}, d_kappa, d_keys, d_strength_keys, d_value,   \
-                d_bias, tokens, slots, sequences, width, pitch, splits, d_stride, d_strength_stride, d_value_stride);  \
+                d_bias, tokens, slots, sequences, width, key_width, pitch, splits, d_stride, d_strength_stride,        \
+                d_value_stride);                                                                                       \
     }
 
 CONTENT_MEMORY_BACKWARD(f32, float)

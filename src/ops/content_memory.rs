@@ -2,6 +2,9 @@
 //! `kernels/content_memory_backward.cu`, and `kernels/content_memory_short.cu` for segments of up to 64 tokens in bf16
 //! or f16; definition: `dtmem_reference::content_memory`, SPEC section 4.
 //!
+//! Slots may be wider than keys: keys are compared with their first columns, and the others are written and read alike,
+//! but carried along unseen.
+//!
 //! An episode is a chain: the memory of a segment is [`Forward::memory_next`] of the one before. Its backward pass goes
 //! through the segments from the last to the first, and [`Backward::d_memory`] of one is
 //! [`Backward::grad_memory_next`] of the one before; of the last it is 0. Nothing of the forward pass is kept but the
@@ -31,7 +34,8 @@ const MAX_SEQUENCES: usize = 65535;
 const MAX_TOKENS: usize = 1 << 30;
 const MAX_LONGEST: usize = 1 << 16;
 const MAX_SLOTS: usize = 4096;
-const MAX_WIDTH: usize = 1024;
+const MAX_KEY_WIDTH: usize = 1024;
+const MAX_WIDTH: usize = 1 << 16;
 
 /// A segment of each sequence of a pack, and what is done with it.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -44,7 +48,9 @@ pub struct Shape {
     pub longest: usize,
     /// N: 1 to 4096.
     pub slots: usize,
-    /// D: 1 to 1024.
+    /// D, of keys: 1 to 1024.
+    pub key_width: usize,
+    /// V ≥ D, of slots and values: up to 65536.
     pub width: usize,
     /// How slots are addressed and written.
     pub variant: ContentMemory,
@@ -53,13 +59,13 @@ pub struct Shape {
 /// What both passes read.
 #[derive(Debug)]
 pub struct Inputs<'a, T> {
-    /// M [B, N, D]
+    /// M [B, N, V]
     pub memory: Input<'a, T>,
     /// a [tokens, D]
     pub address_key: Rows<Input<'a, T>>,
     /// s [tokens, D]
     pub strength_key: Rows<Input<'a, T>>,
-    /// v [tokens, D]
+    /// v [tokens, V]
     pub value: Rows<Input<'a, T>>,
     /// κ \[tokens\], with cosine addressing and only then.
     pub key_strength: Option<Input<'a, T>>,
@@ -75,9 +81,9 @@ pub struct Inputs<'a, T> {
 pub struct Forward<'a, T> {
     /// What is read.
     pub inputs: Inputs<'a, T>,
-    /// M′ [B, N, D]
+    /// M′ [B, N, V]
     pub memory_next: Output<'a, T>,
-    /// y [tokens, D]
+    /// y [tokens, V]
     pub read: Output<'a, T>,
     /// At least [`Shape::forward_workspace`] elements, of any content.
     pub workspace: Output<'a, f32>,
@@ -88,17 +94,17 @@ pub struct Forward<'a, T> {
 pub struct Backward<'a, T> {
     /// What the forward pass read.
     pub inputs: Inputs<'a, T>,
-    /// [B, N, D]
+    /// [B, N, V]
     pub grad_memory_next: Input<'a, T>,
-    /// [tokens, D]
+    /// [tokens, V]
     pub grad_read: Input<'a, T>,
-    /// Overwritten [B, N, D].
+    /// Overwritten [B, N, V].
     pub d_memory: Output<'a, T>,
     /// Overwritten [tokens, D]; with the next two it may be columns of one matrix.
     pub d_address_key: Rows<Output<'a, T>>,
     /// Overwritten [tokens, D].
     pub d_strength_key: Rows<Output<'a, T>>,
-    /// Overwritten [tokens, D].
+    /// Overwritten [tokens, V].
     pub d_value: Rows<Output<'a, T>>,
     /// Overwritten \[tokens\], with cosine addressing and only then.
     pub d_key_strength: Option<Output<'a, T>>,
@@ -173,7 +179,8 @@ impl Shape {
             ("tokens", self.tokens, 0, MAX_TOKENS),
             ("longest", self.longest, 0, MAX_LONGEST),
             ("slots", self.slots, 1, MAX_SLOTS),
-            ("width", self.width, 1, MAX_WIDTH),
+            ("key_width", self.key_width, 1, MAX_KEY_WIDTH),
+            ("width", self.width, self.key_width, MAX_WIDTH),
         ] {
             if !(least..=most).contains(&found) {
                 let expected = format_args!("{least} to {most}");
@@ -274,7 +281,7 @@ impl Shape {
             return Ok(None);
         };
         let inputs = on.inputs;
-        let [slots, width] = self.sizes();
+        let [slots, width, _] = self.sizes();
         let [tile, rows] = [short.tile, short.rows].map(|n| Arg::I32(n as i32));
         let launch = on.launch_shared(
             (
@@ -285,9 +292,9 @@ impl Shape {
             short.cluster_bytes(self.width),
             [
                 Arg::Input(inputs.memory.span()),
-                Arg::Input(on.tokens(&inputs.address_key)),
-                Arg::Input(on.tokens(&inputs.strength_key)),
-                Arg::Input(on.tokens(&inputs.value)),
+                Arg::Input(on.keys(&inputs.address_key)),
+                Arg::Input(on.keys(&inputs.strength_key)),
+                Arg::Input(on.values()),
                 on.key_strength(),
                 on.strength_bias(),
                 on.offsets(),
@@ -360,7 +367,7 @@ impl Shape {
             Order::ReadThenWrite => memory,
             Order::WriteThenRead => tensors.memory_next.span(),
         };
-        let [slots, width] = self.sizes();
+        let [slots, width, _] = self.sizes();
         [
             on.scores([w, beta], squares, None),
             on.address(squares, w, w, beta, Span::NULL),
@@ -374,7 +381,7 @@ impl Shape {
                     Arg::Input(memory),
                     Arg::Input(w),
                     Arg::Input(beta),
-                    Arg::Input(on.tokens(&inputs.value)),
+                    Arg::Input(on.values()),
                     on.offsets(),
                     Arg::Output(tensors.memory_next.span()),
                     slots,
@@ -412,7 +419,7 @@ impl Shape {
         let [products, stats, shares] = self.short_pieces(short).map(|len| pieces.take(len));
         let grid = [short.tiles, self.sequences, 1];
         let memory = Arg::Input(inputs.memory.span());
-        let [slots, width] = self.sizes();
+        let [slots, width, _] = self.sizes();
         let [tile, tiles, rows] = [short.tile, short.tiles, short.rows].map(|n| Arg::I32(n as i32));
         let scores = on.launch_shared(
             (
@@ -423,8 +430,8 @@ impl Shape {
             short.scores_bytes(),
             [
                 memory,
-                Arg::Input(on.tokens(&inputs.address_key)),
-                Arg::Input(on.tokens(&inputs.strength_key)),
+                Arg::Input(on.keys(&inputs.address_key)),
+                Arg::Input(on.keys(&inputs.strength_key)),
                 on.key_strength(),
                 on.strength_bias(),
                 on.offsets(),
@@ -451,7 +458,7 @@ impl Shape {
                 memory,
                 Arg::Input(products),
                 Arg::Input(stats),
-                Arg::Input(on.tokens(&inputs.value)),
+                Arg::Input(on.values()),
                 on.offsets(),
                 Arg::Output(tensors.memory_next.span()),
                 Arg::Output(shares),
@@ -497,7 +504,7 @@ impl Shape {
         tensors: &'a Backward<'_, T>,
     ) -> Result<[Launch<'a>; 6]> {
         let workspace = self.backward_workspace()?;
-        let rows = [self.tokens, self.width];
+        let [rows, key_rows] = self.rows();
         let mut check = Check::new();
         self.check_inputs(&mut check, &tensors.inputs, 1)?;
         check.input(
@@ -508,8 +515,8 @@ impl Shape {
         )?;
         check.input("grad_read", &tensors.grad_read, self.of_rows(), 1)?;
         check.output("d_memory", &tensors.d_memory, self.of_memory(), 1)?;
-        check.output_rows("d_address_key", &tensors.d_address_key, rows, 1)?;
-        check.output_rows("d_strength_key", &tensors.d_strength_key, rows, 1)?;
+        check.output_rows("d_address_key", &tensors.d_address_key, key_rows, 1)?;
+        check.output_rows("d_strength_key", &tensors.d_strength_key, key_rows, 1)?;
         check.output_rows("d_value", &tensors.d_value, rows, 1)?;
         let d_key_strength = tensors.d_key_strength.as_ref();
         check_presence("d_key_strength", d_key_strength.is_some(), self.cosine())?;
@@ -555,7 +562,7 @@ impl Shape {
         let after_write = self.variant.order == Order::WriteThenRead;
         let [cross, gates] = [cross, gates].map(|x| if after_write { x } else { Span::NULL });
 
-        let [slots, width] = self.sizes();
+        let [slots, width, key_width] = self.sizes();
         let [pitch, pair_pitch, longest, splits, sequences] = [
             self.slot_pitch(),
             self.pair_pitch(),
@@ -569,7 +576,7 @@ impl Shape {
         let g = Arg::Input(tensors.grad_memory_next.span());
         let r = Arg::Input(tensors.grad_read.span());
         let [key, strength_key] =
-            [&inputs.address_key, &inputs.strength_key].map(|x| Arg::Input(on.tokens(x)));
+            [&inputs.address_key, &inputs.strength_key].map(|x| Arg::Input(on.keys(x)));
         let of_slots = tiles(self.slots);
         let of_pairs = if after_write { tiles(self.longest) } else { 0 };
 
@@ -664,6 +671,7 @@ impl Shape {
                 Arg::Output(shares),
                 slots,
                 width,
+                key_width,
                 inputs.address_key.stride(),
                 inputs.strength_key.stride(),
                 pitch,
@@ -684,14 +692,15 @@ impl Shape {
                 Arg::Input(norms),
                 key,
                 Arg::Output(d_key_strength.map_or(Span::NULL, Output::span)),
-                Arg::Output(tensors.d_address_key.span(rows)),
-                Arg::Output(tensors.d_strength_key.span(rows)),
+                Arg::Output(tensors.d_address_key.span(key_rows)),
+                Arg::Output(tensors.d_strength_key.span(key_rows)),
                 Arg::Output(tensors.d_value.span(rows)),
                 Arg::Output(d_strength_bias.map_or(Span::NULL, Output::span)),
                 Arg::I32(self.tokens as i32),
                 slots,
                 sequences,
                 width,
+                key_width,
                 Arg::I32((of_columns * columns) as i32),
                 splits,
                 inputs.address_key.stride(),
@@ -716,10 +725,10 @@ impl Shape {
         inputs: &Inputs<'_, T>,
         alignment: usize,
     ) -> Result<()> {
-        let rows = [self.tokens, self.width];
+        let [rows, key_rows] = self.rows();
         check.input("memory", &inputs.memory, self.of_memory(), alignment)?;
-        check.input_rows("address_key", &inputs.address_key, rows, alignment)?;
-        check.input_rows("strength_key", &inputs.strength_key, rows, alignment)?;
+        check.input_rows("address_key", &inputs.address_key, key_rows, alignment)?;
+        check.input_rows("strength_key", &inputs.strength_key, key_rows, alignment)?;
         check.input_rows("value", &inputs.value, rows, alignment)?;
         check_presence("key_strength", inputs.key_strength.is_some(), self.cosine())?;
         if let Some(key_strength) = &inputs.key_strength {
@@ -740,7 +749,8 @@ impl Shape {
     fn short<T: Storage>(&self) -> Option<Short> {
         let all_slots = self.variant.top_k.is_none_or(|k| k >= self.slots);
         let short = (1..=Short::MOST_TOKENS).contains(&self.longest);
-        let columns = self.width.is_multiple_of(16) && size_of::<T>() == 2;
+        let whole = self.width == self.key_width && self.key_width.is_multiple_of(16);
+        let columns = whole && size_of::<T>() == 2;
         if !(all_slots && short && columns) {
             return None;
         }
@@ -819,6 +829,11 @@ impl Shape {
         ]
     }
 
+    /// Rows and columns of values, and of keys.
+    fn rows(&self) -> [[usize; 2]; 2] {
+        [self.width, self.key_width].map(|width| [self.tokens, width])
+    }
+
     fn of_memory(&self) -> usize {
         self.sequences * self.slots * self.width
     }
@@ -858,8 +873,9 @@ impl Shape {
         self.variant.strength == Strength::Sigmoid
     }
 
-    fn sizes(&self) -> [Arg; 2] {
-        [self.slots, self.width].map(|n| Arg::I32(n as i32))
+    /// N, V and D.
+    fn sizes(&self) -> [Arg; 3] {
+        [self.slots, self.width, self.key_width].map(|n| Arg::I32(n as i32))
     }
 
     fn scale(&self) -> Arg {
@@ -942,10 +958,10 @@ impl<T: Storage> On<'_, '_, T> {
     ) -> Launch<'a> {
         let shape = self.shape;
         let inputs = self.inputs;
-        let [slots, width] = shape.sizes();
+        let [slots, width, key_width] = shape.sizes();
         let (value, value_stride) = match through {
             None => (Span::NULL, Arg::I32(0)),
-            Some(_) => (self.tokens(&inputs.value), inputs.value.stride()),
+            Some(_) => (self.values(), inputs.value.stride()),
         };
         let through = through.unwrap_or(Through::NONE);
         let of_pairs = if through.cross == Span::NULL {
@@ -967,8 +983,8 @@ impl<T: Storage> On<'_, '_, T> {
             [
                 Arg::Input(inputs.memory.span()),
                 through.gradient,
-                Arg::Input(self.tokens(&inputs.address_key)),
-                Arg::Input(self.tokens(&inputs.strength_key)),
+                Arg::Input(self.keys(&inputs.address_key)),
+                Arg::Input(self.keys(&inputs.strength_key)),
                 through.read,
                 Arg::Input(value),
                 self.offsets(),
@@ -981,6 +997,7 @@ impl<T: Storage> On<'_, '_, T> {
                 Arg::Output(through.cross),
                 slots,
                 width,
+                key_width,
                 inputs.address_key.stride(),
                 inputs.strength_key.stride(),
                 value_stride,
@@ -998,7 +1015,7 @@ impl<T: Storage> On<'_, '_, T> {
         norms: Span,
     ) -> Launch<'a> {
         let shape = self.shape;
-        let [slots, width] = shape.sizes();
+        let [slots, _, key_width] = shape.sizes();
         let top_k = shape.variant.top_k.and_then(|k| i32::try_from(k).ok());
         self.launch(
             (
@@ -1007,7 +1024,7 @@ impl<T: Storage> On<'_, '_, T> {
             ),
             [shape.longest, shape.sequences, 1],
             [
-                Arg::Input(self.tokens(&self.inputs.address_key)),
+                Arg::Input(self.keys(&self.inputs.address_key)),
                 self.key_strength(),
                 self.strength_bias(),
                 self.offsets(),
@@ -1017,7 +1034,7 @@ impl<T: Storage> On<'_, '_, T> {
                 Arg::Output(beta),
                 Arg::Output(norms),
                 slots,
-                width,
+                key_width,
                 self.inputs.address_key.stride(),
                 Arg::I32(top_k.unwrap_or(i32::MAX)),
                 shape.scale(),
@@ -1026,8 +1043,12 @@ impl<T: Storage> On<'_, '_, T> {
         )
     }
 
-    fn tokens(&self, rows: &Rows<Input<'_, T>>) -> Span {
-        rows.span([self.shape.tokens, self.shape.width])
+    fn keys(&self, rows: &Rows<Input<'_, T>>) -> Span {
+        rows.span(self.shape.rows()[1])
+    }
+
+    fn values(&self) -> Span {
+        self.inputs.value.span(self.shape.rows()[0])
     }
 
     fn offsets(&self) -> Arg {

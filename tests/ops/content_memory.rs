@@ -37,7 +37,7 @@ fn check<T: Number>(
     machine: &impl Machine,
     variant: &ContentMemory,
     lengths: &[usize],
-    [slots, width]: [usize; 2],
+    [slots, key_width, width]: [usize; 3],
     seed: u64,
 ) {
     let mut random = ChaCha8Rng::seed_from_u64(seed);
@@ -52,6 +52,7 @@ fn check<T: Number>(
         tokens,
         longest: lengths.iter().copied().max().unwrap_or(0) + seed as usize % 3, // it may be more
         slots,
+        key_width,
         width,
         variant: *variant,
     };
@@ -62,23 +63,21 @@ fn check<T: Number>(
     ];
     let [memory, grad_memory_next]: [Array3<f64>; 2] =
         [(); 2].map(|()| draw::<T, _>(&mut random, (sequences, slots, width)));
-    let [address_key, strength_key, value, grad_read]: [Array2<f64>; 4] =
-        [(); 4].map(|()| draw::<T, _>(&mut random, (tokens, width)));
+    let [address_key, strength_key]: [Array2<f64>; 2] =
+        [(); 2].map(|()| draw::<T, _>(&mut random, (tokens, key_width)));
+    let [value, grad_read]: [Array2<f64>; 2] =
+        [(); 2].map(|()| draw::<T, _>(&mut random, (tokens, width)));
     let key_strength = draw::<T, _>(&mut random, tokens).map(|x| T::round(1.0 + x.abs()).widen());
     let bias = f64::from(random.random::<f32>());
     const BIAS_BEFORE: f32 = 0.75;
 
     // a, s and v are columns of one matrix, as are their gradients.
-    let stride = 3 * width + gap(width);
-    let widths = [width; 3];
+    let stride = 2 * key_width + width + gap(width);
+    let widths = [key_width, key_width, width];
+    let columns = [0, 1, 2].map(|n| n * key_width..n * key_width + widths[n]);
     let mut fused = Array2::from_elem((tokens, stride), f64::NAN);
-    for (n, part) in [&address_key, &strength_key, &value]
-        .into_iter()
-        .enumerate()
-    {
-        fused
-            .slice_mut(s![.., n * width..(n + 1) * width])
-            .assign(part);
+    for (columns, part) in columns.iter().zip([&address_key, &strength_key, &value]) {
+        fused.slice_mut(s![.., columns.clone()]).assign(part);
     }
     let [memory_memory, grad_memory_next_memory] =
         [&memory, &grad_memory_next].map(|x| machine.numbers::<T, _>(x));
@@ -146,7 +145,7 @@ fn check<T: Number>(
     let mut next = Array3::from_elem(memory.dim(), f64::NAN);
     let mut y = Array2::from_elem(value.dim(), f64::NAN);
     let mut expected_memory = next.clone();
-    let mut expected: [Array2<f64>; 3] = [(); 3].map(|()| y.clone());
+    let mut expected = widths.map(|width| Array2::from_elem((tokens, width), f64::NAN));
     let mut expected_key_strength = Array1::from_elem(tokens, f64::NAN);
     let mut expected_bias = f64::from(BIAS_BEFORE);
     for (b, ends) in offsets.windows(2).enumerate() {
@@ -205,7 +204,7 @@ fn check<T: Number>(
     {
         let rows = all.chunks_exact(stride);
         let found = rows
-            .flat_map(|row| row[n * width..(n + 1) * width].to_vec())
+            .flat_map(|row| row[columns[n].clone()].to_vec())
             .collect();
         near(name, found, &expected[n], scale);
     }
@@ -244,7 +243,7 @@ fn check_all_types(
     machine: &impl Machine,
     variant: &ContentMemory,
     lengths: &[usize],
-    sizes: [usize; 2],
+    sizes: [usize; 3],
     seed: u64,
 ) {
     check::<f32>(machine, variant, lengths, sizes, seed);
@@ -263,10 +262,12 @@ proptest! {
         ],
         slots in prop_oneof![1..20_usize, 60..140_usize],
         width in prop_oneof![1..20_usize, Just(16), Just(32), Just(80)],
+        carried in prop_oneof![2 => Just(0), 1 => 1..20_usize, 1 => Just(16), 1 => 60..90_usize],
         bits in 0..16_usize,
         seed: u64,
     ) {
-        check_all_types(&host(seed), &variant(bits, width, None), &lengths, [slots, width], seed);
+        let sizes = [slots, width, width + carried];
+        check_all_types(&host(seed), &variant(bits, width, None), &lengths, sizes, seed);
     }
 
     // Scores of one type only: a narrower one may rightly keep another slot.
@@ -275,10 +276,12 @@ proptest! {
         lengths in prop::collection::vec(0..6_usize, 1..3),
         slots in 1..20_usize,
         k in 1..25_usize,
+        carried in 0..3_usize,
         bits in 0..16_usize,
         seed: u64,
     ) {
-        check::<f32>(&host(seed), &variant(bits, 16, Some(k)), &lengths, [slots, 16], seed);
+        let sizes = [slots, 16, 16 + carried];
+        check::<f32>(&host(seed), &variant(bits, 16, Some(k)), &lengths, sizes, seed);
     }
 }
 
@@ -287,10 +290,12 @@ fn content_memory_on_a_gpu_agrees_with_the_reference() {
     on_gpu(|device| {
         for bits in 0..16 {
             for (lengths, sizes) in [
-                (vec![39, 39, 1], [1290, 512]),
-                (vec![1], [64, 33]),
-                (vec![70, 100], [200, 64]),
-                (vec![64], [4096, 1024]),
+                (vec![39, 39, 1], [1290, 512, 512]),
+                (vec![39, 39, 1], [1290, 512, 528]),
+                (vec![1], [64, 33, 33]),
+                (vec![70, 100], [200, 64, 64]),
+                (vec![70, 100], [200, 64, 72]),
+                (vec![64], [4096, 1024, 1024]),
             ] {
                 let variant = variant(bits, sizes[1], None);
                 check_all_types(device, &variant, &lengths, sizes, bits as u64);
@@ -304,6 +309,7 @@ const SHAPE: Shape = Shape {
     tokens: 20,
     longest: 10,
     slots: 100,
+    key_width: 32,
     width: 32,
     variant: ContentMemory {
         addressing: Addressing::Cosine,
@@ -368,7 +374,12 @@ fn short_segments_of_narrow_types_have_kernels_of_their_own() {
         longest: 65,
         ..SHAPE
     };
-    let odd = Shape { width: 33, ..SHAPE };
+    let odd = Shape {
+        key_width: 33,
+        width: 33,
+        ..SHAPE
+    };
+    let wide = Shape { width: 48, ..SHAPE };
     let chosen = |top_k| Shape {
         variant: ContentMemory {
             top_k,
@@ -377,7 +388,7 @@ fn short_segments_of_narrow_types_have_kernels_of_their_own() {
         ..SHAPE
     };
     assert!(SHAPE.vectors::<bf16>() && SHAPE.vectors::<f16>() && !SHAPE.vectors::<f32>());
-    assert!(!long.vectors::<bf16>() && !odd.vectors::<bf16>());
+    assert!(!long.vectors::<bf16>() && !odd.vectors::<bf16>() && !wide.vectors::<bf16>());
     assert!(!chosen(Some(99)).vectors::<bf16>() && chosen(Some(100)).vectors::<bf16>());
 
     let tensors = forward::<bf16>();
@@ -433,6 +444,7 @@ fn memories_that_fit_into_shared_memory_are_one_launch_of_clusters() {
     let shape = Shape {
         longest: 39,
         slots: 1290,
+        key_width: 512,
         width: 512,
         ..SHAPE
     };
@@ -446,6 +458,7 @@ fn memories_that_fit_into_shared_memory_are_one_launch_of_clusters() {
     );
     assert_eq!(
         plan(Shape {
+            key_width: 1024,
             width: 1024,
             ..shape
         }),
@@ -466,6 +479,7 @@ fn no_tile_of_short_segments_needs_more_shared_memory_than_every_gpu_has() {
         for width in (16..=1024).step_by(16) {
             let shape = Shape {
                 longest,
+                key_width: width,
                 width,
                 sequences: 0,
                 tokens: 0,
@@ -557,13 +571,27 @@ fn shapes_beyond_the_memory_kernels_are_refused() {
             },
             ["slots is 4097", "1 to 4096"],
         ),
-        (Shape { width: 0, ..SHAPE }, ["width is 0", "1 to 1024"]),
         (
             Shape {
-                width: 1025,
+                key_width: 0,
                 ..SHAPE
             },
-            ["width is 1025", "1 to 1024"],
+            ["key_width is 0", "1 to 1024"],
+        ),
+        (
+            Shape {
+                key_width: 1025,
+                ..SHAPE
+            },
+            ["key_width is 1025", "1 to 1024"],
+        ),
+        (Shape { width: 31, ..SHAPE }, ["width is 31", "32 to 65536"]),
+        (
+            Shape {
+                width: 65537,
+                ..SHAPE
+            },
+            ["width is 65537", "32 to 65536"],
         ),
         (
             with(ContentMemory {

@@ -44,21 +44,22 @@ struct Outputs {
 
 impl Pack {
     /// Standard normal numbers.
-    fn draw<T: Storage>(
-        variant: &ContentMemory,
-        lengths: &[usize],
-        slots: usize,
-        width: usize,
-        seed: u64,
-    ) -> Self {
+    fn draw<T: Storage>(variant: &ContentMemory, shape: &Shape, seed: u64) -> Self {
+        let Shape {
+            lengths,
+            slots,
+            key_width,
+            carried,
+        } = shape;
+        let (slots, width) = (*slots, key_width + carried);
         let mut random = Random(seed);
         let (sequences, tokens) = (lengths.len(), lengths.iter().sum());
         let cosine = variant.addressing == Addressing::Cosine;
         Self {
             lengths: lengths.to_vec(),
             memory: random.array::<T, _>((sequences, slots, width)),
-            address_key: random.array::<T, _>((tokens, width)),
-            strength_key: random.array::<T, _>((tokens, width)),
+            address_key: random.array::<T, _>((tokens, *key_width)),
+            strength_key: random.array::<T, _>((tokens, *key_width)),
             value: random.array::<T, _>((tokens, width)),
             key_strength: cosine.then(|| {
                 let drawn = random.array::<T, _>(tokens);
@@ -221,6 +222,7 @@ struct Run<'a, T: Storage> {
     grad_read: Buffer<T>,
     sequences: usize,
     slots: usize,
+    key_width: usize,
     width: usize,
     tokens: usize,
     longest: usize,
@@ -243,12 +245,13 @@ impl<'a, T: Storage> Run<'a, T> {
     fn new(executor: &'a Executor, variant: &ContentMemory, pack: &Pack) -> Self {
         let (sequences, slots, width) = pack.memory.dim();
         let tokens = pack.tokens();
-        let gap = gap(width);
-        let mut keys = Array2::from_elem((tokens, 2 * width + gap), f64::NAN);
-        keys.slice_mut(s![.., ..width]).assign(&pack.address_key);
-        keys.slice_mut(s![.., width..2 * width])
+        let key_width = pack.address_key.ncols();
+        let mut keys = Array2::from_elem((tokens, 2 * key_width + gap(key_width)), f64::NAN);
+        keys.slice_mut(s![.., ..key_width])
+            .assign(&pack.address_key);
+        keys.slice_mut(s![.., key_width..2 * key_width])
             .assign(&pack.strength_key);
-        let mut value = Array2::from_elem((tokens, width + gap), f64::NAN);
+        let mut value = Array2::from_elem((tokens, width + gap(width)), f64::NAN);
         value.slice_mut(s![.., ..width]).assign(&pack.value);
         Self {
             executor,
@@ -264,6 +267,7 @@ impl<'a, T: Storage> Run<'a, T> {
             grad_read: upload(executor, &pack.grad_read),
             sequences,
             slots,
+            key_width,
             width,
             tokens,
             longest: pack.lengths.iter().copied().max().unwrap_or(0),
@@ -271,11 +275,13 @@ impl<'a, T: Storage> Run<'a, T> {
     }
 
     fn address_key(&self) -> Rows<'_, T> {
-        self.rows(&self.keys, 0, 2 * self.width + gap(self.width))
+        let stride = 2 * self.key_width + gap(self.key_width);
+        self.rows(&self.keys, 0, stride)
     }
 
     fn strength_key(&self) -> Rows<'_, T> {
-        self.rows(&self.keys, self.width, 2 * self.width + gap(self.width))
+        let stride = 2 * self.key_width + gap(self.key_width);
+        self.rows(&self.keys, self.key_width, stride)
     }
 
     fn values(&self) -> Rows<'_, T> {
@@ -330,6 +336,10 @@ impl<'a, T: Storage> Run<'a, T> {
         Arg::I32(self.width as i32)
     }
 
+    fn key_width_arg(&self) -> Arg {
+        Arg::I32(self.key_width as i32)
+    }
+
     fn scale(&self) -> Arg {
         Arg::F32(self.variant.scale as f32)
     }
@@ -378,6 +388,7 @@ impl<'a, T: Storage> Run<'a, T> {
             Arg::Output(cross.unwrap_or(View::NULL)),
             self.slots_arg(),
             self.width_arg(),
+            self.key_width_arg(),
             key.stride(),
             strength_key.stride(),
             value.stride(),
@@ -411,7 +422,7 @@ impl<'a, T: Storage> Run<'a, T> {
             Arg::Output(beta),
             Arg::Output(norms),
             self.slots_arg(),
-            self.width_arg(),
+            self.key_width_arg(),
             key.stride(),
             Arg::I32(top_k),
             self.scale(),
@@ -667,7 +678,7 @@ impl<'a, T: Storage> Run<'a, T> {
             memory: self.executor.scratch(self.memory.len()),
             keys: upload(
                 self.executor,
-                &Array2::from_elem((self.tokens, 2 * self.width + 1), f64::NAN),
+                &Array2::from_elem((self.tokens, 2 * self.key_width + 1), f64::NAN),
             ),
             value: upload(
                 self.executor,
@@ -679,8 +690,9 @@ impl<'a, T: Storage> Run<'a, T> {
                 .map(|_| self.executor.scratch(self.tokens)),
             strength_bias: self.executor.upload(&[bias_before]),
         };
-        let d_keys = self.rows(&gradients.keys, 0, 2 * self.width + 1);
-        let d_strength_keys = self.rows(&gradients.keys, self.width, 2 * self.width + 1);
+        let stride = 2 * self.key_width + 1;
+        let d_keys = self.rows(&gradients.keys, 0, stride);
+        let d_strength_keys = self.rows(&gradients.keys, self.key_width, stride);
         let d_value = self.rows(&gradients.value, 0, self.width + 2);
         let (key, strength_key) = (self.address_key(), self.strength_key());
 
@@ -769,6 +781,7 @@ impl<'a, T: Storage> Run<'a, T> {
                 Arg::Output(shares),
                 slots,
                 width,
+                self.key_width_arg(),
                 key.stride(),
                 strength_key.stride(),
                 number(pitch),
@@ -802,6 +815,7 @@ impl<'a, T: Storage> Run<'a, T> {
                 slots,
                 number(self.sequences),
                 width,
+                self.key_width_arg(),
                 number(of_columns * columns),
                 number(splits),
                 key.stride(),
@@ -856,7 +870,7 @@ fn compare_forward<T: Storage>(
 
 /// The kernels for segments of up to 64 tokens, with tiles of so many slots, and in clusters of so many blocks.
 fn check_short<T: Storage>(variant: &ContentMemory, shape: &Shape, sizes: [usize; 2], seed: u64) {
-    let pack = draw::<T>(variant, shape, seed);
+    let pack = Pack::draw::<T>(variant, shape, seed);
     compare_forward::<T>(variant, &pack, |run| run.forward_short(sizes[0]));
     compare_forward::<T>(variant, &pack, |run| run.forward_cluster(sizes[1]));
 }
@@ -864,18 +878,18 @@ fn check_short<T: Storage>(variant: &ContentMemory, shape: &Shape, sizes: [usize
 /// Errors of what passes through a softmax, where it may cancel, are relative to at least `scale`.
 fn check_backward<T: Storage>(variant: &ContentMemory, pack: &Pack, scale: f64) {
     const BIAS_BEFORE: f32 = 0.75;
-    let width = pack.value.ncols();
+    let (width, key_width) = (pack.value.ncols(), pack.address_key.ncols());
     let (found, bias) = in_every_order(|executor| {
         let run = Run::<T>::new(executor, variant, pack);
         let splits = 1 + run.slots % tiles(run.slots).min(3);
         let gradients = unwrap(run.backward(BIAS_BEFORE, splits));
-        let d_keys = run.rows(&gradients.keys, 0, 2 * width + 1);
-        let d_strength_keys = run.rows(&gradients.keys, width, 2 * width + 1);
+        let d_keys = run.rows(&gradients.keys, 0, 2 * key_width + 1);
+        let d_strength_keys = run.rows(&gradients.keys, key_width, 2 * key_width + 1);
         let d_value = run.rows(&gradients.value, 0, width + 2);
         let found = [
             gradients.memory.download(),
-            d_keys.download(width),
-            d_strength_keys.download(width),
+            d_keys.download(key_width),
+            d_strength_keys.download(key_width),
             d_value.download(width),
             gradients
                 .key_strength
@@ -957,16 +971,26 @@ fn variant(bits: usize, width: usize, top_k: Option<usize>) -> ContentMemory {
     }
 }
 
-fn draw<T: Storage>(variant: &ContentMemory, shape: &Shape, seed: u64) -> Pack {
-    Pack::draw::<T>(variant, &shape.lengths, shape.slots, shape.width, seed)
-}
-
-/// Sequences, slots and width; the tails of tiles, several tiles, one token, one slot, no token.
+/// Sequences, slots and widths; the tails of tiles, several tiles, one token, one slot, no token.
 #[derive(Debug, Clone)]
 struct Shape {
     lengths: Vec<usize>,
     slots: usize,
-    width: usize,
+    key_width: usize,
+    /// Columns of slots and values behind those of keys.
+    carried: usize,
+}
+
+impl Shape {
+    /// With slots as wide as keys.
+    fn new(lengths: &[usize], slots: usize, width: usize) -> Self {
+        Self {
+            lengths: lengths.to_vec(),
+            slots,
+            key_width: width,
+            carried: 0,
+        }
+    }
 }
 
 fn shape() -> impl Strategy<Value = Shape> {
@@ -977,10 +1001,13 @@ fn shape() -> impl Strategy<Value = Shape> {
     ];
     let slots = prop_oneof![Just(1), 2..20_usize, Just(64), 65..140_usize];
     let width = prop_oneof![Just(1), 2..20_usize, Just(64), Just(80), 65..100_usize];
-    (lengths, slots, width).prop_map(|(lengths, slots, width)| Shape {
+    let carried = prop_oneof![3 => Just(0), 2 => 1..20_usize, 1 => Just(64), 1 => 60..150_usize];
+    let sizes = (lengths, slots, width, carried);
+    sizes.prop_map(|(lengths, slots, key_width, carried)| Shape {
         lengths,
         slots,
-        width,
+        key_width,
+        carried,
     })
 }
 
@@ -989,10 +1016,10 @@ proptest! {
 
     #[test]
     fn forward_agrees_with_the_reference(shape in shape(), bits in 0..16_usize, seed: u64) {
-        let variant = variant(bits, shape.width, None);
-        check_forward::<f32>(&variant, &draw::<f32>(&variant, &shape, seed));
-        check_forward::<bf16>(&variant, &draw::<bf16>(&variant, &shape, seed));
-        check_forward::<f16>(&variant, &draw::<f16>(&variant, &shape, seed));
+        let variant = variant(bits, shape.key_width, None);
+        check_forward::<f32>(&variant, &Pack::draw::<f32>(&variant, &shape, seed));
+        check_forward::<bf16>(&variant, &Pack::draw::<bf16>(&variant, &shape, seed));
+        check_forward::<f16>(&variant, &Pack::draw::<f16>(&variant, &shape, seed));
     }
 
     #[test]
@@ -1000,9 +1027,9 @@ proptest! {
         mut shape in shape(), columns in 1..6_usize, tile in 1..97_usize, blocks in 2..17_usize,
         bits in 0..16_usize, seed: u64,
     ) {
-        shape.width = 16 * columns;
+        (shape.key_width, shape.carried) = (16 * columns, 0);
         shape.lengths.iter_mut().for_each(|length| *length = (*length).min(64));
-        let variant = variant(bits, shape.width, None);
+        let variant = variant(bits, shape.key_width, None);
         if seed % 2 == 0 {
             check_short::<bf16>(&variant, &shape, [tile, blocks], seed);
         } else {
@@ -1012,20 +1039,20 @@ proptest! {
 
     #[test]
     fn backward_agrees_with_the_reference(shape in shape(), bits in 0..16_usize, seed: u64) {
-        let variant = variant(bits, shape.width, None);
-        check_random_backward::<f32>(&variant, &draw::<f32>(&variant, &shape, seed));
-        check_random_backward::<bf16>(&variant, &draw::<bf16>(&variant, &shape, seed));
-        check_random_backward::<f16>(&variant, &draw::<f16>(&variant, &shape, seed));
+        let variant = variant(bits, shape.key_width, None);
+        check_random_backward::<f32>(&variant, &Pack::draw::<f32>(&variant, &shape, seed));
+        check_random_backward::<bf16>(&variant, &Pack::draw::<bf16>(&variant, &shape, seed));
+        check_random_backward::<f16>(&variant, &Pack::draw::<f16>(&variant, &shape, seed));
     }
 
     #[test]
     fn ties_at_the_last_of_the_best_slots_are_all_kept(
-        length in 1..5_usize, slots in 2..80_usize, width in 1..6_usize, k in 1..10_usize,
+        length in 1..5_usize, slots in 2..80_usize, width in 1..6_usize, carried in 0..4_usize, k in 1..10_usize,
         bits in 0..16_usize, seed: u64,
     ) {
-        let shape = Shape { lengths: vec![length, 2], slots, width };
+        let shape = Shape { carried, ..Shape::new(&[length, 2], slots, width) };
         let variant = variant(bits, 4, Some(k));
-        let pack = draw::<f32>(&variant, &shape, seed).in_whole_numbers();
+        let pack = Pack::draw::<f32>(&variant, &shape, seed).in_whole_numbers();
         check_forward::<f32>(&variant, &pack);
         check_random_backward::<f32>(&variant, &pack);
     }
@@ -1033,11 +1060,12 @@ proptest! {
     // w = 1 and β = 1 (or 0, with the paper's erase): a token wipes its slot, and keep has a factor of 0, or several.
     #[test]
     fn factors_of_zero_leave_finite_and_right_gradients(
-        length in 1..7_usize, slots in 1..6_usize, width in 1..6_usize, bits in 0..16_usize, seed: u64,
+        length in 1..7_usize, slots in 1..6_usize, width in 1..6_usize, carried in 0..4_usize, bits in 0..16_usize,
+        seed: u64,
     ) {
-        let shape = Shape { lengths: vec![length, 3], slots, width };
+        let shape = Shape { carried, ..Shape::new(&[length, 3], slots, width) };
         let variant = ContentMemory { strength: Strength::Sigmoid, ..variant(bits, 4, None) };
-        let mut pack = draw::<f32>(&variant, &shape, seed);
+        let mut pack = Pack::draw::<f32>(&variant, &shape, seed);
         // Every second token knows its slot and its strength for sure.
         let sure = 4.0 * 1024.0;
         // Whole numbers: the rounding of a logit of thousands, which another slot may have all but cancel, would count.
@@ -1052,7 +1080,7 @@ proptest! {
             .filter(|(t, _)| t % 2 == 0)
         {
             let slot = pack.memory.index_axis(Axis(0), usize::from(t >= length));
-            let slot = slot.row(t % slots);
+            let slot = slot.slice(s![t % slots, ..width]);
             let sign = if variant.erase == Erase::Coupled { 1.0 } else { -1.0 };
             strength.assign(&slot.map(|x| sure * sign * x));
             if slots > 1 && variant.addressing == Addressing::Dot {
@@ -1074,12 +1102,8 @@ fn the_largest_shapes_agree_with_the_reference() {
         (vec![140, 10], 260, 72, 9),
     ] {
         let variant = variant(bits, width, None);
-        let shape = Shape {
-            lengths,
-            slots,
-            width,
-        };
-        let pack = draw::<bf16>(&variant, &shape, 7);
+        let shape = Shape::new(&lengths, slots, width);
+        let pack = Pack::draw::<bf16>(&variant, &shape, 7);
         check_forward::<bf16>(&variant, &pack);
         check_random_backward::<bf16>(&variant, &pack);
     }
@@ -1093,11 +1117,7 @@ fn the_largest_short_segments_agree_with_the_reference() {
         (vec![1], 1290, 16, 96, 16, 0),
     ] {
         let variant = variant(bits, width, None);
-        let shape = Shape {
-            lengths,
-            slots,
-            width,
-        };
+        let shape = Shape::new(&lengths, slots, width);
         check_short::<bf16>(&variant, &shape, [tile, blocks], 7);
     }
 }
@@ -1106,10 +1126,14 @@ fn the_largest_short_segments_agree_with_the_reference() {
 fn every_barrier_is_needed() {
     // Several steps of sums, of which those of bf16 are longer, an empty sequence, and the choice of the best slots.
     let variant = variant(8, 33, Some(2));
-    let wide = Pack::draw::<f32>(&variant, &[17, 0], 40, 33, 5);
-    let narrow = Pack::draw::<bf16>(&variant, &[22, 0], 130, 80, 5);
+    let wide = Pack::draw::<f32>(&variant, &Shape::new(&[17, 0], 40, 33), 5);
+    let carrying = Shape {
+        carried: 16,
+        ..Shape::new(&[22, 0], 130, 64)
+    };
+    let narrow = Pack::draw::<bf16>(&variant, &carrying, 5);
     // More tokens than a block has threads.
-    let long = Pack::draw::<f32>(&variant, &[260], 1, 1, 5);
+    let long = Pack::draw::<f32>(&variant, &Shape::new(&[260], 1, 1), 5);
     let run = |executor: &Executor| {
         let run = Run::<f32>::new(executor, &variant, &wide);
         run.forward()?;
@@ -1143,7 +1167,7 @@ fn every_barrier_is_needed() {
 fn every_barrier_of_the_short_kernels_is_needed() {
     // Softmax over both, two tiles, five steps of the keys, three chunks of columns, and an empty sequence.
     let variant = variant(2, 272, None);
-    let pack = Pack::draw::<bf16>(&variant, &[33, 0], 70, 272, 5);
+    let pack = Pack::draw::<bf16>(&variant, &Shape::new(&[33, 0], 70, 272), 5);
     let source = include_str!("../../content_memory_short.cu");
     assert_every_barrier_is_needed("kernels/content_memory_short.cu", source, |executor| {
         let run = Run::<bf16>::new(executor, &variant, &pack);

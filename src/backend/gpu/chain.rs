@@ -110,6 +110,7 @@ impl<D: Device, T: Compute> Gpu<D, T> {
             tokens: link.tokens.len(),
             longest: link.longest,
             slots: memory.slots,
+            key_width: memory.width,
             width: memory.width,
             variant: memory.variant,
         }
