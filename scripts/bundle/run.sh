@@ -25,21 +25,25 @@ mkdir "$out/logs"
 total=$([[ $mode == quick ]] && echo 470 || echo 5400)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(nproc)}
 
-for packed in programs/*.gz; do
-    name=$(basename "$packed" .gz)
-    gzip --decompress --stdout "$packed" > "$out/programs/$name" && chmod +x "$out/programs/$name" || exit 2
+for pieces in programs/*; do
+    program=$out/$pieces
+    while IFS= read -r piece; do
+        gzip --decompress --stdout "pieces/$piece.gz" || exit 2
+    done < "$pieces" > "$program"
+    chmod +x "$program" || exit 2
 done
 dtmem=$out/programs/dtmem
 
 # The GPU, or why there is none.
-gpu=
+gpus=()
 if command -v nvidia-smi > "$out/logs/card.log"; then
-    gpu=$(timeout --kill-after 2 20 nvidia-smi --query-gpu=name --format=csv,noheader 2>> "$out/logs/card.log" | head -n 1)
+    mapfile -t gpus < <(timeout --kill-after 2 20 nvidia-smi --query-gpu=name --format=csv,noheader 2>> "$out/logs/card.log")
     no_gpu='nvidia-smi finds no GPU'
 else
     no_gpu='no nvidia-smi, so no NVIDIA driver'
 fi
-[[ $gpu == 'No devices'* ]] && gpu=
+[[ ${gpus[0]:-} == 'No devices'* ]] && gpus=()
+gpu=${gpus[0]:-}
 
 # A Python with PyTorch.
 python=
@@ -83,20 +87,21 @@ part_card() {
     nvidia-smi --query
 }
 
-# Tests that say that they were skipped on a machine with a GPU have not run.
+# gpu_tests PROGRAM FILTER: tests that say that they were skipped on a machine with a GPU have not run.
 gpu_tests() {
     need_gpu
     local log=$out/logs/$1.tests
-    "$out/programs/$1" gpu --nocapture 2>&1 | tee "$log"
+    "$out/programs/$1" "$2" --nocapture 2>&1 | tee "$log"
     local code=${PIPESTATUS[0]}
-    if grep -iE 'GPU checks? skipped|SKIPPED: a GPU check' "$log"; then
+    if grep -iE 'GPU checks? skipped|SKIPPED: a GPU check|^skipped:' "$log"; then
         echo 'tests were skipped although there is a GPU'
         return 1
     fi
     return "$code"
 }
-part_tests-ops() { gpu_tests ops; }
-part_tests-backend() { gpu_tests gpu_backend; }
+part_tests-ops() { gpu_tests ops gpu; }
+part_tests-backend() { gpu_tests gpu_backend gpu; }
+part_tests-cust() { gpu_tests cust cust; }
 
 part_verify-cuda() {
     need_gpu
@@ -107,9 +112,10 @@ part_verify-host() { "$dtmem" verify --backend host --dtype all fixtures/*.safet
 
 part_sanitize() {
     need_gpu
-    local tests=(layer_norm activation cross_entropy)
-    [[ $mode == full ]] && tests=(on_a_gpu)
-    scripts/sanitize --binary "$out/programs/ops" --logs "$out/logs/sanitize" "${tests[@]}"
+    local options=(--binary "$out/programs/ops" --logs "$out/logs/sanitize")
+    # As far as it comes in its time.
+    [[ $mode == quick ]] && options+=(--seconds "$((limit - 10))")
+    scripts/sanitize "${options[@]}" on_a_gpu
     local code=$?
     ((code == 2)) && skip 'compute-sanitizer could not run: see the line above'
     return "$code"
@@ -138,6 +144,25 @@ part_train-cpu() {
 part_train-quick() {
     need_gpu
     "$dtmem" train configs/hallway-quick.toml --device cuda:0 --out "$out/train-quick" --overwrite
+}
+# DT-Mem: segments, and a memory.
+part_train-recall() {
+    need_gpu
+    "$dtmem" train configs/recall-quick.toml --device cuda:0 --out "$out/train-recall" --overwrite
+}
+# Data parallel, through NCCL.
+part_train-ranks() {
+    need_gpu
+    local ranks=${#gpus[@]} code=0 jobs=()
+    ((ranks > 1)) || skip 'one GPU'
+    export WORLD_SIZE=$ranks MASTER_ADDR=127.0.0.1 MASTER_PORT=29517
+    for ((rank = 0; rank < ranks; ++rank)); do
+        RANK=$rank LOCAL_RANK=$rank "$dtmem" train configs/hallway-quick.toml --out "$out/train-ranks" --overwrite \
+            --set train.steps=300 &
+        jobs+=($!)
+    done
+    for job in "${jobs[@]}"; do wait "$job" || code=$?; done
+    return "$code"
 }
 part_train-paper() {
     need_gpu
@@ -189,11 +214,14 @@ quick_or() { [[ $mode == quick ]] && echo "$1" || echo "$2"; }
 run card 30
 run tests-ops "$(quick_or 90 600)"
 run tests-backend "$(quick_or 60 600)"
+run tests-cust 30
 run verify-cuda "$(quick_or 60 300)"
 run verify-host 60
 run bench 180
 run train-cpu 40
 run train-quick "$(quick_or 90 300)"
+run train-recall "$(quick_or 60 300)"
+run train-ranks 60
 run peers "$(quick_or 120 1500)"
 [[ $mode == full ]] && run train-paper 1200
 run sanitize "$(quick_or 60 1500)"

@@ -12,7 +12,7 @@ use super::{Ceilings, Cost, Result, Scale};
 use crate::backend::{
     Activation, AdamW, Adapter, Attention, Backend, Codes, Convolutions, Dropped, Extent,
     FIRST_LOSS_SCALE, In, Kind, LayerNorm, Linear, METRICS, Memory, MemoryGradients, MemoryInputs,
-    MemoryStart, OneHot, Out, Span, Supervised, Trained,
+    MemoryStart, OneHot, Out, Positions, Span, Supervised, Trained,
 };
 use crate::batch::{LossWeights, PackedBatch, Packer, TokenLayout, TrainingStep, Trajectory};
 use crate::spaces::{ActionSpace, Family, ObservationSpace};
@@ -65,8 +65,14 @@ pub enum Operation {
     Convolutions,
     /// Their gradients.
     ConvolutionsBackward,
+    /// Token rows from what each token embeds, and positions.
+    Tokens,
+    /// Their gradients.
+    TokensBackward,
     /// Loss and gradient of the actions.
     CrossEntropy,
+    /// The same of continuous actions.
+    SquaredError,
     /// GELU on the feed-forward layer's width.
     Activation,
     /// Its gradient.
@@ -85,7 +91,7 @@ pub enum Operation {
 
 impl Operation {
     /// All, in the order of the table.
-    pub const ALL: [Self; 23] = [
+    pub const ALL: [Self; 26] = [
         Self::Attention,
         Self::AttentionBackward,
         Self::AttentionBce,
@@ -101,7 +107,10 @@ impl Operation {
         Self::OneHotBackward,
         Self::Convolutions,
         Self::ConvolutionsBackward,
+        Self::Tokens,
+        Self::TokensBackward,
         Self::CrossEntropy,
+        Self::SquaredError,
         Self::Activation,
         Self::ActivationBackward,
         Self::Dropout,
@@ -129,7 +138,10 @@ impl Operation {
             Self::OneHotBackward => "one_hot_backward",
             Self::Convolutions => "convolutions",
             Self::ConvolutionsBackward => "convolutions_backward",
+            Self::Tokens => "tokens",
+            Self::TokensBackward => "tokens_backward",
             Self::CrossEntropy => "cross_entropy",
+            Self::SquaredError => "squared_error",
             Self::Activation => "activation",
             Self::ActivationBackward => "activation_backward",
             Self::Dropout => "dropout",
@@ -213,7 +225,12 @@ impl Operation {
                 frames * cells * (first + 2.0 * second),
                 frames * (fields + element * cells * (maps + MAPS as f64)),
             ),
+            Self::Tokens | Self::TokensBackward => (rows, element * 2.0 * rows),
             Self::CrossEntropy => (8.0 * frames * actions, 2.0 * element * frames * actions),
+            Self::SquaredError => (
+                4.0 * frames * actions,
+                (2.0 * element + 4.0) * frames * actions,
+            ),
             Self::Activation => (8.0 * tokens * wide, element * 2.0 * tokens * wide),
             Self::ActivationBackward => (8.0 * tokens * wide, element * 4.0 * tokens * wide),
             Self::Dropout => (rows, element * 2.0 * rows),
@@ -337,10 +354,13 @@ pub(super) fn batch(scale: &Scale, mut packer: Packer) -> Result<PackedBatch> {
     Ok(batch)
 }
 
+fn packer(scale: &Scale) -> Packer {
+    Packer::new(scale.layout, &[family()], Some(scale.segment_steps))
+}
+
 fn staged<B: Backend>(backend: &B, scale: &Scale) -> Result<B::Batch> {
-    let packer = Packer::new(scale.layout, &[family()], Some(scale.segment_steps));
     let mut to = B::Batch::default();
-    backend.stage(&batch(scale, packer)?, &mut to)?;
+    backend.stage(&batch(scale, packer(scale))?, &mut to)?;
     Ok(to)
 }
 
@@ -419,7 +439,10 @@ pub(super) fn prepare<'a, B: Backend<Element = f32>>(
         Operation::OneHotBackward => one_hot(backend, scale, true),
         Operation::Convolutions => convolutions(backend, scale, false),
         Operation::ConvolutionsBackward => convolutions(backend, scale, true),
+        Operation::Tokens => tokens(backend, scale, false),
+        Operation::TokensBackward => tokens(backend, scale, true),
         Operation::CrossEntropy => cross_entropy(backend, scale),
+        Operation::SquaredError => squared_error(backend, scale),
         Operation::Activation => activation(backend, scale, false),
         Operation::ActivationBackward => activation(backend, scale, true),
         Operation::Dropout => dropout(backend, scale),
@@ -768,6 +791,65 @@ fn cross_entropy<'a, B: Backend<Element = f32>>(backend: &'a B, scale: &Scale) -
     let mut metrics = random(backend, Kind::Exact, METRICS, 1.0)?;
     Ok(Box::new(move || {
         Ok(backend.cross_entropy(&batch, 0, ACTIONS, &logits, &mut grad, &mut metrics)?)
+    }))
+}
+
+/// Numbers in the place of the action codes.
+fn squared_error<'a, B: Backend<Element = f32>>(backend: &'a B, scale: &Scale) -> Result<Run<'a>> {
+    let len = scale.steps() * ACTIONS;
+    let mut packed = batch(scale, packer(scale))?;
+    packed.families[0].real_targets = 0..len;
+    packed.real_targets = numbers(len, 1.0);
+    let mut batch = B::Batch::default();
+    backend.stage(&packed, &mut batch)?;
+    let outputs = random(backend, Kind::Activation, len, 1.0)?;
+    let mut grad = backend.buffer(len, Kind::Activation)?;
+    let mut metrics = random(backend, Kind::Exact, METRICS, 1.0)?;
+    Ok(Box::new(move || {
+        Ok(backend.squared_error(&batch, 0, ACTIONS, &outputs, &mut grad, &mut metrics)?)
+    }))
+}
+
+fn tokens<'a, B: Backend<Element = f32>>(
+    backend: &'a B,
+    scale: &Scale,
+    backward: bool,
+) -> Result<Run<'a>> {
+    let (frames, tokens, width) = (scale.steps(), scale.tokens(), scale.width);
+    let batch = staged(backend, scale)?;
+    let embedded = || random(backend, Kind::Activation, frames * width, 1.0);
+    let [mut observations, mut actions, mut returns] = [embedded()?, embedded()?, embedded()?];
+    let mut arena = Arena::default();
+    let longest = scale.lengths.iter().copied().max().unwrap_or(0);
+    let positions = arena.span(longest * width);
+    let mut out = random(backend, Kind::Activation, tokens * width, 1.0)?;
+    if backward {
+        let mut gradients = random(backend, Kind::Exact, arena.0, 1.0)?;
+        return Ok(Box::new(move || {
+            Ok(backend.assemble_tokens_backward(
+                &batch,
+                width,
+                &out,
+                &mut observations,
+                &mut actions,
+                &mut returns,
+                Some(positions),
+                &mut gradients,
+            )?)
+        }));
+    }
+    let table = random(backend, Kind::Parameter, arena.0, 1.0)?;
+    Ok(Box::new(move || {
+        Ok(backend.assemble_tokens(
+            &batch,
+            width,
+            &observations,
+            &actions,
+            &returns,
+            Positions::Learned(positions),
+            &table,
+            &mut out,
+        )?)
     }))
 }
 
