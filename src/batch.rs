@@ -183,6 +183,13 @@ impl PackedBatch {
         self.cu_seqlens[sequence] as usize..self.cu_seqlens[sequence + 1] as usize
     }
 
+    /// First token of each segment of the first sequence, and its length.
+    pub fn segments_of_first(&self) -> Vec<usize> {
+        let last = self.sequence_segments.get(1).map_or(0, |&s| s as usize);
+        let offsets = self.segment_offsets.iter().take(last + 1);
+        offsets.map(|&token| token as usize).collect()
+    }
+
     /// Makes `to` the batch of some of these sequences, reusing its memory.
     pub fn select(&self, sequences: &[usize], to: &mut Self) {
         to.clear(self.families.len());

@@ -533,6 +533,41 @@ fn attention_maps_are_causal_and_sum_to_one() {
     }
 }
 
+#[test]
+fn the_memory_loss_of_sequences_one_by_one_is_that_of_their_batch() {
+    let several_heads = SupervisionConfig {
+        part: SupervisedPart::Heads(vec![0, 1]),
+        denominator: Denominator::Causal,
+        ..supervision()
+    };
+    for (config, supervision) in [
+        (tuner(), supervision()),
+        (tuner(), several_heads),
+        (decision(), recall()),
+    ] {
+        let config = ModelConfig {
+            dropout: 0.0,
+            front_end: FrontEnd::Linear,
+            ..config
+        };
+        for seed in 0..10 {
+            let model = model::<f64>(&config, &symbols(), Some(supervision.clone()));
+            let data = Data::new(&symbols(), &[9, 3, 7, 1, 8], seed);
+            let batch = data.pack(&model);
+            let mut training = Training::new(&model, capacity(&batch), 1).expect("buffers");
+            let metrics = training.gradients(&model, &batch, 1, 1).expect("metrics");
+            let (mut loss, mut alone) = (0.0, PackedBatch::default());
+            for sequence in 0..batch.sequences() {
+                batch.select(&[sequence], &mut alone);
+                loss += model.memory_loss(&alone).expect("a loss");
+            }
+            let loss = loss / supervision.divisor(&batch);
+            let error = (loss - metrics.memory_loss).abs();
+            assert!(loss > 0.0 && error <= 1e-10 * loss, "{loss}: {error:e}");
+        }
+    }
+}
+
 /// Large enough that every operation is split into several tasks.
 fn train_bits(threads: usize, config: &ModelConfig, spaces: &Spaces) -> Vec<u32> {
     let pool = rayon::ThreadPoolBuilder::new()

@@ -451,6 +451,26 @@ fn steering(file: &Path, episodes: u32) {
 }
 
 #[test]
+fn tasks_with_and_without_pairs_share_a_memory_that_is_taught() {
+    let folder = TempDir::new().unwrap();
+    let overrides = [
+        "loss.lambda=10",
+        "loss.supervise=memory",
+        "tasks.1.data.annotated=0",
+        "tasks.0.data.validation=0.2",
+        "tasks.1.data.validation=0.2",
+    ];
+    let summary = finish(&config(MANY, &overrides), folder.path(), Start::Fresh);
+    let [recall, hallway] = &summary.validation[..] else {
+        panic!("{:?}", summary.validation);
+    };
+    assert!(recall.memory_loss.is_some_and(|loss| loss > 0.0));
+    assert_eq!(hallway.memory_loss, None, "nothing to measure it on");
+    let drawn = |name: &str| folder.path().join(name).exists();
+    assert!(drawn("recall.png") && !drawn("attention.png"));
+}
+
+#[test]
 fn own_files_of_real_numbers_train_beside_a_task_and_are_measured_on_what_was_kept() {
     let folder = TempDir::new().unwrap();
     let file = folder.path().join("steering.safetensors");

@@ -25,7 +25,7 @@ const BLOCK_ROWS: usize = 64;
 /// Partial results of a reduction, enough for the compiler to use the vector unit.
 const LANES: usize = 16;
 /// Lower limit of each logarithm in the memory loss.
-pub(crate) const LOG_FLOOR: f64 = -100.0;
+pub const LOG_FLOOR: f64 = -100.0;
 /// Lower limit of A(1 − A) in the gradient of the memory loss.
 pub(crate) const VARIANCE_FLOOR: f64 = 1e-12;
 

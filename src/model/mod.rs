@@ -246,6 +246,11 @@ impl<B: Backend> Model<B> {
         &self.config
     }
 
+    /// The memory loss that it is trained with.
+    pub fn supervision(&self) -> Option<&SupervisionConfig> {
+        self.supervision.as_ref()
+    }
+
     /// What its tasks ask of it.
     pub fn spaces(&self) -> &Spaces {
         &self.spaces

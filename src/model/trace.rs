@@ -6,11 +6,12 @@
 use std::ops::Range;
 
 use dtmem_reference::Scalar;
+use dtmem_reference::attention::LOG_FLOOR;
 use dtmem_reference::content_memory::{Inputs, Order};
 use ndarray::{Array1, Array2, Axis, Zip, s};
 
 use super::activations::{Activations, MemoryActivations};
-use super::config::AttentionSpan;
+use super::config::{AttentionSpan, SupervisedPart};
 use super::network::MemoryNetwork;
 use super::{Model, ModelError};
 use crate::backend::{Backend, Span};
@@ -116,7 +117,7 @@ impl<B: Backend> Model<B> {
     /// batch, after one forward pass.
     pub fn trace(&self, batch: &PackedBatch) -> Result<Trace, ModelError> {
         let acts = self.evaluate(batch)?;
-        let segments = segments(batch);
+        let segments = batch.segments_of_first();
         let mut attention = Vec::with_capacity(self.config.layers);
         let mut memory = Vec::new();
         for (layer, block) in self.network.blocks.iter().enumerate() {
@@ -133,6 +134,78 @@ impl<B: Backend> Model<B> {
             attention,
             memory,
         })
+    }
+
+    /// What the memory loss teaches, over the first sequence of a batch: the attention [T, T] of
+    /// each supervised head, or the supervised memory's recall [T, T]. Nothing without supervision.
+    pub fn supervised_maps(&self, batch: &PackedBatch) -> Result<Vec<Array2<f64>>, ModelError> {
+        let Some(supervision) = &self.supervision else {
+            return Ok(Vec::new());
+        };
+        let (acts, layer) = (self.evaluate(batch)?, supervision.layer);
+        match &supervision.part {
+            SupervisedPart::Heads(heads) => heads
+                .iter()
+                .map(|&head| self.attention_of(batch, &acts, layer, head))
+                .collect(),
+            SupervisedPart::Memory => {
+                let (block, acts) = (&self.network.blocks[layer], &acts.blocks[layer]);
+                let segments = batch.segments_of_first();
+                let memory = block.memory.iter().zip(&acts.memory);
+                memory
+                    .map(|(network, acts)| {
+                        let memory = self.memory_of(network, acts, &segments)?;
+                        Ok(memory.recall(&segments).0)
+                    })
+                    .collect()
+            }
+        }
+    }
+
+    /// Numerator of the memory loss of the first sequence of a batch (SPEC section 3), summed over
+    /// supervised heads; [`divisor`](super::SupervisionConfig::divisor) gives its denominator. 0
+    /// without supervision, and where the sequence is not annotated.
+    pub fn memory_loss(&self, batch: &PackedBatch) -> Result<f64, ModelError> {
+        let supervision = self.supervision.as_ref();
+        let Some(supervision) = supervision.filter(|_| batch.annotated.first() == Some(&1)) else {
+            return Ok(0.0);
+        };
+        let tokens = batch.tokens_of(0).len();
+        let offsets = |query: usize| batch.pair_offsets[query] as usize;
+        let wanted = |query: usize| &batch.pair_keys[offsets(query)..offsets(query + 1)];
+        // Which keys of a query count: all that it may attend to, or those that some later segment
+        // recalls and that were written before.
+        let of_memory = supervision.part == SupervisedPart::Memory;
+        let segments = batch.segments_of_first();
+        let first = |query: usize| {
+            let bounds = segments.iter().take_while(|&&start| start <= query);
+            bounds.last().copied().unwrap_or_default()
+        };
+        let mut recalled = vec![false; tokens];
+        for query in 0..tokens {
+            let keys = wanted(query).iter().map(|&key| key as usize);
+            for key in keys.filter(|&key| key < first(query)) {
+                recalled[key] = true;
+            }
+        }
+        let mut loss = 0.0;
+        for map in self.supervised_maps(batch)? {
+            for query in 0..tokens {
+                let keys = match of_memory {
+                    true => 0..first(query),
+                    false => 0..query + 1,
+                };
+                for key in keys.filter(|&key| !of_memory || recalled[key]) {
+                    let share = map[[query, key]].clamp(0.0, 1.0);
+                    let right = match wanted(query).contains(&(key as i32)) {
+                        true => share,
+                        false => 1.0 - share,
+                    };
+                    loss -= right.ln().clamp(LOG_FLOOR, 0.0);
+                }
+            }
+        }
+        Ok(loss)
     }
 
     /// A_ij = exp(scale · q_i·k_j − lse_i).
@@ -254,13 +327,6 @@ impl<B: Backend> Model<B> {
         self.backend.download(from, offset, &mut numbers)?;
         Ok(numbers)
     }
-}
-
-/// First token of each segment of the first sequence, and its length.
-fn segments(batch: &PackedBatch) -> Vec<usize> {
-    let last = batch.sequence_segments.get(1).map_or(0, |&s| s as usize);
-    let offsets = batch.segment_offsets.iter().take(last + 1);
-    offsets.map(|&token| token as usize).collect()
 }
 
 #[cfg(test)]

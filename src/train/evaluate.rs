@@ -131,6 +131,8 @@ pub struct Validation {
     pub loss: f64,
     /// Share of the actions predicted right; none where they are continuous.
     pub accuracy: Option<f64>,
+    /// The memory loss, without λ; none without one, and where no demonstration is annotated.
+    pub memory_loss: Option<f64>,
     /// Tokens computed.
     #[serde(skip)]
     pub tokens: u64,
@@ -173,6 +175,8 @@ fn validate<B: Backend<Element = f32>>(
     })?;
     let action = data.family().action;
     let mut packer = model.packer();
+    let mut alone = model.packer();
+    let mut of_memory = [0.0; 2];
     let (mut loss, mut correct, mut actions, mut tokens) = (0.0, 0_u64, 0_u64, 0);
     let mut measure = |batch: &PackedBatch| -> Result<(), Error> {
         let outputs = model.logits(batch)?;
@@ -209,10 +213,17 @@ fn validate<B: Backend<Element = f32>>(
         let Some(trajectory) = data.trajectory(episode) else {
             continue;
         };
-        packer.push_trajectory(Trajectory {
+        let trajectory = Trajectory {
             family,
             ..trajectory
-        })?;
+        };
+        if let Some(supervision) = model.supervision() {
+            alone.clear();
+            alone.push_trajectory(trajectory)?;
+            of_memory[0] += model.memory_loss(alone.batch())?;
+            of_memory[1] += supervision.divisor(alone.batch());
+        }
+        packer.push_trajectory(trajectory)?;
         if packer.batch().tokens() >= VALIDATION_TOKENS {
             measure(packer.batch())?;
             packer.clear();
@@ -227,6 +238,7 @@ fn validate<B: Backend<Element = f32>>(
         episodes: data.unseen().len() as u64,
         loss: loss * share,
         accuracy: action.is_discrete().then_some(correct as f64 * share),
+        memory_loss: (of_memory[1] > 0.0).then_some(of_memory[0] / of_memory[1]),
         tokens,
         seconds: start.elapsed().as_secs_f64(),
     }))

@@ -42,34 +42,46 @@ pub fn curves(
     })
 }
 
-/// Draws the attention probabilities of one head, `map` [T, T], beside the annotated pairs of the
-/// first sequence of `batch`. Axes count time steps, of `tokens_per_step` tokens each.
-pub fn attention(
+/// What a picture of a map is called.
+#[derive(Debug, Clone, Copy)]
+pub struct MapCaptions<'a> {
+    /// Over all.
+    pub title: &'a str,
+    /// Over the map.
+    pub map: &'a str,
+    /// What a column is, and a row.
+    pub axes: [&'a str; 2],
+}
+
+/// Draws a `map` [T, T] of the first sequence of a batch beside the `target` [T, T] that it was
+/// taught. Axes count time steps, of `tokens_per_step` tokens each.
+pub fn map(
     path: &Path,
-    title: &str,
-    head: &str,
-    map: ArrayView2<f64>,
-    batch: &PackedBatch,
+    captions: MapCaptions,
+    [map, target]: [ArrayView2<f64>; 2],
     tokens_per_step: usize,
 ) -> Result<(), Error> {
-    let target = target(batch, map.nrows());
     picture(path, (1360, 760), |area| {
-        draw_attention(area, title, head, map, target.view(), tokens_per_step)
+        draw_map(area, captions, [map, target], tokens_per_step)
     })
 }
 
-/// The attention that the pairs of the first sequence ask for: each row with k pairs has 1/k
-/// there.
-fn target(batch: &PackedBatch, tokens: usize) -> Array2<f64> {
+/// What the pairs of the first sequence of `batch` ask for: each row with k pairs has 1/k there.
+/// `across`: only the pairs that a memory recalls, whose tokens stand in different segments.
+pub fn target(batch: &PackedBatch, across: bool) -> Array2<f64> {
+    let segments = batch.segments_of_first();
+    let tokens = segments.last().copied().unwrap_or_default();
     let mut target = Array2::zeros((tokens, tokens));
     let offsets = batch.pair_offsets.windows(2);
-    for (mut row, offsets) in target.rows_mut().into_iter().zip(offsets) {
+    for ((query, mut row), offsets) in target.rows_mut().into_iter().enumerate().zip(offsets) {
+        let segment = segments.iter().take_while(|&&start| start <= query).last();
         let keys = offsets[0] as usize..offsets[1] as usize;
-        let keys = batch.pair_keys.get(keys).unwrap_or_default();
+        let keys = batch.pair_keys.get(keys).unwrap_or_default().iter();
+        let keys = keys.map(|&key| key as usize);
+        let keys = keys.filter(|key| !across || Some(key) < segment);
+        let share = 1.0 / keys.clone().count() as f64;
         for key in keys {
-            if let Some(cell) = row.get_mut(*key as usize) {
-                *cell = 1.0 / keys.len() as f64;
-            }
+            row[key] = share;
         }
     }
     target
@@ -241,20 +253,18 @@ pub(crate) fn swatch((x, y): (i32, i32), colour: RGBColor) -> Rectangle<(i32, i3
     Rectangle::new([(x, y - 2), (x + 18, y + 2)], colour.filled())
 }
 
-fn draw_attention(
+fn draw_map(
     area: &Drawing,
-    title: &str,
-    head: &str,
-    map: ArrayView2<f64>,
-    target: ArrayView2<f64>,
+    captions: MapCaptions,
+    [map, target]: [ArrayView2<f64>; 2],
     tokens_per_step: usize,
 ) -> Drawn {
-    let area = area.margin(10, 0, 0, 0).titled(title, text(28))?;
+    let area = area.margin(10, 0, 0, 0).titled(captions.title, text(28))?;
     let (maps, scale) = area.split_horizontally(1260);
     let halves = maps.split_evenly((1, 2));
     let panels = [
-        (format!("attention of {head}"), map),
-        ("annotated pairs, each row shared out".to_owned(), target),
+        (captions.map, map),
+        ("annotated pairs, each row shared out", target),
     ];
     for (half, (caption, map)) in halves.iter().zip(panels) {
         let per_step = tokens_per_step as f64;
@@ -271,8 +281,8 @@ fn draw_attention(
             .disable_mesh()
             .axis_style(GREY)
             .label_style(text(16))
-            .x_desc("attended token, by time step")
-            .y_desc("attending token, by time step")
+            .x_desc(format!("{} token, by time step", captions.axes[0]))
+            .y_desc(format!("{} token, by time step", captions.axes[1]))
             .x_label_formatter(&|value| amount(*value))
             .y_label_formatter(&|value| amount(*value))
             .draw()?;
@@ -338,7 +348,7 @@ pub(crate) fn text(size: u32) -> TextStyle<'static> {
 }
 
 /// A number as an axis shows it: two significant digits, no trailing zeros.
-fn significant(value: f64) -> String {
+pub(super) fn significant(value: f64) -> String {
     if value == 0.0 {
         return "0".to_owned();
     }

@@ -71,6 +71,11 @@ impl Folder {
         self.0.join("attention.png")
     }
 
+    /// What a supervised memory recalls beside its target.
+    pub fn recall(&self) -> PathBuf {
+        self.0.join("recall.png")
+    }
+
     /// An adapter's parameters by name, as PEFT calls the file.
     pub fn adapter(&self) -> PathBuf {
         self.0.join("adapter_model.safetensors")
@@ -105,7 +110,7 @@ impl Folder {
     }
 
     /// All of them; the state first, so that it never outlives what it belongs to.
-    fn files(&self) -> [PathBuf; 9] {
+    fn files(&self) -> [PathBuf; 10] {
         [
             self.state(),
             self.model(),
@@ -115,6 +120,7 @@ impl Folder {
             self.config(),
             self.curves(),
             self.attention(),
+            self.recall(),
             self.summary(),
         ]
     }
@@ -710,7 +716,7 @@ impl<B: Backend<Element = f32>> Run<'_, B> {
             let lines = self.metrics.as_ref().map_or(&[][..], MetricsFile::lines);
             plots::curves(&folder.curves(), &title, lines, &results)?;
         }
-        draw_attention(config, &self.model, data, &folder.attention())?;
+        draw_map(config, &self.model, data, folder)?;
         let mut summary = Summary::new(
             &results,
             &self.model,
@@ -829,8 +835,11 @@ pub fn validation_line(validation: &Validation) -> String {
         Some(accuracy) => format!(", {:.1} % of the actions right", 100.0 * accuracy),
         None => " (squared error)".to_owned(),
     };
+    let memory = validation.memory_loss.map_or(String::new(), |loss| {
+        format!(", memory loss {}", plots::significant(loss))
+    });
     format!(
-        "{}: loss {:.4}{predicted}, on {} unseen demonstrations",
+        "{}: loss {:.4}{predicted}{memory}, on {} unseen demonstrations",
         validation.label, validation.loss, validation.episodes
     )
 }
@@ -850,23 +859,43 @@ fn optimiser_step(train: &TrainConfig, learning_rate: f64) -> OptimiserStep {
     }
 }
 
-/// Most tokens of an episode whose attention is drawn.
+/// Most tokens of an episode of which a map is drawn.
 const MOST_DRAWN: usize = 2048;
 
-/// Draws the first supervised head (or the first of all) beside its target, for the first unseen
-/// episode of the first task, or for its first demonstration if it is only a file.
-fn draw_attention<B: Backend>(
+/// Draws what the memory loss teaches beside its target: the first supervised head (or the first of
+/// all), or the supervised memory's recall; for the first unseen episode of the first task, or for
+/// its first demonstration if it is only a file.
+fn draw_map<B: Backend>(
     config: &Config,
     model: &Model<B>,
     data: &Mixture,
-    path: &Path,
+    folder: &Folder,
 ) -> Result<(), Error> {
+    let supervision = model.supervision();
+    let layer = supervision.map_or(0, |supervision| supervision.layer);
+    let head = match supervision.map(|supervision| &supervision.part) {
+        Some(SupervisedPart::Memory) => None,
+        Some(SupervisedPart::Heads(heads)) => heads.first().copied(),
+        None => Some(0),
+    };
+    let (path, map_of, axes) = match head {
+        Some(head) => (
+            folder.attention(),
+            format!("attention of layer {}, head {}", layer + 1, head + 1),
+            ["attended", "attending"],
+        ),
+        None => (
+            folder.recall(),
+            format!("recall of layer {}'s memory", layer + 1),
+            ["recalled", "recalling"],
+        ),
+    };
     let first = config.task_list().into_iter().next().unwrap_or_default();
     let unseen;
     let (trajectory, episode) = match &first.task {
         Some(task) => {
             let episode = task.demonstrate(Split::Evaluation, config.evaluation.seed, 0)?;
-            let damaged = |error| Error::file(path, "an unseen episode", error, "a whole episode");
+            let damaged = |error| Error::file(&path, "an unseen episode", error, "a whole episode");
             let mut set = Demonstrations::new(task.family()).map_err(damaged)?;
             set.push((&episode).into()).map_err(damaged)?;
             unseen = TrainingData::new(set, 1, first.data.return_scale);
@@ -893,26 +922,22 @@ fn draw_attention<B: Backend>(
     }
     let tokens = packer.batch().tokens();
     if tokens > MOST_DRAWN {
-        info!("no picture of the attention: {tokens} tokens are more than {MOST_DRAWN}");
+        info!("no picture of the {map_of}: {tokens} tokens are more than {MOST_DRAWN}");
         return Ok(());
     }
-    let (layer, head) = match config.supervision() {
-        Some(supervision) => match &supervision.part {
-            SupervisedPart::Heads(heads) => {
-                (supervision.layer, heads.first().copied().unwrap_or(0))
-            }
-            SupervisedPart::Memory => (supervision.layer, 0),
-        },
-        None => (0, 0),
+    let batch = packer.batch();
+    let map = match (supervision, head) {
+        (None, Some(head)) => Some(model.attention_map(batch, layer, head)?),
+        _ => model.supervised_maps(batch)?.into_iter().next(),
     };
-    let map = model.attention_map(packer.batch(), layer, head)?;
+    let map = map.unwrap_or_default();
     let title = format!("{}: {episode}", first.label.unwrap_or_default());
-    plots::attention(
-        path,
-        &title,
-        &format!("layer {}, head {}", layer + 1, head + 1),
-        map.view(),
-        packer.batch(),
-        config.model.layout.tokens_per_step(),
-    )
+    let captions = plots::MapCaptions {
+        title: &title,
+        map: &map_of,
+        axes,
+    };
+    let target = plots::target(batch, head.is_none());
+    let maps = [map.view(), target.view()];
+    plots::map(&path, captions, maps, config.model.layout.tokens_per_step())
 }
