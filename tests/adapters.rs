@@ -2,13 +2,14 @@
 
 mod data;
 
-use data::{Data, capacity, draw, symbols};
+use data::{Data, capacity, draw, several, symbols};
 use dtmem::backend::gpu::{Gpu, HostDevice};
 use dtmem::backend::{Backend, Cpu};
-use dtmem::batch::TokenLayout;
+use dtmem::batch::{TokenLayout, Trajectory};
 use dtmem::model::{
-    AdapterConfig, AdapterTarget, AdapterWeights, AttentionSpan, Block, FrontEnd, MemoryConfig,
-    Model, ModelConfig, NamedTensor, OptimiserStep, TRAINED_ADAPTER, TrainedPart, Training,
+    AdapterConfig, AdapterTarget, AdapterWeights, AttentionSpan, Block, Family, FrontEnd,
+    MemoryConfig, Model, ModelConfig, NamedTensor, OptimiserStep, Spaces, TRAINED_ADAPTER,
+    TrainedPart, Training,
 };
 use dtmem_reference::Scalar;
 use half::bf16;
@@ -44,20 +45,34 @@ fn adapter(rank: usize, targets: &[AdapterTarget]) -> AdapterConfig {
 }
 
 fn weights<T: Scalar>(config: AdapterConfig, seed: u32) -> AdapterWeights<T> {
-    let tensors = AdapterWeights::<T>::layout(&base(), &config)
+    weights_for(config, &[], seed)
+}
+
+/// An adapter that brings families.
+fn weights_for<T: Scalar>(
+    config: AdapterConfig,
+    families: &[Family],
+    seed: u32,
+) -> AdapterWeights<T> {
+    let tensors = model(Cpu::<f32>::new(), base())
+        .adapter_layout(&config, families)
         .into_iter()
         .enumerate()
         .map(|(number, (name, shape))| NamedTensor {
             name,
-            shape: shape.to_vec(),
-            values: (0..shape[0] * shape[1])
+            values: (0..shape.iter().product())
                 .map(|index| {
                     T::from_f64(draw(seed + number as u32, index, 1000) as f64 / 1000.0 - 0.5)
                 })
                 .collect(),
+            shape,
         })
         .collect();
-    AdapterWeights { config, tensors }
+    AdapterWeights {
+        config,
+        families: families.to_vec(),
+        tensors,
+    }
 }
 
 fn model<B: Backend>(backend: B, config: ModelConfig) -> Model<B> {
@@ -112,6 +127,73 @@ fn adapters_are_switched_without_touching_the_base() {
     assert_eq!(model.adapter("first").unwrap(), first);
     assert_eq!(model.adapter("second").unwrap(), second);
     assert_eq!(model.merge().unwrap().values().unwrap(), values);
+}
+
+#[test]
+fn every_adapter_has_its_own_numbers_for_a_family_that_it_brings() {
+    let mut model = model(Cpu::<f64>::new(), base());
+    let (values, spaces) = (model.values().unwrap(), model.spaces().clone());
+    let without = logits(&model);
+    let new = several().families.split_off(1);
+    let first = weights_for(adapter(2, &AdapterTarget::ALL), &new, 10);
+    let second = weights_for(adapter(1, &[AdapterTarget::Value]), &new[1..], 50);
+    model.add_adapter("first", &first).unwrap();
+    model.add_adapter("second", &second).unwrap();
+    assert_eq!(model.spaces(), &spaces, "an added adapter is not used yet");
+    assert!(model.own_parameters().count() < model.parameters().len());
+    let logits_of = |model: &Model<Cpu<f64>>| {
+        // The last family alone, whichever its number is.
+        let data = Data::new(
+            &Spaces {
+                families: vec![new[1].clone()],
+                steps: 9,
+            },
+            &[5, 4],
+            2,
+        );
+        let last = model.spaces().families.len() - 1;
+        let mut packer = model.packer();
+        for sequence in 0..2 {
+            let trajectory = Trajectory {
+                family: last,
+                observations: data.observations[sequence].all(),
+                actions: data.actions[sequence].all(),
+                returns: &data.returns[sequence],
+                pairs: &[],
+                annotated: false,
+            };
+            packer.push_trajectory(trajectory).unwrap();
+        }
+        model.logits(packer.batch()).unwrap()
+    };
+    model.use_adapter(Some("first")).unwrap();
+    assert_eq!(model.spaces(), &several());
+    let one = logits_of(&model);
+    model.use_adapter(Some("second")).unwrap();
+    assert_eq!(
+        model.spaces().families,
+        [&spaces.families[..], &new[1..]].concat()
+    );
+    let two = logits_of(&model);
+    assert!(error(&one, &two) > 1e-3);
+    assert_eq!(model.adapter("first").unwrap(), first);
+    assert_eq!(model.adapter("second").unwrap(), second);
+    // Folded in, the families are the model's own.
+    model.use_adapter(Some("first")).unwrap();
+    let mut merged = model.merge().unwrap();
+    assert_eq!(merged.spaces(), &several());
+    assert!(error(&logits_of(&merged), &one) < 1e-9);
+    assert_eq!(merged.own_parameters().count(), merged.parameters().len());
+    let again = merged.add_adapter("first", &first).unwrap_err().to_string();
+    assert!(again.contains("families"), "{again}");
+    // And without the adapter, the base was what it had been.
+    let mut model = self::model(Cpu::<f64>::new(), base());
+    model.add_adapter("first", &first).unwrap();
+    model.use_adapter(Some("first")).unwrap();
+    model.use_adapter(None).unwrap();
+    assert_eq!((model.spaces(), logits(&model)), (&spaces, without));
+    let merged = model.merge().unwrap();
+    assert_eq!(merged.values().unwrap(), values);
 }
 
 #[test]
@@ -199,8 +281,9 @@ fn what_is_not_trained_keeps_its_bits() {
         (with_adapter.clone(), TrainedPart::Adapter),
         (with_adapter, TrainedPart::Memory),
     ] {
+        let known = symbols();
         let mut model =
-            Model::partly_trained(Cpu::<f32>::new(), config, symbols(), None, part).unwrap();
+            Model::partly_trained(Cpu::<f32>::new(), config, known, &[], None, part).unwrap();
         model.initialise(3).unwrap();
         let others = weights(adapter(1, &[AdapterTarget::Value]), 5);
         model.add_adapter("another", &others).unwrap();
@@ -255,7 +338,7 @@ fn training_a_part_that_is_not_there_is_refused() {
         (TrainedPart::Memory, memoryless),
         (TrainedPart::Adapter, base()),
     ] {
-        let error = Model::partly_trained(Cpu::<f32>::new(), config, symbols(), None, part);
+        let error = Model::partly_trained(Cpu::<f32>::new(), config, symbols(), &[], None, part);
         assert!(error.unwrap_err().to_string().contains("to be trained"));
     }
 }

@@ -10,7 +10,7 @@ use std::sync::OnceLock;
 
 use dtmem::backend::Cpu;
 use dtmem::model::{AdapterTarget, Model};
-use dtmem::train::adapters::{adapter_from_bytes, load_adapter, merge_adapter};
+use dtmem::train::adapters::{adapter_from_bytes, apply_adapter, load_adapter, merge_adapter};
 use dtmem::train::checkpoint::load_model;
 use dtmem::train::config::{Config, ConfigError};
 use dtmem::train::run::{Folder, Outcome, Start, Summary};
@@ -195,6 +195,113 @@ fn a_base_that_was_replaced_meanwhile_is_noticed() {
     assert!(error.to_string().contains("--overwrite"), "{error}");
 }
 
+/// A family that the base does not have: other symbols, and more actions.
+const NEW_FAMILY: &str = "task.kind=delayed";
+
+/// A finished adapter on [`NEW_FAMILY`].
+fn new_family() -> &'static Path {
+    static RUN: OnceLock<TempDir> = OnceLock::new();
+    RUN.get_or_init(|| {
+        let folder = TempDir::new().unwrap();
+        let config = adapt("lora", &[NEW_FAMILY, "model.adapter.rank=2"]);
+        finish(&config, folder.path(), Start::Fresh);
+        folder
+    })
+    .path()
+}
+
+#[test]
+fn a_new_family_is_trained_and_not_a_bit_of_the_base() {
+    let (before, base_file) = (bits(&model_of(base())), bytes(base(), "model.safetensors"));
+    // Embeddings of two codes and of actions with their biases, and a head.
+    let of_family = (35 + 2) * 8 + 8 + 19 * 8 + 8 + 8 * 19 + 19;
+    for method in ["lora", "memory", "full", "scratch"] {
+        let folder = TempDir::new().unwrap();
+        let summary = finish(&adapt(method, &[NEW_FAMILY]), folder.path(), Start::Fresh);
+        check_forgetting(&summary, method);
+        assert_eq!(bytes(base(), "model.safetensors"), base_file);
+        let model = match method {
+            "lora" => {
+                let mut model = model_of(base());
+                let (_, header) = apply_adapter(&Folder::new(folder.path()), &mut model).unwrap();
+                assert_eq!(header.families.len(), 1);
+                model
+            }
+            _ => model_of(folder.path()),
+        };
+        assert_eq!(model.spaces().families.len(), 2);
+        let after = bits(&model);
+        let mut count = 0;
+        for (name, after) in &after {
+            let old = before.iter().find(|(other, _)| other == name);
+            let trained = match method {
+                "lora" => old.is_none(),
+                "memory" => old.is_none() || name.contains(".memory."),
+                _ => true,
+            };
+            let of_known = ["observation.", "action.", "head."];
+            match old {
+                Some((_, before)) if !trained => assert_eq!(before, after, "{method}: {name}"),
+                // No demonstration is of the base's family.
+                Some(_) if of_known.iter().any(|start| name.starts_with(start)) => {}
+                Some((_, before)) => assert_ne!(before, after, "{method}: {name}"),
+                None => {}
+            }
+            count += usize::from(trained) * after.len();
+        }
+        assert_eq!(summary.trained_parameters, count, "{method}");
+        let new = after
+            .iter()
+            .filter(|(name, _)| name.starts_with("families.1."));
+        assert_eq!(new.map(|(_, bits)| bits.len()).sum::<usize>(), of_family);
+    }
+}
+
+#[test]
+fn a_new_family_is_saved_with_its_adapter_and_resumes_to_the_same_bits() {
+    let config = adapt("lora", &[NEW_FAMILY, "model.adapter.rank=2"]);
+    let folder = TempDir::new().unwrap();
+    run(&config, folder.path(), Start::Fresh, Some(3)).unwrap();
+    finish(&config, folder.path(), Start::Resume);
+    for name in ["adapter_model.safetensors", "adapter_config.json"] {
+        assert!(bytes(folder.path(), name) == bytes(new_family(), name));
+    }
+    let numbers = bytes(new_family(), "adapter_model.safetensors");
+    let tensors = safetensors::SafeTensors::deserialize(&numbers).unwrap();
+    let head = tensors.tensor("base_model.model.families.1.head.weight");
+    assert_eq!(head.unwrap().shape(), [19, 8]);
+    let settings = text(&bytes(new_family(), "adapter_config.json"));
+    let settings: serde_json::Value = serde_json::from_str(&settings).unwrap();
+    assert_eq!(
+        settings["modules_to_save"],
+        serde_json::json!(["families.1"])
+    );
+    // Only what is trained is in the state: the base has the rest.
+    let state = bytes(folder.path(), "train_state.safetensors");
+    let state = safetensors::SafeTensors::deserialize(&state).unwrap();
+    let trained = state.tensor("first_moment").unwrap().shape().to_vec();
+    assert_eq!(state.tensor("parameters").unwrap().shape(), trained);
+    assert!(trained[0] < model_of(base()).parameter_count());
+}
+
+#[test]
+fn a_merged_model_knows_the_tasks_of_base_and_adapter() {
+    let folder = TempDir::new().unwrap();
+    let out = Folder::new(folder.path());
+    merge_adapter(&Folder::new(base()), &Folder::new(new_family()), &out, true).unwrap();
+    let (model, header) = load_model(&out.model(), Cpu::new()).unwrap();
+    assert_eq!(model.spaces().families.len(), 2);
+    let tasks = header.config.task_list();
+    let labels = tasks.iter().map(|task| task.label.as_deref().unwrap());
+    assert!(labels.eq(["recall", "recall-2"]));
+    let tasks = tasks
+        .iter()
+        .map(|task| task.task.as_ref().unwrap().to_string());
+    let tasks: Vec<String> = tasks.collect();
+    assert!(tasks[0].contains("delayed") && tasks[1].contains("associative"));
+    assert_eq!(Config::load(&out.config(), &[]).unwrap(), header.config);
+}
+
 #[test]
 fn adapters_are_files_as_peft_names_them() {
     let numbers = bytes(adapter(), "adapter_model.safetensors");
@@ -283,6 +390,7 @@ fn adapters_of_another_kind_are_refused_by_name() {
         ("\"r\": 2", "\"r\": 99", "model.adapter.rank"),
         ("\"value\"", "\"q_proj\"", "q_proj"),
         ("\"value\",", "", "number of tensors"),
+        ("null\n}", "[\"families.1\"]\n}", "modules_to_save"),
         ("{", "", "adapter_config.json"),
     ] {
         assert!(settings.contains(from), "{from}: {settings}");
@@ -421,17 +529,15 @@ fn what_contradicts_the_base_is_named() {
     }
     // What only the data tells.
     let out = folder.path().join("out");
-    for (overrides, parts) in [
+    for (method, set, parts) in [
         (
-            &["task.steps=99"][..],
+            "full",
+            "task.steps=99",
             ["`task`", "episodes of 100 steps", "at most 7 steps"],
         ),
-        (
-            &["task.kind=delayed"],
-            ["`task`", "19 actions", "17 actions"],
-        ),
+        ("none", NEW_FAMILY, ["`task`", "19 actions", "17 actions"]),
     ] {
-        let error = run(&adapt("full", overrides), &out, Start::Overwrite, None).unwrap_err();
+        let error = run(&adapt(method, &[set]), &out, Start::Overwrite, None).unwrap_err();
         for part in parts {
             assert!(error.to_string().contains(part), "{part}: {error}");
         }
@@ -496,10 +602,12 @@ proptest! {
     fn damaged_adapters_never_panic(
         edits in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..4),
         of_numbers: bool,
+        with_family: bool,
         cut in prop::option::of(any::<prop::sample::Index>()),
     ) {
         let names = ["adapter_config.json", "adapter_model.safetensors"];
-        let mut files = names.map(|name| bytes(adapter(), name));
+        let folder = if with_family { new_family() } else { adapter() };
+        let mut files = names.map(|name| bytes(folder, name));
         let damaged = &mut files[usize::from(of_numbers)];
         for (place, byte) in edits {
             let place = place.index(damaged.len());
@@ -570,7 +678,9 @@ fn commands_adapt_evaluate_and_merge() {
         text(&output.stderr)
     );
     let merged = json(&["eval", "runs/merged"]);
-    assert_eq!(merged["success_rate"], adapted["success_rate"]);
+    assert_eq!(merged["tasks"][0]["success_rate"], adapted["success_rate"]);
+    let after = &adapted["adaptation"]["base_tasks"][0]["after"]["success_rate"];
+    assert_eq!(merged["tasks"][1]["success_rate"], *after);
     assert_eq!(
         merged["parameters"],
         json(&["eval", "runs/base"])["parameters"]

@@ -379,7 +379,7 @@ fn frozen_parameters_keep_their_bits() {
             .expect("a step");
     }
     let after = model.values().expect("values");
-    let (_, trained) = model.arena();
+    let trained = model.trained_len();
     assert!(before[..trained] != after[..trained]);
     assert!(
         before[trained..]

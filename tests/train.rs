@@ -611,7 +611,7 @@ proptest! {
             if let Err(error) = model_from_bytes(&file, &bytes, Cpu::new()) {
                 prop_assert!(error.to_string().len() > 10);
             }
-            if let Err(error) = state_from_bytes(&file, &bytes, (100, 100)) {
+            if let Err(error) = state_from_bytes(&file, &bytes, 100) {
                 prop_assert!(error.to_string().len() > 10);
             }
         }

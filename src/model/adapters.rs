@@ -7,17 +7,24 @@ use dtmem_reference::lora_linear::{self, merge};
 use ndarray::{Array2, ArrayView2};
 
 use super::config::{AdapterConfig, ModelConfig, TrainedPart};
-use super::network::Network;
+use super::network::{FamilyNetwork, Network};
 use super::{Model, ModelError, Parameter, Parameters, validate_adapter};
 use crate::backend::{Backend, Kind};
+use crate::spaces::Family;
 
 /// Name of the adapter of [`ModelConfig::adapter`], the one that is trained.
 pub const TRAINED_ADAPTER: &str = "default";
+/// What stands in the names of parameters that an adapter has for itself, as PEFT has it.
+pub(super) const MODULES_TO_SAVE: &str = "modules_to_save";
 
 /// What is trained, and which adapters there are.
 #[derive(Debug, Clone)]
 pub(super) struct Adaptation {
     pub trained: TrainedPart,
+    /// Number of families of the model itself.
+    pub families: usize,
+    /// How many of them are frozen with the rest; those after them are new, and trained.
+    known: usize,
     /// The trained adapter first, if there is one.
     pub kept: Vec<KeptAdapter>,
     /// Which of them takes part in the computation.
@@ -31,6 +38,8 @@ pub(super) struct Adaptation {
 pub(super) struct KeptAdapter {
     pub name: String,
     pub config: AdapterConfig,
+    /// Families that the model itself does not have.
+    pub families: Vec<Family>,
 }
 
 /// A or B of an adapter.
@@ -41,17 +50,36 @@ pub(super) enum Factor {
 }
 
 impl Adaptation {
-    /// The configured adapter and no other; in use where it is what is trained.
-    pub fn new(trained: TrainedPart, adapter: Option<&AdapterConfig>) -> Self {
+    /// The configured adapter and no other, in use where it is what is trained; for a model of
+    /// `known` families and `new` ones, which are the adapter's own then.
+    pub fn new(
+        trained: TrainedPart,
+        adapter: Option<&AdapterConfig>,
+        known: usize,
+        new: &[Family],
+    ) -> Self {
+        let of_adapter = trained == TrainedPart::Adapter;
         let own = adapter.map(|config| KeptAdapter {
             name: TRAINED_ADAPTER.to_owned(),
             config: config.clone(),
+            families: if of_adapter { new } else { &[] }.to_vec(),
         });
         Self {
             trained,
-            used: (own.is_some() && trained == TrainedPart::Adapter).then_some(0),
+            families: known + if of_adapter { 0 } else { new.len() },
+            known,
+            used: (own.is_some() && of_adapter).then_some(0),
             own: own.is_some(),
             kept: own.into_iter().collect(),
+        }
+    }
+
+    /// Whether the model's own family of this number is trained.
+    pub fn trains_family(&self, number: usize) -> bool {
+        match self.trained {
+            TrainedPart::All => true,
+            TrainedPart::Memory | TrainedPart::Adapter => number >= self.known,
+            TrainedPart::Nothing => false,
         }
     }
 
@@ -115,8 +143,9 @@ pub struct NamedTensor<T> {
 pub struct AdapterWeights<T> {
     /// Rank, scale and targets.
     pub config: AdapterConfig,
-    /// A [rank, width] as `blocks.0.memory.value.lora_A.weight` and B [width, rank] as
-    /// `….lora_B.weight`, for each target in each layer.
+    /// Families of its tasks that the base does not have.
+    pub families: Vec<Family>,
+    /// As [`Model::adapter_layout`] says.
     pub tensors: Vec<NamedTensor<T>>,
 }
 
@@ -132,29 +161,47 @@ fn modules<'a>(
     })
 }
 
-impl<T> AdapterWeights<T> {
-    /// Names and shapes of the tensors that such an adapter of such a model has.
-    pub fn layout(model: &ModelConfig, adapter: &AdapterConfig) -> Vec<(String, [usize; 2])> {
-        let (rank, width) = (adapter.rank, model.width);
-        modules(model, adapter)
-            .flat_map(|module| {
-                [
-                    (format!("{module}.lora_A.weight"), [rank, width]),
-                    (format!("{module}.lora_B.weight"), [width, rank]),
-                ]
-            })
-            .collect()
-    }
-}
-
 impl<B: Backend> Model<B> {
     /// The parameters that are no adapter's.
     pub fn own_parameters(&self) -> impl Iterator<Item = &Parameter> {
         let of_adapter = |parameter: &&Parameter| {
-            parameter.name.contains(".lora_A.") || parameter.name.contains(".lora_B.")
+            let mut parts = parameter.name.split('.');
+            parts.any(|part| ["lora_A", "lora_B", MODULES_TO_SAVE].contains(&part))
         };
         let parameters = self.parameters().iter();
         parameters.filter(move |parameter| !of_adapter(parameter))
+    }
+
+    /// Names and shapes of the tensors of such an adapter: A [rank, width] as
+    /// `blocks.0.memory.value.lora_A.weight` and B [width, rank] as `….lora_B.weight`, for each target
+    /// in each layer; then embeddings and head of each of the families that it brings, as the
+    /// model's own families have them, counted on from those: `families.1.head.weight` and so on.
+    pub fn adapter_layout(
+        &self,
+        adapter: &AdapterConfig,
+        families: &[Family],
+    ) -> Vec<(String, Vec<usize>)> {
+        let (rank, width) = (adapter.rank, self.config.width);
+        let factors = modules(&self.config, adapter).flat_map(|module| {
+            [
+                (format!("{module}.lora_A.weight"), vec![rank, width]),
+                (format!("{module}.lora_B.weight"), vec![width, rank]),
+            ]
+        });
+        let (of_families, _) = Parameters::plan(|declare| {
+            for (family, number) in families.iter().zip(self.adaptation.families..) {
+                FamilyNetwork::declare(declare, &self.config, family, number, None);
+            }
+        });
+        let of_families = of_families.list().iter();
+        factors
+            .chain(of_families.map(|one| (one.name.clone(), one.shape.clone())))
+            .collect()
+    }
+
+    /// Number of its families that are no adapter's: the first ones of [`Self::spaces`].
+    pub fn own_families(&self) -> usize {
+        self.adaptation.families
     }
 
     /// Names of the adapters that it keeps.
@@ -167,8 +214,8 @@ impl<B: Backend> Model<B> {
     /// arena grows: make [`super::Training`] and [`super::Actor`] afterwards.
     ///
     /// # Errors
-    /// A name that is taken, settings that do not fit the model, tensors other than
-    /// [`AdapterWeights::layout`] says.
+    /// A name that is taken, settings that do not fit the model, families that it has already,
+    /// tensors other than [`Self::adapter_layout`] says.
     pub fn add_adapter(
         &mut self,
         name: &str,
@@ -179,17 +226,19 @@ impl<B: Backend> Model<B> {
             return Err(ModelError::setting("adapter", found, "a name of its own"));
         }
         validate_adapter(&self.config, &adapter.config)?;
+        self.check_new(&adapter.families)?;
         let kept = KeptAdapter {
             name: name.to_owned(),
             config: adapter.config.clone(),
+            families: adapter.families.clone(),
         };
-        let expected = AdapterWeights::<B::Element>::layout(&self.config, &adapter.config);
+        let expected = self.adapter_layout(&adapter.config, &adapter.families);
         let mut values = HashMap::with_capacity(expected.len());
         for (name, shape) in &expected {
             let mut tensors = adapter.tensors.iter();
             let found = tensors.find(|tensor| tensor.name == *name);
             let fits = found.filter(|tensor| {
-                tensor.shape == shape && tensor.values.len() == shape[0] * shape[1]
+                tensor.shape == *shape && tensor.values.len() == shape.iter().product::<usize>()
             });
             let Some(tensor) = fits else {
                 let found = match found {
@@ -214,13 +263,34 @@ impl<B: Backend> Model<B> {
         self.rearrange(adaptation, &values)
     }
 
-    /// Computes with the adapter of this name from now on, or with the base alone. Nothing is
-    /// copied. Make [`super::Training`] and [`super::Actor`] afterwards.
+    /// Families for an adapter to bring: valid, and none of the model's own or there twice.
+    fn check_new(&self, families: &[Family]) -> Result<(), ModelError> {
+        let own = &self.spaces.families[..self.adaptation.families];
+        for (index, family) in families.iter().enumerate() {
+            family.validate()?;
+            if own.contains(family) || families[..index].contains(family) {
+                let expected = "one that is not there yet";
+                return Err(ModelError::setting("adapter.families", family, expected));
+            }
+        }
+        Ok(())
+    }
+
+    /// Computes with the adapter of this name from now on, with its families behind the model's own,
+    /// or with the base alone. Nothing is copied. Make [`super::Training`] and [`super::Actor`]
+    /// afterwards.
     ///
     /// # Errors
     /// No adapter of this name.
     pub fn use_adapter(&mut self, name: Option<&str>) -> Result<(), ModelError> {
         self.adaptation.used = name.map(|name| self.adaptation.index(name)).transpose()?;
+        let used = self
+            .adaptation
+            .used
+            .map(|index| &self.adaptation.kept[index]);
+        self.spaces.families.truncate(self.adaptation.families);
+        let families = used.into_iter().flat_map(|kept| &kept.families);
+        self.spaces.families.extend(families.cloned());
         (_, self.network) = self.plan(&self.adaptation);
         Ok(())
     }
@@ -232,9 +302,8 @@ impl<B: Backend> Model<B> {
     pub fn adapter(&self, name: &str) -> Result<AdapterWeights<B::Element>, ModelError> {
         let kept = &self.adaptation.kept[self.adaptation.index(name)?];
         let mut tensors = Vec::new();
-        for (name, shape) in AdapterWeights::<B::Element>::layout(&self.config, &kept.config) {
+        for (name, shape) in self.adapter_layout(&kept.config, &kept.families) {
             let values = self.parameter(&internal(&name, kept))?;
-            let shape = shape.to_vec();
             tensors.push(NamedTensor {
                 name,
                 shape,
@@ -243,12 +312,13 @@ impl<B: Backend> Model<B> {
         }
         Ok(AdapterWeights {
             config: kept.config.clone(),
+            families: kept.families.clone(),
             tensors,
         })
     }
 
-    /// The model with the adapter in use folded into its weights, W' = W + s·B·A, and without any
-    /// adapter. All of its parameters are trained.
+    /// The model with the adapter in use folded into its weights, W' = W + s·B·A, with the families
+    /// that it brings, and without any adapter. All of its parameters are trained.
     pub fn merge(mut self) -> Result<Self, ModelError> {
         let mut folded = HashMap::new();
         if let Some(index) = self.adaptation.used {
@@ -269,13 +339,23 @@ impl<B: Backend> Model<B> {
                 merge(matrix(&w, width, width)?, adapter, merged.view_mut())?;
                 folded.insert(weight, merged.into_raw_vec_and_offset().0);
             }
+            for (name, _) in self.adapter_layout(&kept.config, &kept.families) {
+                if !is_factor(&name) {
+                    let values = self.parameter(&internal(&name, kept))?;
+                    folded.insert(name, values);
+                }
+            }
         }
         let folded = folded
             .iter()
             .map(|(name, values)| (name.clone(), values.as_slice()))
             .collect();
         self.config.adapter = None;
-        self.rearrange(Adaptation::new(TrainedPart::All, None), &folded)?;
+        let families = self.spaces.families.len();
+        self.rearrange(
+            Adaptation::new(TrainedPart::All, None, families, &[]),
+            &folded,
+        )?;
         Ok(self)
     }
 
@@ -331,13 +411,27 @@ impl<B: Backend> Model<B> {
     }
 }
 
-/// The name inside of a model for a name of [`AdapterWeights::layout`].
+/// Whether a name of [`Model::adapter_layout`] is that of an A or B.
+fn is_factor(name: &str) -> bool {
+    name.ends_with(".lora_A.weight") || name.ends_with(".lora_B.weight")
+}
+
+/// The name inside of a model for a name of [`Model::adapter_layout`].
 fn internal(name: &str, adapter: &KeptAdapter) -> String {
     let module = |suffix| name.strip_suffix(suffix);
     match (module("lora_A.weight"), module("lora_B.weight")) {
         (Some(module), _) => format!("{module}{}", adapter.parameter(Factor::A)),
         (_, Some(module)) => format!("{module}{}", adapter.parameter(Factor::B)),
-        _ => name.to_owned(),
+        _ => {
+            // `families.N.` and the rest.
+            let mut parts = name.splitn(3, '.');
+            let mut part = || parts.next().unwrap_or_default();
+            let [families, number, rest] = [part(), part(), part()];
+            format!(
+                "{families}.{number}.{MODULES_TO_SAVE}.{}.{rest}",
+                adapter.name
+            )
+        }
     }
 }
 

@@ -151,19 +151,25 @@ impl<B: Backend> Model<B> {
             Some(_) => TrainedPart::Adapter,
             None => TrainedPart::All,
         };
-        Self::partly_trained(backend, config, spaces, supervision, trained)
+        Self::partly_trained(backend, config, spaces, &[], supervision, trained)
     }
 
-    /// As [`Self::new`], with all parameters frozen but those of one part.
+    /// As [`Self::new`], with all parameters frozen but those of one part and those of `new`
+    /// families, which are not among the `known` spaces: they belong to the adapter where that is
+    /// trained, or else to the model itself.
     pub fn partly_trained(
         backend: B,
         config: ModelConfig,
-        spaces: Spaces,
+        known: Spaces,
+        new: &[Family],
         supervision: Option<SupervisionConfig>,
         trained: TrainedPart,
     ) -> Result<Self, ModelError> {
+        let adapter = config.adapter.as_ref();
+        let adaptation = Adaptation::new(trained, adapter, known.families.len(), new);
+        let mut spaces = known;
+        spaces.families.extend_from_slice(new);
         validate(&config, &spaces, supervision.as_ref(), trained)?;
-        let adaptation = Adaptation::new(trained, config.adapter.as_ref());
         let (parameters, network) = Parameters::plan(|declare| {
             Network::declare(declare, &config, &spaces, supervision.as_ref(), &adaptation)
         });
@@ -213,9 +219,10 @@ impl<B: Backend> Model<B> {
         self.parameters.count(true)
     }
 
-    /// Length of the arena, and of its start that training changes: with the gaps between parameters.
-    pub fn arena(&self) -> (usize, usize) {
-        (self.parameters.len(), self.parameters.trained())
+    /// Length of the start of the arena, which is what training changes: with the gaps between
+    /// parameters.
+    pub fn trained_len(&self) -> usize {
+        self.parameters.trained()
     }
 
     /// The whole arena; [`Parameter::span`] says what stands where.

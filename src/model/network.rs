@@ -2,7 +2,7 @@
 
 use dtmem_reference::convolution::Grid;
 
-use super::adapters::{Adaptation, Factor, KeptAdapter};
+use super::adapters::{Adaptation, Factor, KeptAdapter, MODULES_TO_SAVE};
 use super::config::{
     AdapterTarget, AddressingKind, AttentionSpan, Block, FrontEnd, MemoryConfig, ModelConfig,
     StrengthKind, SupervisedPart, SupervisionConfig, TrainedPart,
@@ -105,6 +105,13 @@ enum Initialisation {
 }
 
 impl Initialisation {
+    fn of(config: &ModelConfig) -> Self {
+        match config.block {
+            Block::PostLn => Self::PyTorch,
+            Block::PreLn => Self::Normal,
+        }
+    }
+
     fn weight(self, inputs: usize) -> Start {
         let scale = 1.0 / (inputs as f64).sqrt();
         match self {
@@ -122,6 +129,7 @@ impl Initialisation {
 }
 
 impl Network {
+    /// `spaces` are those of the model itself, without its adapters' families.
     pub fn declare(
         declare: &mut Declare,
         config: &ModelConfig,
@@ -130,14 +138,10 @@ impl Network {
         adaptation: &Adaptation,
     ) -> Self {
         declare.freeze(adaptation.trained != TrainedPart::All);
-        let width = config.width;
-        let start = match config.block {
-            Block::PostLn => Initialisation::PyTorch,
-            Block::PreLn => Initialisation::Normal,
-        };
+        let (width, start) = (config.width, Initialisation::of(config));
         // The first family's parameters have no prefix, and later families come last: those of a
         // model stay the same in one that has more families.
-        let mut families = spaces.families.iter();
+        let mut families = spaces.families.iter().take(adaptation.families);
         let first = families
             .next()
             .map(|family| FamilyEmbeddings::declare(declare, config, family, start));
@@ -169,13 +173,21 @@ impl Network {
             .then(|| declare.within("final_norm", |declare| norm(declare, width)));
         let mut all = Vec::with_capacity(spaces.families.len());
         all.extend(first.map(|first| first.with_head(declare, width, start)));
-        for (index, family) in families.enumerate() {
-            all.push(
-                declare.within(format!("families.{}", index + 1), |declare| {
-                    FamilyEmbeddings::declare(declare, config, family, start)
-                        .with_head(declare, width, start)
-                }),
-            );
+        for (family, number) in families.zip(1..) {
+            declare.freeze(!adaptation.trains_family(number));
+            all.push(FamilyNetwork::declare(
+                declare, config, family, number, None,
+            ));
+        }
+        for (index, adapter) in adaptation.kept.iter().enumerate() {
+            declare.freeze(!adaptation.trains(index));
+            for (family, number) in adapter.families.iter().zip(adaptation.families..) {
+                let own = Some(adapter.name.as_str());
+                let family = FamilyNetwork::declare(declare, config, family, number, own);
+                if adaptation.used == Some(index) {
+                    all.push(family);
+                }
+            }
         }
         Self {
             families: all,
@@ -185,6 +197,27 @@ impl Network {
             blocks,
             final_norm,
         }
+    }
+}
+
+impl FamilyNetwork {
+    /// A family after the first. Those that an adapter brings have its name inside of theirs.
+    pub fn declare(
+        declare: &mut Declare,
+        config: &ModelConfig,
+        family: &Family,
+        number: usize,
+        adapter: Option<&str>,
+    ) -> Self {
+        let (width, start) = (config.width, Initialisation::of(config));
+        let prefix = match adapter {
+            None => format!("families.{number}"),
+            Some(name) => format!("families.{number}.{MODULES_TO_SAVE}.{name}"),
+        };
+        declare.within(prefix, |declare| {
+            FamilyEmbeddings::declare(declare, config, family, start)
+                .with_head(declare, width, start)
+        })
     }
 }
 

@@ -10,12 +10,13 @@ use super::Error;
 use super::checkpoint::{
     self, ModelHeader, VERSION, check_version, floats, parse, to_bytes, write,
 };
-use super::config::{Config, validate_adapter};
+use super::config::{Config, DataConfig, EvaluationConfig, TaskConfig, validate_adapter};
 use super::run::Folder;
 use crate::backend::{Backend, Cpu};
 use crate::model::{
     AdapterConfig, AdapterTarget, AdapterWeights, Model, ModelConfig, NamedTensor, TRAINED_ADAPTER,
 };
+use crate::spaces::{Family, Spaces};
 use crate::tasks::write_beside;
 
 /// What PEFT puts before the names of the base's modules.
@@ -33,20 +34,59 @@ pub struct AdapterHeader {
     pub step: u64,
     /// The return that the model is asked for in each task of the run, not scaled.
     pub target_returns: Vec<f64>,
+    /// Families of these tasks that the base does not have: the adapter brings them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub families: Vec<Family>,
     /// The run.
     pub config: Config,
 }
 
 impl AdapterHeader {
-    /// The header of an adapter after `step` steps.
-    pub fn new(config: &Config, base: &str, target_returns: &[f64], step: u64) -> Self {
+    /// The header of an adapter of a base after `step` steps, with the families that it brings.
+    pub fn new(
+        config: &Config,
+        base: &str,
+        families: &[Family],
+        target_returns: &[f64],
+        step: u64,
+    ) -> Self {
         Self {
             version: VERSION,
             base: base.to_owned(),
             step,
             target_returns: target_returns.to_vec(),
+            families: families.to_vec(),
             config: config.clone(),
         }
+    }
+
+    /// What the base is with this adapter in use, of these `spaces`: a model for the adapter's tasks,
+    /// which come first, and the base's. Of a task that the base had held out, and the adapter was
+    /// trained on, there is only the adapter's.
+    pub fn on(&self, base: &ModelHeader, spaces: &Spaces) -> ModelHeader {
+        let mut tasks = self.config.task_list();
+        let mut targets = self.target_returns.clone();
+        let of_base = base.config.task_list().into_iter();
+        for (task, &target) in of_base.zip(&base.target_returns) {
+            let again = |own: &TaskConfig| own.task.is_some() && own.task == task.task;
+            if !task.is_held_out() || !tasks.iter().any(again) {
+                tasks.push(task);
+                targets.push(target);
+            }
+        }
+        let config = Config {
+            finetune: None,
+            model: base.config.model.clone(),
+            task: None,
+            data: DataConfig::default(),
+            tasks,
+            evaluation: EvaluationConfig {
+                target_return: None,
+                ..self.config.evaluation.clone()
+            },
+            ..self.config.clone()
+        };
+        ModelHeader::new(&config, spaces, &targets, base.step + self.step)
     }
 }
 
@@ -69,6 +109,9 @@ struct PeftConfig {
     use_rslora: bool,
     #[serde(default)]
     use_dora: bool,
+    /// What the adapter has for itself: the families that it brings.
+    #[serde(default)]
+    modules_to_save: Option<Vec<String>>,
 }
 
 impl PeftConfig {
@@ -78,7 +121,7 @@ impl PeftConfig {
         "none".to_owned()
     }
 
-    fn new(adapter: &AdapterConfig, base: Option<&Path>) -> Self {
+    fn new(adapter: &AdapterConfig, base: Option<&Path>, modules: Option<Vec<String>>) -> Self {
         Self {
             peft_type: Self::TYPE.to_owned(),
             base_model_name_or_path: base.map(|path| path.display().to_string()),
@@ -92,11 +135,17 @@ impl PeftConfig {
             bias: Self::no_bias(),
             use_rslora: false,
             use_dora: false,
+            modules_to_save: modules,
         }
     }
 
-    /// The adapter, if it is of a kind that there is here.
-    fn adapter(self, path: &Path, model: &ModelConfig) -> Result<AdapterConfig, Error> {
+    /// The adapter, if it is of a kind that there is here, and has these modules for itself.
+    fn adapter(
+        self,
+        path: &Path,
+        model: &ModelConfig,
+        modules: Option<Vec<String>>,
+    ) -> Result<AdapterConfig, Error> {
         for (key, found, expected) in [
             ("peft_type", self.peft_type.as_str(), Self::TYPE),
             ("bias", &self.bias, "none"),
@@ -114,6 +163,10 @@ impl PeftConfig {
                 return Err(Error::file(path, format!("`{key}`"), found, "false"));
             }
         }
+        if self.modules_to_save != modules {
+            let [found, expected] = [&self.modules_to_save, &modules].map(|x| format!("{x:?}"));
+            return Err(Error::file(path, "`modules_to_save`", found, expected));
+        }
         let adapter = AdapterConfig {
             rank: self.r,
             alpha: self.lora_alpha,
@@ -123,6 +176,13 @@ impl PeftConfig {
         validate_adapter(model, &adapter)?;
         Ok(adapter)
     }
+}
+
+/// What PEFT calls modules to save: the families that an adapter brings to a base.
+fn modules<B: Backend>(base: &Model<B>, families: &[Family]) -> Option<Vec<String>> {
+    let numbers = (base.own_families()..).take(families.len());
+    let names: Vec<String> = numbers.map(|number| format!("families.{number}")).collect();
+    Some(names).filter(|names| !names.is_empty())
 }
 
 /// A number that tells bases apart: FNV-1a, 128 bits, of the names, shapes and values of all
@@ -172,7 +232,8 @@ pub fn save_adapter<B: Backend<Element = f32>>(
         .as_ref()
         .map(|from| from.base.as_path());
     let path = folder.adapter_config();
-    let settings = serde_json::to_string_pretty(&PeftConfig::new(&adapter.config, base))
+    let modules = modules(model, &adapter.families);
+    let settings = serde_json::to_string_pretty(&PeftConfig::new(&adapter.config, base, modules))
         .map_err(|error| Error::file(&path, "contents", error, "what JSON can hold"))?;
     write_beside(&path, (settings + "\n").as_bytes()).map_err(Error::io("write it", &path))?;
     write(&folder.adapter(), views, header)
@@ -237,8 +298,15 @@ pub fn adapter_from_bytes<B: Backend<Element = f32>>(
         let expected = "the settings of a LoRA adapter, as `dtmem finetune` writes them";
         Error::file(settings_path, "contents", error, expected)
     })?;
-    let config = settings.adapter(settings_path, base.config())?;
-    let layout = AdapterWeights::<f32>::layout(base.config(), &config);
+    for family in &header.families {
+        family.validate().map_err(|error| {
+            let what = format!("`families`: {}{}", error.part, error.place);
+            Error::file(path, what, error.found, error.expected)
+        })?;
+    }
+    let families = header.families.clone();
+    let config = settings.adapter(settings_path, base.config(), modules(base, &families))?;
+    let layout = base.adapter_layout(&config, &families);
     if tensors.len() != layout.len() {
         let expected = format!("{}, which such an adapter has", layout.len());
         return Err(Error::file(
@@ -254,15 +322,35 @@ pub fn adapter_from_bytes<B: Backend<Element = f32>>(
             let values = floats(path, &tensors, &format!("{PREFIX}{name}"), &shape)?;
             Ok(NamedTensor {
                 name,
-                shape: shape.to_vec(),
+                shape,
                 values,
             })
         })
         .collect::<Result<_, Error>>()?;
-    Ok((AdapterWeights { config, tensors }, header))
+    let weights = AdapterWeights {
+        config,
+        families,
+        tensors,
+    };
+    Ok((weights, header))
 }
 
-/// Folds an adapter into its base: a model in a folder of its own, for the adapter's task.
+/// Reads an adapter of a model and puts it to use, under its folder's name.
+///
+/// # Errors
+/// Those of [`load_adapter`].
+pub fn apply_adapter<B: Backend<Element = f32>>(
+    folder: &Folder,
+    model: &mut Model<B>,
+) -> Result<(AdapterWeights<f32>, AdapterHeader), Error> {
+    let (weights, header) = load_adapter(folder, model)?;
+    let name = folder.path().display().to_string();
+    model.add_adapter(&name, &weights)?;
+    model.use_adapter(Some(&name))?;
+    Ok((weights, header))
+}
+
+/// Folds an adapter into its base: a model in a folder of its own, for the tasks of both.
 ///
 /// # Errors
 /// Those of reading both; a folder that holds a run, unless it is to be replaced.
@@ -273,19 +361,12 @@ pub fn merge_adapter(
     overwrite: bool,
 ) -> Result<(), Error> {
     let (mut model, base) = checkpoint::load_model(&base.model(), Cpu::new())?;
-    let (weights, header) = load_adapter(adapter, &model)?;
-    model.add_adapter(TRAINED_ADAPTER, &weights)?;
-    model.use_adapter(Some(TRAINED_ADAPTER))?;
+    let (_, header) = apply_adapter(adapter, &mut model)?;
     let model = model.merge()?;
-    let config = Config {
-        finetune: None,
-        model: base.config.model.clone(),
-        ..header.config
-    };
-    let steps = base.step + header.step;
-    let header = ModelHeader::new(&config, model.spaces(), &header.target_returns, steps);
+    let header = header.on(&base, model.spaces());
     out.prepare(overwrite)?;
     let file = out.config();
-    write_beside(&file, config.to_toml()?.as_bytes()).map_err(Error::io("write it", &file))?;
+    write_beside(&file, header.config.to_toml()?.as_bytes())
+        .map_err(Error::io("write it", &file))?;
     checkpoint::save_model(&out.model(), &model, &header)
 }

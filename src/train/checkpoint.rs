@@ -198,13 +198,16 @@ pub struct StateHeader {
     /// What losses are multiplied by for gradients in f16, and the steps without an overflow since
     /// that has changed.
     pub loss_scale: [f64; 2],
+    /// What tells the base of an adaptation apart from others.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub base: Option<String>,
     /// The run.
     pub config: Config,
 }
 
 impl StateHeader {
-    /// The start of a run.
-    pub fn start(config: &Config) -> Self {
+    /// The start of a run, of an adaptation of this base.
+    pub fn start(config: &Config, base: Option<&str>) -> Self {
         Self {
             version: VERSION,
             step: 0,
@@ -212,6 +215,7 @@ impl StateHeader {
             tokens: 0,
             seconds: 0.0,
             loss_scale: FIRST_LOSS_SCALE,
+            base: base.map(str::to_owned),
             config: config.clone(),
         }
     }
@@ -222,7 +226,7 @@ impl StateHeader {
 pub struct State {
     /// Position and configuration.
     pub header: StateHeader,
-    /// All parameters.
+    /// The trained part of the arena, its start; the rest is the base's.
     pub parameters: Vec<f32>,
     /// First moments of the optimiser.
     pub first_moment: Vec<f32>,
@@ -244,13 +248,8 @@ pub fn save_state(path: &Path, state: &State) -> Result<(), Error> {
     write(path, tensors, &state.header)
 }
 
-/// Reads a state: an arena of `parameters` numbers, and moments of `trained` of them. `path` stands
-/// for it in errors.
-pub fn state_from_bytes(
-    path: &Path,
-    bytes: &[u8],
-    (parameters, trained): (usize, usize),
-) -> Result<State, Error> {
+/// Reads a state of `trained` parameters with their moments. `path` stands for it in errors.
+pub fn state_from_bytes(path: &Path, bytes: &[u8], trained: usize) -> Result<State, Error> {
     let (tensors, header): (_, StateHeader) = parse(path, bytes)?;
     check_version(path, header.version)?;
     if !(header.seconds >= 0.0 && header.seconds.is_finite()) {
@@ -272,7 +271,7 @@ pub fn state_from_bytes(
     }
     let [name, first, second] = STATE_TENSORS;
     Ok(State {
-        parameters: floats(path, &tensors, name, &[parameters])?,
+        parameters: floats(path, &tensors, name, &[trained])?,
         first_moment: floats(path, &tensors, first, &[trained])?,
         second_moment: floats(path, &tensors, second, &[trained])?,
         header,

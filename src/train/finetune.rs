@@ -11,7 +11,7 @@ use tracing::info;
 
 use super::Error;
 use super::adapters::fingerprint;
-use super::checkpoint::{self, ModelHeader};
+use super::checkpoint::{self, ModelHeader, StateHeader};
 use super::config::{self, ConfigError, join};
 use super::evaluate::{Evaluation, TaskResult};
 use super::run::Folder;
@@ -231,26 +231,30 @@ impl Base {
         &self.fingerprint
     }
 
-    /// Whether it knows what the data asks for.
+    /// Whether it can be adapted to what the data asks for. Families that it does not have are new,
+    /// and trained.
     ///
     /// # Errors
-    /// A family that it does not have, longer episodes.
+    /// Longer episodes, new families where nothing is trained.
     pub fn check_spaces(&self, asked: &Spaces) -> config::Result<()> {
         let own = &self.header.spaces;
         let unfit = |found: String, expected: String| {
-            let expected = format!("{expected}, as the base in {} has", self.path().display());
+            let expected = format!("{expected} the base in {}", self.path().display());
             Err(ConfigError::value("task", found, expected))
         };
-        if let Some(family) = asked
-            .families
-            .iter()
-            .find(|one| own.position(one).is_none())
+        let mut families = asked.families.iter();
+        if self.method() == Method::None
+            && let Some(family) = families.find(|one| own.position(one).is_none())
         {
             let known: Vec<String> = own.families.iter().map(Family::to_string).collect();
-            return unfit(family.to_string(), known.join(", or "));
+            let expected = "or a method that trains an action head for it: known to";
+            return unfit(
+                family.to_string(),
+                format!("{}; {expected}", known.join(", or ")),
+            );
         }
         if asked.steps > own.steps {
-            let expected = format!("at most {} steps", own.steps);
+            let expected = format!("at most {} steps, as has", own.steps);
             return unfit(format!("episodes of {} steps", asked.steps), expected);
         }
         Ok(())
@@ -282,35 +286,24 @@ impl Base {
         Ok(model.set_values(&values)?)
     }
 
-    /// Whether a model's frozen parameters are this base's, bit for bit: not so if the base was
-    /// replaced after a run on it had begun.
+    /// Whether a run that is resumed began on it: not so if the base was replaced meanwhile.
     ///
     /// # Errors
-    /// The first parameter that differs.
-    pub fn check_frozen<B: Backend<Element = f32>>(&self, model: &Model<B>) -> Result<(), Error> {
-        let (base, values) = (self.model.values()?, model.values()?);
-        let frozen = |name: &str| {
-            let mut parameters = model.parameters().iter();
-            parameters.find(|other| other.name == name && !other.trainable)
-        };
-        let bits = |values: &[f32], range| -> Option<Vec<u32>> {
-            let values: &[f32] = values.get::<std::ops::Range<usize>>(range)?;
-            Some(values.iter().map(|value| value.to_bits()).collect())
-        };
-        for own in self.model.parameters() {
-            let Some(other) = frozen(&own.name) else {
-                continue;
-            };
-            if bits(&base, own.span.range()) != bits(&values, other.span.range()) {
-                return Err(Error::file(
-                    self.path(),
-                    format!("parameter `{}`", own.name),
-                    "other values than this run began with",
-                    "the base of this run: start anew with --overwrite",
-                ));
-            }
+    /// Another fingerprint.
+    pub fn check_same(&self, state: &StateHeader) -> Result<(), Error> {
+        match &state.base {
+            Some(base) if *base == self.fingerprint => Ok(()),
+            began => Err(Error::file(
+                self.path(),
+                "the base",
+                format!("one with the fingerprint {}", self.fingerprint),
+                format!(
+                    "the one that this run began on, with the fingerprint {}: start anew with \
+                     --overwrite",
+                    began.as_deref().unwrap_or("of none")
+                ),
+            )),
         }
-        Ok(())
     }
 
     /// What a run on it says beside its success, from the results of [`ModelHeader::trained_tasks`].

@@ -326,8 +326,7 @@ pub fn train<B: Backend<Element = f32>>(
         base.check_spaces(data.spaces())?;
         data.extend(&base.header().spaces);
     }
-    let spaces = data.spaces().clone();
-    validate_spaces(&config.model, &spaces)?;
+    validate_spaces(&config.model, data.spaces())?;
     let order = data.order(config)?;
     let capacity = order.capacity(&config.model);
     let method = base.as_ref().map(Base::method);
@@ -338,9 +337,16 @@ pub fn train<B: Backend<Element = f32>>(
         (None, epochs) => order.steps_of(epochs.unwrap_or_default()),
     };
     let shards = backend.shards(config.train.shards);
+    let mut known = data.spaces().clone();
+    let new = match &base {
+        Some(base) => known
+            .families
+            .split_off(base.header().spaces.families.len()),
+        None => Vec::new(),
+    };
     let supervision = config.supervision();
-    let mut model =
-        Model::partly_trained(backend, config.model.clone(), spaces, supervision, part)?;
+    let settings = config.model.clone();
+    let mut model = Model::partly_trained(backend, settings, known, &new, supervision, part)?;
     let mut training = Training::new(&model, capacity, shards)?;
     info!(
         "model: {} parameters, {} of them trained; {steps} steps of at most {} tokens",
@@ -349,22 +355,20 @@ pub fn train<B: Backend<Element = f32>>(
         config.train.batch_tokens
     );
     let mut batches = Batches::new(&data, order, model.packer());
+    model.initialise(config.seed)?;
+    match &base {
+        Some(base) if base.method() != Method::Scratch => base.start(&mut model)?,
+        _ => {}
+    }
     let state = match saved {
         Some(bytes) => {
             let state = restore(folder, &bytes, &mut model, &mut training, &mut batches)?;
             if let Some(base) = &base {
-                base.check_frozen(&model)?;
+                base.check_same(&state)?;
             }
             state
         }
-        None => {
-            model.initialise(config.seed)?;
-            match &base {
-                Some(base) if base.method() != Method::Scratch => base.start(&mut model)?,
-                _ => {}
-            }
-            StateHeader::start(config)
-        }
+        None => StateHeader::start(config, base.as_ref().map(Base::fingerprint)),
     };
     let mut run = Run {
         config,
@@ -513,8 +517,11 @@ fn restore<B: Backend<Element = f32>>(
     batches: &mut Batches,
 ) -> Result<StateHeader, Error> {
     let file = folder.state();
-    let state = checkpoint::state_from_bytes(&file, bytes, model.arena())?;
-    model.set_values(&state.parameters)?;
+    let trained = model.trained_len();
+    let state = checkpoint::state_from_bytes(&file, bytes, trained)?;
+    let mut values = model.values()?;
+    values[..trained].copy_from_slice(&state.parameters);
+    model.set_values(&values)?;
     training.set_moments(model, &state.first_moment, &state.second_moment)?;
     training.set_loss_scale(model, state.header.loss_scale)?;
     let position = &state.header.position;
@@ -642,9 +649,11 @@ impl<B: Backend<Element = f32>> Run<'_, B> {
         let step = self.state.step;
         let [first_moment, second_moment] = self.training.moments(&self.model)?;
         self.state.loss_scale = self.training.loss_scale(&self.model)?;
+        let mut parameters = self.model.values()?;
+        parameters.truncate(self.model.trained_len());
         let state = State {
             header: self.state.clone(),
-            parameters: self.model.values()?,
+            parameters,
             first_moment,
             second_moment,
         };
@@ -664,7 +673,9 @@ impl<B: Backend<Element = f32>> Run<'_, B> {
         match &self.base {
             Some(base) if base.method() == Method::None => return Ok(()),
             Some(base) if base.method() == Method::Lora => {
-                let header = AdapterHeader::new(self.config, base.fingerprint(), targets, step);
+                let (known, base) = (self.model.own_families(), base.fingerprint());
+                let new = &self.model.spaces().families[known..];
+                let header = AdapterHeader::new(self.config, base, new, targets, step);
                 return save_adapter(self.folder, &self.model, &header);
             }
             _ => {}
