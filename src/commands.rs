@@ -14,8 +14,8 @@ use dtmem::experiment::run::{self as experiments, End};
 use dtmem::inspect::{self, Inspection, Request};
 use dtmem::model::Model;
 use dtmem::tasks::{Demonstrations, Task};
-use dtmem::train::adapters::{load_adapter, merge_adapter};
-use dtmem::train::checkpoint;
+use dtmem::train::adapters::{apply_adapter, merge_adapter};
+use dtmem::train::checkpoint::{self, ModelHeader};
 use dtmem::train::config::{Config, TaskConfig};
 use dtmem::train::device::{Job, Place, run_on};
 use dtmem::train::evaluate::{self, Episodes, TaskResult};
@@ -167,10 +167,7 @@ impl Job for Evaluating<'_> {
             let (config, step) = (&base.config, base.step);
             return self.summary(&model, config, &base.target_returns, step);
         };
-        let name = folder.display().to_string();
-        let (adapter, header) = load_adapter(&Folder::new(folder), &model)?;
-        model.add_adapter(&name, &adapter)?;
-        model.use_adapter(Some(&name))?;
+        let (adapter, header) = apply_adapter(&Folder::new(folder), &mut model)?;
         let config = &header.config;
         let summary = self.summary(&model, config, &header.target_returns, header.step)?;
         let Some(mut summary) = summary else {
@@ -291,9 +288,9 @@ pub fn eval(arguments: &Eval) -> Result<ExitCode> {
 }
 
 struct Inspecting<'a> {
+    arguments: &'a Inspect,
     file: &'a Path,
     bytes: &'a [u8],
-    request: Request<'a>,
     progress: Progress,
 }
 
@@ -301,14 +298,44 @@ impl Job for Inspecting<'_> {
     type Output = std::result::Result<Inspection, inspect::Error>;
 
     fn run<B: Backend<Element = f32>>(mut self, backend: B) -> Fallible<Self::Output> {
-        let (model, header) = checkpoint::model_from_bytes(self.file, self.bytes, backend)?;
-        let total = self.request.failed.unwrap_or(0);
+        let (mut model, mut header) = checkpoint::model_from_bytes(self.file, self.bytes, backend)?;
+        if let Some(folder) = &self.arguments.adapter {
+            let (_, adapter) = apply_adapter(&Folder::new(folder), &mut model)?;
+            header = adapter.on(&header, model.spaces());
+        }
+        Ok(self.show(&model, &header))
+    }
+}
+
+impl Inspecting<'_> {
+    fn show<B: Backend<Element = f32>>(
+        &mut self,
+        model: &Model<B>,
+        header: &ModelHeader,
+    ) -> std::result::Result<Inspection, inspect::Error> {
+        let Inspect {
+            folder,
+            adapter,
+            task,
+            ..
+        } = self.arguments;
+        let mut name = folder.display().to_string();
+        if let Some(adapter) = adapter {
+            name += &format!(" with {}", adapter.display());
+        }
+        let request = Request {
+            name: &name,
+            task: &inspect::task(header, task.as_deref())?,
+            episode: self.arguments.seed,
+            failed: (self.arguments.failed).then_some(header.config.evaluation.episodes),
+        };
+        let total = request.failed.unwrap_or(0);
         let watch = |done| self.progress.show(Event::Evaluation { done, total });
-        let shown = inspect::inspect(&model, &header, &self.request, watch);
+        let shown = inspect::inspect(model, header, &request, watch);
         if total > 0 {
             self.progress.show(Event::Evaluation { done: total, total });
         }
-        Ok(shown)
+        shown
     }
 }
 
@@ -321,18 +348,10 @@ pub fn inspect(arguments: &Inspect) -> Result<ExitCode> {
         source,
     })?;
     let header = checkpoint::model_header(&file, &bytes)?;
-    let played = inspect::task(&header, arguments.task.as_deref())?;
     let job = Inspecting {
+        arguments,
         file: &file,
         bytes: &bytes,
-        request: Request {
-            name: &folder.display().to_string(),
-            task: &played,
-            episode: arguments.seed,
-            failed: arguments
-                .failed
-                .then_some(header.config.evaluation.episodes),
-        },
         progress: Progress::new(),
     };
     let place = Place {
@@ -343,7 +362,10 @@ pub fn inspect(arguments: &Inspect) -> Result<ExitCode> {
     let shown = run_on(place, job)??;
     let page = match &arguments.out {
         Some(page) => page.clone(),
-        None => folder.join(format!("episode-{}.html", shown.number)),
+        None => {
+            let folder = arguments.adapter.as_ref().unwrap_or(folder);
+            folder.join(format!("episode-{}.html", shown.number))
+        }
     };
     shown.write(&page)?;
     let mut text = format!("{}\n", shown.diagnosis.verdict);

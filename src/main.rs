@@ -125,16 +125,20 @@ struct Eval {
 struct Inspect {
     /// Output folder of a run
     folder: PathBuf,
+    /// Output folder of an adapter's run on it: inspect the model with the adapter in use
+    #[arg(long, value_name = "DIR")]
+    adapter: Option<PathBuf>,
     /// Which episode of the run's evaluation
     #[arg(long, value_name = "S", default_value_t = 0)]
     seed: u64,
     /// From there on, the first episode that fails
     #[arg(long)]
     failed: bool,
-    /// Page to write [default: DIR/episode-S.html]
+    /// Page to write [default: episode-S.html in the output folder, of the adapter if there is one]
     #[arg(long, value_name = "FILE")]
     out: Option<PathBuf>,
-    /// Task to play: one of the run's, or such as hallway,length=2 [default: the run's first]
+    /// Task to play: one of the run's, or such as hallway,length=2 [default: the first of the
+    /// adapter's or of the run's]
     #[arg(long, value_name = "NAME")]
     task: Option<String>,
     /// Where to compute: auto (a GPU if one works), cpu or cuda:N

@@ -681,6 +681,13 @@ fn commands_adapt_evaluate_and_merge() {
     assert_eq!(merged["tasks"][0]["success_rate"], adapted["success_rate"]);
     let after = &adapted["adaptation"]["base_tasks"][0]["after"]["success_rate"];
     assert_eq!(merged["tasks"][1]["success_rate"], *after);
+    let output = dtmem(
+        folder.path(),
+        &[&["inspect", "runs/base"], &adapter[..]].concat(),
+    );
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    let page = text(&bytes(folder.path(), "runs/other-lora/episode-0.html"));
+    assert!(page.contains("runs/base with runs/other-lora"));
     assert_eq!(
         merged["parameters"],
         json(&["eval", "runs/base"])["parameters"]

@@ -49,7 +49,8 @@ pub enum Error {
     /// There is no model to inspect.
     #[error(
         "{}: no model in this folder ({source}); expected the output folder of `dtmem train`, with \
-         model.safetensors in it, or an adapter folded into its base by `dtmem merge`",
+         model.safetensors in it; an adapter is inspected on its base: `dtmem inspect BASE --adapter \
+         DIR`",
         .folder.display()
     )]
     NoModel {
