@@ -190,6 +190,35 @@ impl PackedBatch {
         offsets.map(|&token| token as usize).collect()
     }
 
+    /// Segments of one sequence.
+    pub fn segments_of(&self, sequence: usize) -> Range<usize> {
+        self.sequence_segments[sequence] as usize..self.sequence_segments[sequence + 1] as usize
+    }
+
+    /// Tokens of one segment.
+    pub fn tokens_of_segment(&self, segment: usize) -> Range<usize> {
+        self.segment_offsets[segment] as usize..self.segment_offsets[segment + 1] as usize
+    }
+
+    /// The tokens of an annotated sequence that tokens of later segments recall: `to` becomes their
+    /// numbers, relative to the start of the sequence, ascending.
+    pub fn recalled_tokens(&self, sequence: usize, to: &mut Vec<i32>) {
+        to.clear();
+        if self.annotated[sequence] == 0 {
+            return;
+        }
+        let start = self.tokens_of(sequence).start;
+        for segment in self.segments_of(sequence) {
+            let tokens = self.tokens_of_segment(segment);
+            let first = (tokens.start - start) as i32;
+            let [from, end] = [tokens.start, tokens.end].map(|at| self.pair_offsets[at] as usize);
+            let keys = self.pair_keys[from..end].iter();
+            to.extend(keys.filter(|&&key| key < first));
+        }
+        to.sort_unstable();
+        to.dedup();
+    }
+
     /// Makes `to` the batch of some of these sequences, reusing its memory.
     pub fn select(&self, sequences: &[usize], to: &mut Self) {
         to.clear(self.families.len());

@@ -4,13 +4,14 @@
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use dtmem::backend::gpu::{Gpu, HostDevice};
+use dtmem::backend::gpu::{Compute, Gpu, HostDevice};
 use dtmem::backend::{Backend, Cpu, Member};
 use dtmem::model::{Model, ModelConfig, ModelError, Training};
 use dtmem::train::Error;
 use dtmem::train::config::Config;
 use dtmem::train::metrics::Line;
 use dtmem::train::run::{Event, Folder, Options, Outcome, Start, train};
+use half::bf16;
 use tempfile::TempDir;
 
 mod data;
@@ -92,6 +93,10 @@ fn straight(config: &Config) -> Vec<Line> {
 }
 
 fn assert_follows(found: &[Line], expected: &[Line]) {
+    assert_near(found, expected, 1e-3);
+}
+
+fn assert_near(found: &[Line], expected: &[Line], limit: f64) {
     assert_eq!(found.len(), expected.len());
     for (found, expected) in found.iter().zip(expected) {
         assert_eq!((found.step, found.tokens), (expected.step, expected.tokens));
@@ -101,7 +106,7 @@ fn assert_follows(found: &[Line], expected: &[Line]) {
             (found.gradient_norm, expected.gradient_norm),
         ] {
             let error = (found - expected).abs();
-            assert!(error < 1e-3 * expected, "{found}, expected {expected}");
+            assert!(error < limit * expected, "{found}, expected {expected}");
         }
     }
 }
@@ -118,6 +123,34 @@ fn a_checkpoint_of_one_device_goes_on_on_another_and_back() {
     let outcome = run(host(), &config, path, Start::Resume, None).unwrap();
     assert!(matches!(outcome, Outcome::Finished(_)));
     assert_follows(&lines(path), &straight(&config));
+}
+
+/// A whole run on the host executor.
+fn on_host<T: Compute>(config: &Config) -> Vec<Line> {
+    let backend = Gpu::<_, T>::new(HostDevice::default());
+    let folder = TempDir::new().unwrap();
+    let outcome = run(backend, config, folder.path(), Start::Fresh, None).unwrap();
+    assert!(matches!(outcome, Outcome::Finished(_)));
+    lines(folder.path())
+}
+
+#[test]
+fn a_memory_that_is_taught_what_to_recall_follows_the_cpu() {
+    let config = config(&[
+        "model.block=pre_ln",
+        "model.attention=segment",
+        "model.segment_steps=3",
+        "model.memory.slots=6",
+        "loss.supervise=memory",
+        "train.learning_rate=1e-3",
+        "train.steps=10",
+        "evaluation.episodes=1",
+    ]);
+    let expected = straight(&config);
+    assert_eq!(expected.len(), 10);
+    assert!(expected.iter().all(|line| line.memory_loss > 0.0));
+    assert_near(&on_host::<f32>(&config), &expected, 1e-3);
+    assert_near(&on_host::<bf16>(&config), &expected, 5e-2);
 }
 
 #[test]

@@ -63,12 +63,6 @@ pub enum BackendError {
         /// What it says.
         reason: String,
     },
-    /// Something that this backend does not compute.
-    #[error("{what} is computed on the CPU only: use --device cpu")]
-    CpuOnly {
-        /// What.
-        what: &'static str,
-    },
     /// A buffer of another [`Kind`] than the operation works on.
     #[error("a buffer of the wrong kind")]
     Kind,

@@ -3,7 +3,7 @@
 //! or f16; definition: `dtmem_reference::content_memory`, SPEC section 4.
 //!
 //! Slots may be wider than keys: keys are compared with their first columns, and the others are written and read alike,
-//! but carried along unseen.
+//! but carried along unseen. What such columns recall is in [`recall`](super::recall).
 //!
 //! An episode is a chain: the memory of a segment is [`Forward::memory_next`] of the one before. Its backward pass goes
 //! through the segments from the last to the first, and [`Backward::d_memory`] of one is

@@ -268,6 +268,11 @@ impl<'a, T> Output<'a, T> {
         Output::new(self.home, self.address, self.len, None)
     }
 
+    /// The same elements, from now on only to read.
+    pub fn into_input(self) -> Input<'a, T> {
+        Input::new(self.home, self.address, self.len, self._guard)
+    }
+
     /// The same elements to read from, for operations that work in place.
     pub fn as_input(&self) -> Input<'a, T> {
         Input::new(self.home, self.address, self.len, None)

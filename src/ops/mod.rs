@@ -62,6 +62,7 @@ pub mod layer_norm;
 pub mod lora_linear;
 pub mod memory;
 pub mod one_hot;
+pub mod recall;
 pub mod squared_error;
 pub mod tokens;
 

@@ -13,6 +13,7 @@ mod layer_norm;
 mod lora_linear;
 mod machines;
 mod one_hot;
+mod recall;
 mod refusals;
 mod squared_error;
 mod tokens;

@@ -116,24 +116,12 @@ impl<'a, T: Scalar> Chains<'a, T> {
         recall.traces.clear();
         recall.gradient.clear();
         recall.loss = 0.0;
-        if !self.memory.supervised || self.batch.annotated[sequence] == 0 {
+        if !self.memory.supervised {
             return;
         }
-        let tokens = self.batch.tokens_of(sequence);
-        for segment in self.segments(sequence)..self.segments(sequence + 1) {
-            let first = (self.tokens(segment) - tokens.start) as i32;
-            let offsets = &self.batch.pair_offsets;
-            let [from, to] = [segment, segment + 1].map(|s| offsets[self.tokens(s)] as usize);
-            let pairs = &self.batch.pair_keys[from..to];
-            recall
-                .tokens
-                .extend(pairs.iter().filter(|&&key| key < first));
-        }
-        recall.tokens.sort_unstable();
-        recall.tokens.dedup();
-        recall
-            .gradient
-            .resize(tokens.len() * recall.tokens.len(), T::zero());
+        self.batch.recalled_tokens(sequence, &mut recall.tokens);
+        let len = self.batch.tokens_of(sequence).len() * recall.tokens.len();
+        recall.gradient.resize(len, T::zero());
     }
 
     /// Memory and values of segment number `index` of a sequence, with a column for every recalled

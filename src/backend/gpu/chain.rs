@@ -6,15 +6,18 @@
 
 use std::cmp::Reverse;
 use std::ops::Range;
+use std::sync::atomic::Ordering;
 
 use super::device::{Compute, Device};
 use super::memory::{Batch, Buffer};
-use super::{Gpu, elementwise, tokens};
+use super::{Gpu, MemoryState, elementwise, tokens};
 use crate::backend::{
-    BackendError, In, Memory, MemoryGradients, MemoryInputs, MemoryStart, Out, Result, Span,
+    BackendError, In, Kind, Memory, MemoryGradients, MemoryInputs, MemoryStart, Metric, Out,
+    Result, Span,
 };
 use crate::ops::content_memory::{Backward, Forward, Inputs, Shape};
 use crate::ops::elementwise::BiasGradient;
+use crate::ops::recall::{Columns, Loss, LossShape, Widen, WidenShape};
 use crate::ops::{Input, Output};
 
 /// Which tokens and sequences each segment has.
@@ -103,17 +106,70 @@ impl Chain {
     }
 }
 
+/// How wide the rows of a memory are in a batch.
+#[derive(Debug, Clone, Copy)]
+struct Widths {
+    /// D, of keys and of what the model reads.
+    model: usize,
+    /// C, carried along for the recalled tokens of the batch: 0 where there are none.
+    columns: usize,
+}
+
+impl Widths {
+    /// D + C, of slots and values.
+    fn slot(self) -> usize {
+        self.model + self.columns
+    }
+
+    /// Numbers of a memory.
+    fn state(self, memory: &Memory) -> usize {
+        memory.slots * self.slot()
+    }
+
+    /// Places of a, s, v and κ of so many tokens.
+    fn of_inputs(self, tokens: usize) -> [Range<usize>; 4] {
+        in_turn([self.model, self.model, self.slot(), 1].map(|width| tokens * width))
+    }
+}
+
+/// The inputs of a memory, in the order of segments.
+struct Packed<'a, T> {
+    address_key: Input<'a, T>,
+    strength_key: Input<'a, T>,
+    value: Input<'a, T>,
+    key_strength: Option<Input<'a, T>>,
+}
+
 impl<D: Device, T: Compute> Gpu<D, T> {
-    fn link_shape(&self, link: &Link, memory: &Memory) -> Shape {
+    fn widths(&self, batch: &Batch<D, T>, memory: &Memory) -> Widths {
+        Widths {
+            model: memory.width,
+            columns: match memory.supervised {
+                true => batch.recalled.columns,
+                false => 0,
+            },
+        }
+    }
+
+    fn link_shape(&self, link: &Link, memory: &Memory, widths: Widths) -> Shape {
         Shape {
             sequences: link.sequences,
             tokens: link.tokens.len(),
             longest: link.longest,
             slots: memory.slots,
-            key_width: memory.width,
-            width: memory.width,
+            key_width: widths.model,
+            width: widths.slot(),
             variant: memory.variant,
         }
+    }
+
+    /// Another buffer in the place of one that is too small; its content is lost.
+    fn grow(&self, buffer: &mut Buffer<D, T>, len: usize) -> Result<()> {
+        if buffer.len < len {
+            *buffer = Buffer::new(self, len.next_power_of_two(), Kind::Activation)?;
+            self.grown.fetch_add(1, Ordering::Relaxed);
+        }
+        Ok(())
     }
 
     /// Rows `from` of x, or rows of x into rows `to` of y.
@@ -158,11 +214,47 @@ impl<D: Device, T: Compute> Gpu<D, T> {
         )
     }
 
-    /// The inverse of [`Self::gather`].
+    /// As [`Self::gather`], with the columns that are carried along behind those of the buffer.
+    fn gather_wide(
+        &self,
+        batch: &Batch<D, T>,
+        x: In<'_, Buffer<D, T>>,
+        widths: Widths,
+        columns: Columns<'_, T>,
+        y: Output<'_, T>,
+    ) -> Result<()> {
+        let (device, width) = (&self.device, widths.model);
+        if widths.columns == 0 {
+            return self.gather(batch, x, width, y);
+        }
+        let range = super::products::extent(batch.tokens, width, x.stride, x.start);
+        let shape = WidenShape {
+            rows: batch.tokens,
+            group: 1,
+            sources: batch.tokens,
+            width,
+            columns: widths.columns,
+        };
+        let [x] = x
+            .buffer
+            .read(device, range)?
+            .rows(x.stride)
+            .columns([width]);
+        let from = batch.ints(device, &batch.int.chain_tokens)?;
+        let tensors = Widen {
+            x,
+            from,
+            columns,
+            y,
+        };
+        Ok(shape.widen(device, tensors)?)
+    }
+
+    /// The inverse of [`Self::gather`], of the first columns of rows every `stride` elements.
     fn scatter(
         &self,
         batch: &Batch<D, T>,
-        x: Input<'_, T>,
+        (x, stride): (Input<'_, T>, usize),
         width: usize,
         y: Out<'_, Buffer<D, T>>,
     ) -> Result<()> {
@@ -172,32 +264,47 @@ impl<D: Device, T: Compute> Gpu<D, T> {
         self.copy_rows(
             [tokens; 3],
             width,
-            (x, width),
+            (x, stride),
             None,
             Some(batch.ints(device, &batch.int.chain_tokens)?),
             (y.buffer.write(device, range)?, y.stride),
         )
     }
 
-    /// a, s and v, one after another, and κ, in the order of segments.
-    fn gather_inputs(
+    /// a, s, v and κ in the order of segments, where [`Widths::of_inputs`] says. In the columns that are carried along,
+    /// the value of a recalled token is 1 in its own.
+    fn gather_inputs<'a>(
         &self,
         batch: &Batch<D, T>,
-        width: usize,
+        widths: Widths,
         inputs: &MemoryInputs<'_, Buffer<D, T>>,
-        packed: Output<'_, T>,
-        key_strength: Output<'_, T>,
-    ) -> Result<()> {
-        let size = batch.tokens * width;
-        let [address, strength, value] =
-            packed.parts([0..size, size..2 * size, 2 * size..3 * size])?;
-        self.gather(batch, inputs.address_key, width, address)?;
-        self.gather(batch, inputs.strength_key, width, strength)?;
-        self.gather(batch, inputs.value, width, value)?;
-        match inputs.key_strength {
-            Some(strength) => self.gather(batch, In::rows(strength, 1), 1, key_strength),
-            None => Ok(()),
+        packed: Output<'a, T>,
+    ) -> Result<Packed<'a, T>> {
+        let width = widths.model;
+        let [
+            mut address_key,
+            mut strength_key,
+            mut value,
+            mut key_strength,
+        ] = packed.parts(widths.of_inputs(batch.tokens))?;
+        self.gather(batch, inputs.address_key, width, address_key.reborrow())?;
+        self.gather(batch, inputs.strength_key, width, strength_key.reborrow())?;
+        let own = batch.ints(&self.device, &batch.int.recall_own)?;
+        let columns = Columns::OneHot(own);
+        self.gather_wide(batch, inputs.value, widths, columns, value.reborrow())?;
+        if let Some(strength) = inputs.key_strength {
+            let to = key_strength.reborrow();
+            self.gather(batch, In::rows(strength, 1), 1, to)?;
         }
+        Ok(Packed {
+            address_key: address_key.into_input(),
+            strength_key: strength_key.into_input(),
+            value: value.into_input(),
+            key_strength: inputs
+                .key_strength
+                .is_some()
+                .then(|| key_strength.into_input()),
+        })
     }
 
     /// What the kernels read of one link.
@@ -206,25 +313,23 @@ impl<D: Device, T: Compute> Gpu<D, T> {
         batch: &'a Batch<D, T>,
         link: &Link,
         memory: &Memory,
+        widths: Widths,
         parameters: &'a Buffer<D, T>,
-        packed: &Input<'a, T>,
-        key_strength: Option<&Input<'a, T>>,
+        packed: &Packed<'a, T>,
         before: Input<'a, T>,
     ) -> Result<Inputs<'a, T>> {
         let device = &self.device;
-        let width = memory.width;
-        let size = batch.tokens * width;
-        let part = |index: usize| {
-            let start = index * size + link.tokens.start * width;
-            packed.part(start..start + link.tokens.len() * width)
+        let rows = |x: &Input<'a, T>, width: usize| {
+            let part = x.part(link.tokens.start * width..link.tokens.end * width)?;
+            Ok::<_, BackendError>(part.rows(width))
         };
         let offsets = batch.int.chain_offsets.start + link.offsets.start;
         Ok(Inputs {
             memory: before,
-            address_key: part(0)?.rows(width),
-            strength_key: part(1)?.rows(width),
-            value: part(2)?.rows(width),
-            key_strength: match key_strength {
+            address_key: rows(&packed.address_key, widths.model)?,
+            strength_key: rows(&packed.strength_key, widths.model)?,
+            value: rows(&packed.value, widths.slot())?,
+            key_strength: match &packed.key_strength {
                 Some(strength) => Some(strength.part(link.tokens.clone())?),
                 None => None,
             },
@@ -236,6 +341,7 @@ impl<D: Device, T: Compute> Gpu<D, T> {
         })
     }
 
+    /// Writes [`Metric::MemoryLoss`] where something is recalled.
     pub(super) fn chain_forward(
         &self,
         batch: &Batch<D, T>,
@@ -243,81 +349,119 @@ impl<D: Device, T: Compute> Gpu<D, T> {
         parameters: &Buffer<D, T>,
         start: MemoryStart<'_, Buffer<D, T>>,
         inputs: MemoryInputs<'_, Buffer<D, T>>,
-        states: &mut Buffer<D, T>,
+        kept: &mut MemoryState<D, T>,
         read: &mut Buffer<D, T>,
+        metrics: &mut Buffer<D, T>,
     ) -> Result<()> {
         let device = &self.device;
         let chain = &batch.chain;
-        let (width, state) = (memory.width, memory.slots * memory.width);
-        let sequences = chain.order.len();
-        // Where each sequence starts.
-        match start {
-            MemoryStart::Learned => self.copy_rows(
-                [sequences, 1, sequences],
-                state,
-                (parameters.read(device, memory.initial.range())?, state),
-                Some(batch.ints(device, &batch.int.zeros)?),
-                None,
-                (states.write(device, 0..sequences * state)?, state),
-            )?,
-            MemoryStart::State(buffer, slots) => {
-                let slots = chain.order.iter().map(|&sequence| slots[sequence] as i32);
-                let slots: Vec<i32> = slots.collect();
-                let mut slots = self.indices.upload(device, &slots)?;
-                self.copy_rows(
-                    [sequences, buffer.len / state, sequences],
-                    state,
-                    (buffer.read(device, 0..buffer.len)?, state),
-                    Some(slots.output(device)?.as_input()),
-                    None,
-                    (states.write(device, 0..sequences * state)?, state),
-                )?;
-            }
-        }
+        let widths = self.widths(batch, memory);
+        let (tokens, state) = (batch.tokens, widths.state(memory));
+        self.grow(&mut kept.memories, chain.memories() * state)?;
+        self.start_chain(batch, memory, parameters, start, widths, &mut kept.memories)?;
 
-        let size = batch.tokens * width;
-        let mut packed = self.activations.lock(device, 4 * size + batch.tokens)?;
-        let [mut packed, mut packed_read, mut strength] = packed.output(device)?.parts([
-            0..3 * size,
-            3 * size..4 * size,
-            4 * size..4 * size + batch.tokens,
-        ])?;
-        self.gather_inputs(
-            batch,
-            width,
-            &inputs,
-            packed.reborrow(),
-            strength.reborrow(),
-        )?;
-        let (packed, strength) = (packed.as_input(), strength.as_input());
-        let strength = inputs.key_strength.is_some().then_some(&strength);
+        let slot = widths.slot();
+        let [.., inputs_end] = widths.of_inputs(tokens);
+        let places = in_turn([inputs_end.end, tokens * slot]);
+        let mut packed = self.activations.lock(device, places[1].end)?;
+        let [packed, mut packed_read] = packed.output(device)?.parts(places)?;
+        let packed = self.gather_inputs(batch, widths, &inputs, packed)?;
         for (index, link) in chain.links.iter().enumerate() {
-            let shape = self.link_shape(link, memory);
+            let shape = self.link_shape(link, memory, widths);
             let [before, after] = [0, 1].map(|next| chain.groups[index + next] * state);
             let len = link.sequences * state;
-            let [before, after] = states
+            let [before, after] = kept
+                .memories
                 .write(device, 0..chain.memories() * state)?
                 .parts([before..before + len, after..after + len])?;
+            let before = before.as_input();
             let mut workspace = self.floats.lock(device, shape.forward_workspace::<T>()?)?;
             let tensors = Forward {
-                inputs: self.link_inputs(
-                    batch,
-                    link,
-                    memory,
-                    parameters,
-                    &packed,
-                    strength,
-                    before.as_input(),
-                )?,
+                inputs: self
+                    .link_inputs(batch, link, memory, widths, parameters, &packed, before)?,
                 memory_next: after,
                 read: packed_read
                     .reborrow()
-                    .slice(link.tokens.start * width..link.tokens.end * width)?,
+                    .slice(link.tokens.start * slot..link.tokens.end * slot)?,
                 workspace: workspace.output(device)?,
             };
             shape.forward(device, tensors)?;
         }
-        self.scatter(batch, packed_read.as_input(), width, Out::rows(read, width))
+        if widths.columns == 0 {
+            let read = Out::rows(read, widths.model);
+            return self.scatter(batch, (packed_read.as_input(), slot), widths.model, read);
+        }
+        self.grow(&mut kept.recall, tokens * widths.columns)?;
+        let shape = LossShape {
+            tokens,
+            width: widths.model,
+            columns: widths.columns,
+        };
+        let mut workspace = self.floats.lock(device, shape.workspace()?)?;
+        let [_, weight] = batch.weights(device)?;
+        let loss = Metric::MemoryLoss as usize;
+        let tensors = Loss {
+            y: packed_read.as_input(),
+            to: batch.ints(device, &batch.int.chain_tokens)?,
+            earlier: batch.ints(device, &batch.int.recall_earlier)?,
+            wanted: batch.ints(device, &batch.int.recall_wanted)?,
+            weight,
+            read: read
+                .write(device, 0..tokens * widths.model)?
+                .rows(widths.model),
+            gradient: kept.recall.write(device, 0..tokens * widths.columns)?,
+            loss: metrics.write_exact(device, loss..loss + 1)?,
+            workspace: workspace.output(device)?,
+        };
+        Ok(shape.loss_and_gradient(device, tensors)?)
+    }
+
+    /// The memories that the sequences start with. What is carried along starts at 0.
+    fn start_chain(
+        &self,
+        batch: &Batch<D, T>,
+        memory: &Memory,
+        parameters: &Buffer<D, T>,
+        start: MemoryStart<'_, Buffer<D, T>>,
+        widths: Widths,
+        memories: &mut Buffer<D, T>,
+    ) -> Result<()> {
+        let device = &self.device;
+        let order = &batch.chain.order;
+        let (sequences, state) = (order.len(), memory.slots * memory.width);
+        let uploaded;
+        let (x, sources, from) = match start {
+            MemoryStart::Learned => (
+                parameters.read(device, memory.initial.range())?,
+                1,
+                batch.ints(device, &batch.int.zeros)?,
+            ),
+            MemoryStart::State(buffer, slots) => {
+                let slots: Vec<i32> = order.iter().map(|&at| slots[at] as i32).collect();
+                uploaded = self.indices.upload(device, &slots)?;
+                let x = buffer.read(device, 0..buffer.len)?;
+                (x, buffer.len / state, uploaded.input(device)?)
+            }
+        };
+        let y = memories.write(device, 0..sequences * widths.state(memory))?;
+        if widths.columns == 0 {
+            let rows = [sequences, sources, sequences];
+            return self.copy_rows(rows, state, (x, state), Some(from), None, (y, state));
+        }
+        let shape = WidenShape {
+            rows: sequences * memory.slots,
+            group: memory.slots,
+            sources,
+            width: widths.model,
+            columns: widths.columns,
+        };
+        let tensors = Widen {
+            x: x.rows(widths.model),
+            from,
+            columns: Columns::Zeros,
+            y,
+        };
+        Ok(shape.widen(device, tensors)?)
     }
 
     pub(super) fn chain_backward(
@@ -326,7 +470,7 @@ impl<D: Device, T: Compute> Gpu<D, T> {
         memory: &Memory,
         parameters: &Buffer<D, T>,
         inputs: MemoryInputs<'_, Buffer<D, T>>,
-        states: &Buffer<D, T>,
+        kept: &MemoryState<D, T>,
         grad_read: &Buffer<D, T>,
         input_gradients: MemoryGradients<'_, Buffer<D, T>>,
         grad_states: &mut Buffer<D, T>,
@@ -334,47 +478,38 @@ impl<D: Device, T: Compute> Gpu<D, T> {
     ) -> Result<()> {
         let device = &self.device;
         let chain = &batch.chain;
-        let (width, state) = (memory.width, memory.slots * memory.width);
-        let (tokens, size) = (batch.tokens, batch.tokens * memory.width);
-        let sequences = chain.order.len();
-        let mut packed = self.activations.lock(device, 7 * size + 2 * tokens)?;
-        let strengths = 7 * size;
-        let [
-            mut packed,
-            mut packed_grad_read,
-            mut packed_gradients,
-            mut strength,
-            mut strength_gradient,
-        ] = packed.output(device)?.parts([
-            0..3 * size,
-            3 * size..4 * size,
-            4 * size..7 * size,
-            strengths..strengths + tokens,
-            strengths + tokens..strengths + 2 * tokens,
-        ])?;
-        self.gather_inputs(
-            batch,
-            width,
-            &inputs,
-            packed.reborrow(),
-            strength.reborrow(),
-        )?;
-        self.gather(
+        let widths = self.widths(batch, memory);
+        let (width, slot, state) = (widths.model, widths.slot(), widths.state(memory));
+        let (tokens, sequences) = (batch.tokens, chain.order.len());
+        self.grow(grad_states, 2 * sequences * state)?;
+        let [.., inputs_end] = widths.of_inputs(tokens);
+        let places = in_turn([inputs_end.end, tokens * slot, inputs_end.end]);
+        let mut packed = self.activations.lock(device, places[2].end)?;
+        let [packed, mut packed_grad_read, packed_gradients] =
+            packed.output(device)?.parts(places)?;
+        let packed = self.gather_inputs(batch, widths, &inputs, packed)?;
+        let of_recall = kept.recall.read(device, 0..tokens * widths.columns)?;
+        self.gather_wide(
             batch,
             In::rows(grad_read, width),
-            width,
+            widths,
+            Columns::Given(of_recall),
             packed_grad_read.reborrow(),
         )?;
-        let (packed, packed_grad_read) = (packed.as_input(), packed_grad_read.as_input());
-        let strength = strength.as_input();
-        let key_strength = inputs.key_strength.is_some().then_some(&strength);
+        let packed_grad_read = packed_grad_read.as_input();
+        let [
+            mut address_gradient,
+            mut strength_key_gradient,
+            mut value_gradient,
+            mut strength_gradient,
+        ] = packed_gradients.parts(widths.of_inputs(tokens))?;
 
         // The gradients of the memories after and before a link change places from link to link.
         let places = [0, sequences * state];
         let mut after = 0;
         let mut known = 0;
         for (index, link) in chain.links.iter().enumerate().rev() {
-            let shape = self.link_shape(link, memory);
+            let shape = self.link_shape(link, memory, widths);
             let len = link.sequences * state;
             // Of memories that no later segment has read.
             let fresh = Span {
@@ -391,37 +526,28 @@ impl<D: Device, T: Compute> Gpu<D, T> {
             let [workspace, unused] = workspace
                 .output(device)?
                 .parts([0..partial, partial..partial + 1])?;
-            let of_link = |part: usize| {
-                let start = part * size + link.tokens.start * width;
-                start..start + link.tokens.len() * width
-            };
-            let [address, strength, value] =
-                packed_gradients
-                    .reborrow()
-                    .parts([of_link(0), of_link(1), of_link(2)])?;
-            let d_key_strength = match key_strength {
-                Some(_) => Some(strength_gradient.reborrow().slice(link.tokens.clone())?),
-                None => None,
-            };
+            let of_link = |width: usize| link.tokens.start * width..link.tokens.end * width;
             let before = chain.groups[index] * state;
+            let before = kept.memories.read(device, before..before + len)?;
             let tensors = Backward {
-                inputs: self.link_inputs(
-                    batch,
-                    link,
-                    memory,
-                    parameters,
-                    &packed,
-                    key_strength,
-                    states.read(device, before..before + len)?,
-                )?,
+                inputs: self
+                    .link_inputs(batch, link, memory, widths, parameters, &packed, before)?,
                 grad_memory_next: grad_after.as_input(),
-                grad_read: packed_grad_read
-                    .part(link.tokens.start * width..link.tokens.end * width)?,
+                grad_read: packed_grad_read.part(of_link(slot))?,
                 d_memory,
-                d_address_key: address.rows(width),
-                d_strength_key: strength.rows(width),
-                d_value: value.rows(width),
-                d_key_strength,
+                d_address_key: address_gradient
+                    .reborrow()
+                    .slice(of_link(width))?
+                    .rows(width),
+                d_strength_key: strength_key_gradient
+                    .reborrow()
+                    .slice(of_link(width))?
+                    .rows(width),
+                d_value: value_gradient.reborrow().slice(of_link(slot))?.rows(slot),
+                d_key_strength: match packed.key_strength {
+                    Some(_) => Some(strength_gradient.reborrow().slice(of_link(1))?),
+                    None => None,
+                },
                 d_strength_bias: match memory.strength_bias {
                     Some(span) if memory.trainable => {
                         Some(gradients.write_exact(device, span.range())?)
@@ -435,34 +561,51 @@ impl<D: Device, T: Compute> Gpu<D, T> {
             known = link.sequences;
             after = 1 - after;
         }
-        let packed_gradients = packed_gradients.as_input();
-        let part = |index: usize| packed_gradients.part(index * size..(index + 1) * size);
         let MemoryGradients {
             keys,
             value,
             key_strength,
         } = input_gradients;
-        self.scatter(batch, part(0)?, width, Out::columns(keys, 2 * width, 0))?;
-        self.scatter(batch, part(1)?, width, Out::columns(keys, 2 * width, width))?;
-        self.scatter(batch, part(2)?, width, value)?;
+        for (x, start) in [(address_gradient, 0), (strength_key_gradient, width)] {
+            let to = Out::columns(&mut *keys, 2 * width, start);
+            self.scatter(batch, (x.as_input(), width), width, to)?;
+        }
+        self.scatter(batch, (value_gradient.as_input(), slot), width, value)?;
         if let Some(out) = key_strength {
-            self.scatter(batch, strength_gradient.as_input(), 1, Out::rows(out, 1))?;
+            let to = Out::rows(out, 1);
+            self.scatter(batch, (strength_gradient.as_input(), 1), 1, to)?;
         }
         if !memory.trainable || known == 0 {
             return Ok(());
         }
         // Σ over the sequences of what has reached their first memories.
+        let ends = [places[after], places[1 - after]].map(|start| start..start + known * state);
+        let [mut first, free] = grad_states
+            .write(device, 0..2 * sequences * state)?
+            .parts(ends)?;
+        if widths.columns > 0 {
+            // Without what was carried along, of which there is no parameter.
+            let rows = known * memory.slots;
+            let mut narrow = free.slice(0..rows * width)?;
+            self.copy_rows(
+                [rows; 3],
+                width,
+                (first.as_input(), slot),
+                None,
+                None,
+                (narrow.reborrow(), width),
+            )?;
+            first = narrow;
+        }
         let shape = elementwise::Shape {
             rows: known,
-            width: state,
+            width: memory.slots * width,
         };
         let mut workspace = self.floats.lock(device, shape.workspace()?)?;
         let tensors = elementwise::Backward {
             activation: None,
             dropout: None,
-            dy: grad_states
-                .read(device, places[after]..places[after] + known * state)?
-                .rows(state),
+            dy: first.as_input().rows(memory.slots * width),
             dx: None,
             bias: Some(BiasGradient {
                 dbias: gradients.write_exact(device, memory.initial.range())?,
@@ -472,6 +615,7 @@ impl<D: Device, T: Compute> Gpu<D, T> {
         Ok(shape.backward(device, tensors)?)
     }
 
+    /// Of a batch that is acted in, where nothing is recalled.
     pub(super) fn chain_commit(
         &self,
         batch: &Batch<D, T>,
@@ -504,4 +648,15 @@ impl<D: Device, T: Compute> Gpu<D, T> {
         let memory = buffer.compute.as_mut().ok_or(BackendError::Kind)?;
         Ok(self.device.zero(memory, span.range())?)
     }
+}
+
+/// Places of so many elements, one behind the other, each aligned for vectors.
+fn in_turn<const N: usize>(lens: [usize; N]) -> [Range<usize>; N] {
+    const ALIGNMENT: usize = 8;
+    let mut end = 0;
+    lens.map(|len| {
+        let start = end;
+        end = (start + len).next_multiple_of(ALIGNMENT);
+        start..start + len
+    })
 }

@@ -9,6 +9,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use super::Gpu;
 use super::chain::Chain;
 use super::device::{Compute, Device, Element};
+use super::recall::Recalled;
 use crate::backend::{BackendError, Kind, Reals, Result};
 use crate::batch::{FamilyRows, PackedBatch};
 use crate::ops::adamw;
@@ -159,6 +160,10 @@ pub(super) struct Ints {
     /// Tokens in the order of their segments, and the offsets of each link: see [`Chain`].
     pub chain_tokens: Range<usize>,
     pub chain_offsets: Range<usize>,
+    /// See [`Recalled`].
+    pub recall_own: Range<usize>,
+    pub recall_earlier: Range<usize>,
+    pub recall_wanted: Range<usize>,
     /// As many as sequences.
     pub zeros: Range<usize>,
     /// Of each token, in the batch that dropout is drawn for.
@@ -220,6 +225,7 @@ pub struct Batch<D: Device, T: Compute> {
     /// Tokens of each sequence [sequences + 1].
     pub(super) cu_seqlens: Vec<i32>,
     pub(super) chain: Chain,
+    pub(super) recalled: Recalled,
 }
 
 impl<D: Device, T: Compute> Default for Batch<D, T> {
@@ -245,6 +251,7 @@ impl<D: Device, T: Compute> Default for Batch<D, T> {
             steps: 0,
             cu_seqlens: Vec::new(),
             chain: Chain::default(),
+            recalled: Recalled::default(),
         }
     }
 }
@@ -262,6 +269,7 @@ impl<D: Device, T: Compute> Batch<D, T> {
         self.steps = last.map_or(0, |&time| usize::try_from(time).unwrap_or(0) + 1);
         self.cu_seqlens.clone_from(&batch.cu_seqlens);
         self.chain = Chain::new(&batch.sequence_segments, &batch.segment_offsets);
+        self.recalled = Recalled::new(batch, &self.chain.tokens);
         let origins: Vec<i32> = (0..batch.sequences())
             .flat_map(|sequence| {
                 let origin = batch.origins[sequence];
@@ -284,6 +292,9 @@ impl<D: Device, T: Compute> Batch<D, T> {
             pair_offsets: ints.push(&batch.pair_offsets),
             chain_tokens: ints.push(&self.chain.tokens),
             chain_offsets: ints.push(&self.chain.offsets),
+            recall_own: ints.push(&self.recalled.own),
+            recall_earlier: ints.push(&self.recalled.earlier),
+            recall_wanted: ints.push(&self.recalled.wanted),
             zeros: ints.push(&vec![0; batch.sequences()]),
             origins: ints.push(&origins),
             pair_keys: ints.push(&batch.pair_keys),
@@ -468,6 +479,11 @@ impl<D: Device, E: Element> InUse<'_, D, E> {
     pub fn zero(&mut self, device: &D, range: Range<usize>) -> Result<()> {
         let memory = self.memory.as_mut().ok_or(BackendError::NotStaged)?;
         Ok(device.zero(memory, range)?)
+    }
+
+    pub fn input<'a>(&'a self, device: &'a D) -> Result<Input<'a, E>> {
+        let memory = self.memory.as_ref().ok_or(BackendError::NotStaged)?;
+        Ok(device.input(memory, 0..self.len)?)
     }
 
     pub fn output<'a>(&'a mut self, device: &'a D) -> Result<Output<'a, E>> {

@@ -18,10 +18,12 @@ mod memory;
 #[allow(unsafe_code)] // the boundary to NCCL
 mod nccl;
 mod products;
+mod recall;
 
 use std::collections::HashMap;
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::ops::Range;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 pub use blas::Multiply;
@@ -64,6 +66,8 @@ pub struct Gpu<D: Device, T: Compute> {
     bits: Scratch<D, u32>,
     /// First inputs of the fields of every one-hot map so far.
     offsets: Mutex<Known<D>>,
+    /// How often a buffer that models keep has grown.
+    grown: AtomicU32,
     /// Bytes asked for so far, while they are only counted.
     counted: Mutex<Option<usize>>,
 }
@@ -96,6 +100,16 @@ pub struct AttentionState<D: Device, T: Compute> {
     supervised: Option<SupervisedState<D>>,
 }
 
+/// What a memory layer keeps for its backward pass. Both grow to what a batch needs whose recalled
+/// tokens have columns in the memory.
+#[derive(Debug)]
+pub struct MemoryState<D: Device, T: Compute> {
+    /// See [`chain::Chain`].
+    memories: Buffer<D, T>,
+    /// Gradient of the recall, in the order of segments.
+    recall: Buffer<D, T>,
+}
+
 /// The same for the supervised heads, S of them.
 #[derive(Debug)]
 struct SupervisedState<D: Device> {
@@ -119,6 +133,7 @@ impl<D: Device, T: Compute> Gpu<D, T> {
             indices: Scratch::default(),
             bits: Scratch::default(),
             offsets: Mutex::default(),
+            grown: AtomicU32::default(),
             counted: Mutex::default(),
         }
     }
@@ -270,7 +285,7 @@ impl<D: Device, T: Compute> Backend for Gpu<D, T> {
     type Batch = Batch<D, T>;
     type Recording = Repeated<D>;
     type AttentionState = AttentionState<D, T>;
-    type MemoryState = Buffer<D, T>;
+    type MemoryState = MemoryState<D, T>;
 
     fn name(&self) -> &'static str {
         self.device.name()
@@ -348,8 +363,10 @@ impl<D: Device, T: Compute> Backend for Gpu<D, T> {
         batch.shape().hash(&mut hash);
         if with_memory {
             batch.chain.offsets.hash(&mut hash);
+            batch.recalled.columns.hash(&mut hash);
         }
         let of_scratch = [
+            self.grown.load(Ordering::Relaxed),
             self.floats.grown(),
             self.activations.grown(),
             self.indices.grown(),
@@ -1093,13 +1110,11 @@ impl<D: Device, T: Compute> Backend for Gpu<D, T> {
         sequences: usize,
         segments: usize,
     ) -> Result<Self::MemoryState> {
-        if memory.supervised {
-            return Err(BackendError::CpuOnly {
-                what: "a supervised memory (loss.supervise = \"memory\")",
-            });
-        }
-        let memories = sequences + segments;
-        self.buffer(memories * memory.slots * memory.width, Kind::Activation)
+        let numbers = (sequences + segments) * memory.slots * memory.width;
+        Ok(MemoryState {
+            memories: self.buffer(numbers, Kind::Activation)?,
+            recall: self.buffer(0, Kind::Activation)?,
+        })
     }
 
     fn memory(
@@ -1111,10 +1126,12 @@ impl<D: Device, T: Compute> Backend for Gpu<D, T> {
         inputs: MemoryInputs<Self::Buffer>,
         state: &mut Self::MemoryState,
         read: &mut Self::Buffer,
-        _metrics: &mut Self::Buffer,
+        metrics: &mut Self::Buffer,
     ) -> Result<()> {
         let _range = range("memory");
-        self.chain_forward(batch, memory, parameters, start, inputs, state, read)
+        self.chain_forward(
+            batch, memory, parameters, start, inputs, state, read, metrics,
+        )
     }
 
     fn memory_backward(
@@ -1152,7 +1169,7 @@ impl<D: Device, T: Compute> Backend for Gpu<D, T> {
         to: &mut Self::Buffer,
     ) -> Result<()> {
         let _range = range("commit_memory");
-        self.chain_commit(batch, memory, state, slots, to)
+        self.chain_commit(batch, memory, &state.memories, slots, to)
     }
 
     fn cross_entropy(
