@@ -355,15 +355,14 @@ impl<D: Device> On<'_, D> {
         ];
         let key_strength: Option<Array2<f64>> = self.case.optional("key_strength")?;
         let bias: Option<Array1<f64>> = self.case.optional("strength_bias")?;
-        let ((sequences, slots, width), (_, longest, key_width)) =
-            (memory.dim(), address_key.dim());
+        let ((sequences, slots, width), (_, longest, _)) = (memory.dim(), value.dim());
         let tokens = sequences * longest;
         let shape = content_memory::Shape {
             sequences,
             tokens,
             longest,
             slots,
-            key_width,
+            key_width: width,
             width,
             variant: *variant,
         };
@@ -371,7 +370,6 @@ impl<D: Device> On<'_, D> {
         shape.validate_offsets(&offsets)?;
 
         let memory_memory = self.upload::<T>(&memory)?;
-        let of_keys = address_key.dim();
         let [address_key, strength_key, value_memory] = [
             self.upload::<T>(&address_key)?,
             self.upload::<T>(&strength_key)?,
@@ -381,15 +379,12 @@ impl<D: Device> On<'_, D> {
         let bias = bias.map(|x| self.upload::<f32>(&x)).transpose()?;
         let cu_seqlens = self.send(&offsets)?;
         let inputs = || -> Result<_, RunError> {
-            let rows = |memory, width| {
-                let rows = self.input(memory, tokens * width)?.rows(width);
-                Ok::<_, RunError>(rows)
-            };
+            let rows = |memory| Ok::<_, RunError>(self.input(memory, value.len())?.rows(width));
             Ok(content_memory::Inputs {
                 memory: self.input(&memory_memory, memory.len())?,
-                address_key: rows(&address_key, key_width)?,
-                strength_key: rows(&strength_key, key_width)?,
-                value: rows(&value_memory, width)?,
+                address_key: rows(&address_key)?,
+                strength_key: rows(&strength_key)?,
+                value: rows(&value_memory)?,
                 key_strength: match &key_strength {
                     Some(x) => Some(self.input(x, tokens)?),
                     None => None,
@@ -423,8 +418,8 @@ impl<D: Device> On<'_, D> {
         let [grad_next, grad_read] = [self.upload::<T>(&grad_next)?, self.upload::<T>(&grad_read)?];
         let mut d_memory = self.device.allocate::<T>(memory.len())?;
         let [mut d_address_key, mut d_strength_key, mut d_value] = [
-            self.device.allocate::<T>(tokens * key_width)?,
-            self.device.allocate::<T>(tokens * key_width)?,
+            self.device.allocate::<T>(value.len())?,
+            self.device.allocate::<T>(value.len())?,
             self.device.allocate::<T>(value.len())?,
         ];
         let mut d_key_strength = self.device.allocate::<T>(tokens)?;
@@ -436,12 +431,8 @@ impl<D: Device> On<'_, D> {
             grad_memory_next: self.input(&grad_next, memory.len())?,
             grad_read: self.input(&grad_read, value.len())?,
             d_memory: self.output(&mut d_memory, memory.len())?,
-            d_address_key: self
-                .output(&mut d_address_key, tokens * key_width)?
-                .rows(key_width),
-            d_strength_key: self
-                .output(&mut d_strength_key, tokens * key_width)?
-                .rows(key_width),
+            d_address_key: self.output(&mut d_address_key, value.len())?.rows(width),
+            d_strength_key: self.output(&mut d_strength_key, value.len())?.rows(width),
             d_value: self.output(&mut d_value, value.len())?.rows(width),
             d_key_strength: match variant.addressing {
                 Addressing::Cosine => Some(self.output(&mut d_key_strength, tokens)?),
@@ -455,8 +446,8 @@ impl<D: Device> On<'_, D> {
         };
         shape.backward(self.device, backward)?;
         results.gradient("memory", self.download(&d_memory, memory.dim())?);
-        results.gradient("address_key", self.download(&d_address_key, of_keys)?);
-        results.gradient("strength_key", self.download(&d_strength_key, of_keys)?);
+        results.gradient("address_key", self.download(&d_address_key, value.dim())?);
+        results.gradient("strength_key", self.download(&d_strength_key, value.dim())?);
         results.gradient("value", self.download(&d_value, value.dim())?);
         if variant.addressing == Addressing::Cosine {
             let of_tokens = (sequences, longest);
