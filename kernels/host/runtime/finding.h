@@ -11,7 +11,7 @@ enum class Check : std::uint32_t {
     kReadOnly,
     kUninitialised,
     kPending,     // a word that an asynchronous copy is still on its way to
-    kUnawaited,   // a thread ends with an asynchronous copy under way
+    kUnawaited,   // a thread ends with an asynchronous copy, or a product of its warpgroup, under way
     kMisaligned,
     kRace,
     kDivergence,  // threads that wait for others that never come
@@ -21,6 +21,8 @@ enum class Check : std::uint32_t {
     kLocal,       // stack overflow, or another thread's local memory
     kRunaway,
     kEnded,       // the shared memory of a block of the cluster that has ended
+    kInFlight,    // registers or shared memory that a product of a warpgroup still works on
+    kUnfenced,    // the same, used before it without a fence in between
 };
 
 enum class Space : std::uint32_t { kNone, kGlobal, kShared };

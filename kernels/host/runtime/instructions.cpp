@@ -101,9 +101,6 @@ void ldmatrix(std::uint32_t (&r)[kMatrices], const void* row, const char* instru
     });
 }
 
-float from_bf16(std::uint32_t bits) { return __bfloat162float({static_cast<std::uint16_t>(bits)}); }
-float from_f16(std::uint32_t bits) { return __half2float({static_cast<std::uint16_t>(bits)}); }
-
 struct Product {
     float* d;
     const std::uint32_t *a, *b;

@@ -58,6 +58,7 @@ Machine::Machine() {
     if (shared_ == nullptr || stacks == MAP_FAILED) std::abort();
     stacks_ = static_cast<char*>(stacks);
     shared_shadow_.resize(kMaxCluster * kSharedBytes);
+    readers_.reset(zeroed<std::uint8_t>(kMaxCluster * kSharedBytes / kGranule));
 }
 
 Machine::~Machine() { munmap(stacks_, kMaxCluster * kMaxThreads * kStackBytes); }
@@ -129,8 +130,9 @@ void Machine::each_thread(Visit visit) const {
 
 void Machine::run_cluster(uint3 first, unsigned blocks, unsigned thread_count) {
     for (unsigned rank = 0; rank < blocks_.size(); ++rank) {  // of the cluster before
-        std::fill_n(shared_shadow_.state.get() + rank * kSharedBytes / kGranule, shared_top_ / kGranule + 1,
-                    std::uint8_t{0});
+        for (std::uint8_t* all : {shared_shadow_.state.get(), readers_.get()}) {
+            std::fill_n(all + rank * kSharedBytes / kGranule, shared_top_ / kGranule + 1, std::uint8_t{0});
+        }
     }
     shared_top_ = static_shared_ = 0;
     variables_.clear();
@@ -141,6 +143,7 @@ void Machine::run_cluster(uint3 first, unsigned blocks, unsigned thread_count) {
     cluster_epochs_.emplace_back(cluster_epoch_, first);
     blocks_.assign(blocks, {});
     warps_.resize(blocks * warps);
+    warpgroups_.assign(blocks * warps / 4 + 1, {});
     cluster_barrier_ = {};
     cluster_barrier_.joined.assign(warps_.size(), 0);
     for (unsigned rank = 0; rank < blocks; ++rank) {
@@ -196,6 +199,11 @@ void Machine::start(Fiber& fiber, unsigned t) {
     fiber.wait = Wait::kNothing;
     fiber.committed = 0;
     fiber.copies.clear();
+    fiber.proxy_fences.clear();
+    fiber.product_groups = 0;
+    fiber.accumulators.clear();
+    fiber.fragments.clear();
+    fiber.fenced = false;
     *reinterpret_cast<std::uint64_t*>(fiber.stack) = kCanary;
     prepare(fiber.context, fiber.stack, kStackBytes, &Machine::enter);
 }
@@ -208,6 +216,9 @@ void Machine::enter() {
 void Machine::finish_thread() {
     for (const AsyncCopy& copy : current->copies) {
         fail_at(Check::kUnawaited, shared_.get() + copy.offset, copy.bytes, true, copy.site);
+    }
+    for (const Accumulators& product : current->accumulators) {
+        fail(Check::kUnawaited, product.site, "a product of the warpgroup");
     }
     current->done = true;
     const unsigned rank = rank_of(current->thread);

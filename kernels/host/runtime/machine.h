@@ -9,6 +9,8 @@
 #include <memory>
 #include <vector>
 
+#include "cuda_bf16.h"
+#include "cuda_fp16.h"
 #include "cuda_host.h"
 #include "fiber.h"
 #include "finding.h"
@@ -31,12 +33,14 @@ constexpr std::uint8_t kPoison = 0xff;                   // a NaN in f32, bf16 a
 constexpr std::size_t kGranule = 2;
 constexpr std::uint8_t kValid = 0x03, kInitialised = 0x0c, kPending = 0x10;
 
-// Who touched a granule last, and when: `epoch` counts synchronisations, `site` is the code address. Two readers are
-// kept, so that a write finds one that is not itself.
+// Who touched a granule last, and when: `epoch` counts synchronisations, `site` is the code address, `fences` how many
+// fences of the asynchronous proxy the thread had behind it. Two readers are kept, so that a write finds one that is not
+// itself.
 struct Access {
     std::uint32_t epoch = 0;
     std::uint32_t site = 0;
     std::uint16_t thread = 0;
+    std::uint16_t fences = 0;
 };
 struct History {
     Access write, read, other_read;
@@ -85,7 +89,39 @@ struct AsyncCopy {
     const void* site;
 };
 
-enum class Wait : std::uint8_t { kNothing, kBarrier, kWarp, kCluster };
+// A product of a warpgroup, as one of its threads gives it.
+struct GroupProduct {
+    const char* instruction;
+    float* d;
+    unsigned columns;
+    const std::uint32_t* a;  // four registers; null: by descriptor
+    std::uint64_t a_descriptor, b_descriptor;
+    bool transposed, adds;
+    float (*widen)(std::uint32_t);
+};
+
+// Registers of a thread that belong to products under way, the last of them in `group`.
+struct Accumulators {
+    std::uint32_t group;
+    float* d;
+    std::vector<float> values;  // that they will have
+    const void* site;           // of the last product
+
+    std::size_t bytes() const { return values.size() * sizeof(float); }
+};
+struct Fragment {
+    std::uint32_t group;
+    const std::uint32_t* a;
+};
+
+// What a product under way reads of shared memory, in pieces of 16 bytes, until each of the warps has waited.
+struct Reading {
+    std::uint32_t group;
+    unsigned warps;
+    std::vector<std::uint32_t> offsets;
+};
+
+enum class Wait : std::uint8_t { kNothing, kBarrier, kWarp, kWarpgroup, kCluster };
 
 struct Fiber {
     Context context;
@@ -99,6 +135,15 @@ struct Fiber {
     const void* site = nullptr;
     std::uint32_t committed = 0;   // groups of asynchronous copies
     std::vector<AsyncCopy> copies;
+    std::vector<std::uint32_t> proxy_fences;  // the epoch of each
+    // Products: the groups committed, what is under way, and for each word of the stack (which has the registers) the
+    // number of the fence behind which the program used it last. Followed from the block's first fence on.
+    std::uint32_t product_groups = 0;
+    std::vector<Accumulators> accumulators;
+    std::vector<Fragment> fragments;
+    bool fenced = false;
+    std::uint32_t register_fence = 0;
+    std::vector<std::uint32_t> used;
 };
 
 // An instruction that the lanes of `mask` execute together. The last to arrive does the work of all.
@@ -117,6 +162,14 @@ struct Warp {
     Clock seen;                // up to which epoch of each other warp all is known to have happened before
     std::uint32_t arrived = 0, awaited = 0;  // phase of the cluster's barrier: arrived at and not awaited yet, awaited
     std::vector<Gathering> gatherings;
+};
+
+// Four warps at a product, which is done when all are there.
+struct Warpgroup {
+    unsigned arrived = 0;      // warps
+    std::uint32_t turn = 0;
+    std::array<std::array<GroupProduct, kWarp>, 4> operands;
+    std::vector<Reading> readings;
 };
 
 struct Barrier {
@@ -200,6 +253,13 @@ public:
     void begin_copy(void* shared, const void* source, unsigned bytes, unsigned source_bytes, const void* site);
     void commit_copies() { ++current->committed; }
     void await_copies(std::uint32_t still_running, const void* site);
+    // The asynchronous proxy and the products of warpgroups (warpgroup.cpp).
+    std::uint32_t shared_address(const void* address, const void* site);
+    void fence_proxy(const void* site);
+    void fence_registers(const void* site);
+    void multiply(const GroupProduct& product, const void* site);
+    void commit_products(const void* site);
+    void await_products(std::uint32_t still_running, const void* site);
     // Whether this launch leaves out the barrier or wait of this place.
     bool omits(const void* site) const;
     // Reports about the thread of a lane other than the running one.
@@ -238,6 +298,10 @@ private:
     const Range* range_of(std::uintptr_t address) const;
     bool before_now(const Access& access) const;
     template <bool kWrite> void access_global(std::uintptr_t address, std::size_t bytes, const void* site);
+    template <bool kWrite> void use_registers(std::uintptr_t address, std::size_t bytes, const void* site);
+    void require_registers(const void* registers, std::size_t bytes, const GroupProduct& product, const void* site);
+    void perform(Warpgroup& group, unsigned first_thread, const void* site);
+    void require_fenced(std::size_t offset, const void* site);
     template <bool kWrite>
     void touch(Shadow& shadow, std::size_t offset, std::size_t bytes, const std::uint8_t* base, const void* site);
     [[noreturn]] void race(const Access& earlier, bool earlier_write, const void* address, std::size_t bytes, bool write,
@@ -251,12 +315,14 @@ private:
 
     std::unique_ptr<std::uint8_t[], FreeDeleter> shared_;
     Shadow shared_shadow_;
+    std::unique_ptr<std::uint8_t[], FreeDeleter> readers_;  // products under way that read a granule of shared memory
     std::vector<SharedVariable> variables_;
     std::size_t shared_top_ = 0, static_shared_ = 0, dynamic_shared_ = 0;
 
     char* stacks_ = nullptr;
     std::vector<Fiber> fibers_;
     std::vector<Warp> warps_;
+    std::vector<Warpgroup> warpgroups_;
     std::vector<Block> blocks_;
     ClusterBarrier cluster_barrier_;
     std::vector<unsigned> ready_, next_ready_;
@@ -277,6 +343,10 @@ private:
 
 // The machine whose kernel this system thread is running, if any.
 extern thread_local Machine* machine;
+
+// 16 bits as f32.
+inline float from_bf16(std::uint32_t bits) { return __bfloat162float({static_cast<std::uint16_t>(bits)}); }
+inline float from_f16(std::uint32_t bits) { return __half2float({static_cast<std::uint16_t>(bits)}); }
 
 Location locate(const void* site);
 const Kernel* kernels();

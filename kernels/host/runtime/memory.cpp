@@ -139,7 +139,8 @@ template <bool kWrite>
 void Machine::touch(Shadow& shadow, std::size_t offset, std::size_t bytes, const std::uint8_t* base, const void* site) {
     const bool shared = &shadow == &shared_shadow_;
     const Access now{warps_[current->thread / kWarp].epoch, code_offset(site),
-                     static_cast<std::uint16_t>(current->thread)};
+                     static_cast<std::uint16_t>(current->thread),
+                     static_cast<std::uint16_t>(current->proxy_fences.size())};
     auto concurrent = [&](const Access& access) {
         if (access.epoch < cluster_epoch_) return !shared && access.epoch >= launch_epoch_;  // another cluster's
         return !before_now(access);
@@ -152,6 +153,9 @@ void Machine::touch(Shadow& shadow, std::size_t offset, std::size_t bytes, const
         if ((state & mask) != mask) fail_at(Check::kOutOfBounds, base + offset, bytes, kWrite, site);
         if ((state & kPending) != 0) fail_at(Check::kPending, base + offset, bytes, kWrite, site);
         if constexpr (kWrite) {
+            if (shared && readers_[granule] != 0) {
+                fail_at(Check::kInFlight, base + offset, bytes, kWrite, site, "a product still reads it");
+            }
             state |= mask << 2;
         } else if ((state >> 2 & mask) != mask) {
             fail_at(Check::kUninitialised, base + offset, bytes, kWrite, site);
@@ -180,7 +184,10 @@ void Machine::race(const Access& earlier, bool earlier_write, const void* addres
 template <bool kWrite>
 void Machine::access(const void* address, std::size_t bytes, const void* site) {
     const auto at = reinterpret_cast<std::uintptr_t>(address);
-    if (at - reinterpret_cast<std::uintptr_t>(current->stack) < kStackBytes) return;
+    if (at - reinterpret_cast<std::uintptr_t>(current->stack) < kStackBytes) {
+        if (current->fenced) use_registers<kWrite>(at, bytes, site);
+        return;
+    }
     if (--budget_ == 0) fail(Check::kRunaway, site);
     const std::uintptr_t offset = at - reinterpret_cast<std::uintptr_t>(shared_.get());
     if (offset < blocks_.size() * kSharedBytes) {

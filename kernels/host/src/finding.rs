@@ -17,7 +17,7 @@ pub enum Check {
     Uninitialised,
     /// An access to shared memory that an asynchronous copy is still on its way to.
     Pending,
-    /// A thread ended before it waited for its asynchronous copy.
+    /// A thread ended before it waited for its asynchronous copy, or its part of a product.
     Unawaited,
     /// An address that is not a multiple of what the access needs.
     Misaligned,
@@ -37,12 +37,16 @@ pub enum Check {
     Runaway,
     /// The shared memory of a block of the cluster that has ended.
     Ended,
+    /// Registers or shared memory that a product of a warpgroup, not waited for yet, works on.
+    InFlight,
+    /// A product of a warpgroup takes registers, or shared memory, that the program used without a fence in between.
+    Unfenced,
 }
 
 impl Check {
     fn from_code(code: u32) -> Self {
         use Check::*;
-        const ALL: [Check; 15] = [
+        const ALL: [Check; 17] = [
             Runaway,
             OutOfBounds,
             ReadOnly,
@@ -58,6 +62,8 @@ impl Check {
             Local,
             Runaway,
             Ended,
+            InFlight,
+            Unfenced,
         ];
         ALL.get(code as usize).copied().unwrap_or(Runaway)
     }
@@ -68,7 +74,7 @@ impl Check {
             Check::ReadOnly => "memory passed for reading only",
             Check::Uninitialised => "uninitialised memory",
             Check::Pending => "an asynchronous copy has not been waited for",
-            Check::Unawaited => "the thread ended before its asynchronous copy was waited for",
+            Check::Unawaited => "the thread ended before its asynchronous work was waited for",
             Check::Misaligned => "misaligned address",
             Check::Race => "race",
             Check::Divergence => "threads wait in vain",
@@ -78,6 +84,8 @@ impl Check {
             Check::Local => "local memory",
             Check::Runaway => "no end in sight",
             Check::Ended => "shared memory of a block that has ended",
+            Check::InFlight => "a product that has not been waited for",
+            Check::Unfenced => "no fence before a product",
         }
     }
 }

@@ -155,7 +155,7 @@ pub fn assert_every_barrier_is_needed(
     source: &str,
     run: impl Fn(&Executor) -> Result<()>,
 ) {
-    const WAITS: [&str; 7] = [
+    const WAITS: [&str; 10] = [
         "__syncthreads(",
         "__syncwarp(",
         "barrier_sync(",
@@ -163,6 +163,9 @@ pub fn assert_every_barrier_is_needed(
         "cp_async_wait",
         "cluster_arrive(",
         "cluster_wait(",
+        "fence_proxy_async(",
+        "wgmma_fence(",
+        "wgmma_wait",
     ];
     let mut executor = Executor::new();
     run(&executor).unwrap_or_else(|error| panic!("as it is: {error}"));

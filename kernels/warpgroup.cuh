@@ -1,0 +1,69 @@
+// Tiles in shared memory that the products of a warpgroup read (ptx_warpgroup.cuh), and these products by type.
+//
+// A tile of 16-bit numbers, R rows × W columns, is cut into panels of 64 columns: R·128 bytes each, panel after panel.
+// In a panel the 16-byte piece c of row r stands in row r at place c ^ r%8, so that eight rows of one piece lie in
+// different banks. That is the 128-byte swizzle of the PTX manual, for either major-ness; with a panel's first byte at
+// a multiple of 1024, a piece's place follows from its address, bits 4–6 ^= bits 7–9, and a descriptor may begin at any
+// 32 bytes of the first row.
+#pragma once
+
+#include "ptx_warpgroup.cuh"
+#include "types.cuh"
+
+namespace warpgroup {
+
+constexpr int kThreads = 128;
+constexpr int kRows = 64;  // of a product
+constexpr int kDepth = 16;
+constexpr int kPanel = 64;  // columns
+constexpr int kTileAlignment = 1024;
+
+template <int kRows, typename T>
+__device__ inline T* place(T* tile, int row, int column) {
+    static_assert(sizeof(T) == 2);
+    const int piece = column % kPanel / kVectorSize<T> ^ row % 8;
+    return tile + (column / kPanel * kRows + row) * kPanel + piece * kVectorSize<T> + column % kVectorSize<T>;
+}
+
+// What the instruction is told of a matrix: where it begins, and two distances in bytes.
+__device__ inline uint64_t descriptor(uint32_t address, int leading, int stride) {
+    constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
+    const auto field = [](uint32_t bytes) { return uint64_t{(bytes & 0x3ffff) >> 4}; };
+    return kSwizzle128 | field(static_cast<uint32_t>(stride)) << 32 | field(static_cast<uint32_t>(leading)) << 16 |
+           field(address);
+}
+
+// 16 columns of a tile from `column` on, a multiple of 16, for the rows from `row` on, a multiple of 8: an operand whose
+// columns are the depth. Eight rows are 1024 bytes; there is no other distance within 16 columns.
+template <int kRows, typename T>
+__device__ inline uint64_t of_columns(const T* tile, int row, int column) {
+    const int first = (column / kPanel * kRows + row) * kPanel + column % kPanel;
+    return descriptor(ptx::shared_address(tile) + first * static_cast<int>(sizeof(T)), 16, 8 * kPanel * sizeof(T));
+}
+
+// 16 rows of a tile from `row` on, a multiple of 8, all columns: an operand whose rows are the depth (`kTransposed`).
+template <int kRows, typename T>
+__device__ inline uint64_t of_rows(const T* tile, int row) {
+    return descriptor(ptx::shared_address(tile) + row * kPanel * static_cast<int>(sizeof(T)),
+                      kRows * kPanel * sizeof(T), 8 * kPanel * sizeof(T));
+}
+
+// d (+)= a·b. The last argument only says the type.
+template <int kTransposed, typename A>
+__device__ inline void multiply(float (&d)[8][4], const A& a, uint64_t b, bool adds, const bf16*) {
+    ptx::wgmma_m64n64k16_bf16<kTransposed>(d, a, b, adds);
+}
+template <int kTransposed, typename A>
+__device__ inline void multiply(float (&d)[16][4], const A& a, uint64_t b, bool adds, const bf16*) {
+    ptx::wgmma_m64n128k16_bf16<kTransposed>(d, a, b, adds);
+}
+template <int kTransposed, typename A>
+__device__ inline void multiply(float (&d)[8][4], const A& a, uint64_t b, bool adds, const f16*) {
+    ptx::wgmma_m64n64k16_f16<kTransposed>(d, a, b, adds);
+}
+template <int kTransposed, typename A>
+__device__ inline void multiply(float (&d)[16][4], const A& a, uint64_t b, bool adds, const f16*) {
+    ptx::wgmma_m64n128k16_f16<kTransposed>(d, a, b, adds);
+}
+
+}  // namespace warpgroup
