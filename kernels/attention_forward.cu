@@ -10,12 +10,7 @@
 // running maximum and sum of its rows stay in registers. Tiles of keys and values come by asynchronous copies in two stages:
 // one barrier a tile. A warp leaves out the tiles that none of its rows sees, and masks those that some of them see.
 //
-// The loss of a supervised head needs lse, so it is one more pass over the keys. 1 − A of a row's largest entry (its
-// peak) is the sum of the others, never a subtraction; every other entry has A ≤ 1/2. While a row goes by, the largest
-// entry so far is held back and all others are added up; what a larger one displaces is added then. For the backward
-// pass a row keeps three numbers: with ĝ = ∂row_loss/∂A and p the peak,
-//   at_peak = Σ_k A_k (ĝ_k − ĝ_p),  shift = ĝ_p + at_peak,  so that  dS_j = A_j ĝ_j − A_j·shift,  dS_p = −A_p·at_peak
-// in which nothing cancels when A_p rounds to 1.
+// The loss of a supervised head needs lse, so it is one more pass over the keys (attention_forward.cuh).
 //
 // Bytes: q, out once; k and v once for each tile of queries, from the second level cache. Operations: 4·width for every
 // visible pair (6 with the loss). Bound by the matrix units for long sequences, in f32 by shared memory. For width 64, 32
@@ -28,7 +23,7 @@
 //   2  32 rows to a warp, two stages, swizzled rows (what padding took is room for the second stage), the scale folded into
 //      the argument of 2^x, masks in the tiles of a warp that need them only
 
-#include "attention.cuh"
+#include "attention_forward.cuh"
 
 namespace {
 
@@ -37,86 +32,6 @@ using namespace attention;
 // Keys of a tile.
 template <typename T, int kWidth>
 constexpr int kKeys = kWidth * sizeof(T) <= 256 ? 64 : kWidth * sizeof(T) <= 512 ? 32 : 16;
-
-constexpr float kLeastFactor = 1e-30f;
-constexpr float kLogFloor = -100.0f;
-// A is added up times e^40, so that the sum without the peak reaches e^−100 and below.
-constexpr float kLift = 40.0f;
-constexpr float kLower = 4.2483543e-18f;  // e^−40
-
-// Unlike fmaxf, this lets a NaN through.
-__device__ inline float floored(float log) { return log < kLogFloor ? kLogFloor : log > 0.0f ? 0.0f : log; }
-
-// Sums over the entries of a row but for its largest so far. Logarithms of A come in.
-struct RowLoss {
-    float peak_log = -kInfinity;
-    int peak = 0x7fffffff;
-    int peak_paired = 0;
-    float rest = 0.0f;        // Σ A·e^40
-    float slope = 0.0f;       // Σ A·ĝ
-    float complement = 0.0f;  // 1 − Π (1 − A) over what is not paired: A ≤ 1/2 there, one logarithm does for all
-    float loss = 0.0f;        // of the pairs
-
-    __device__ void add(float log, int key, int paired) {
-        if (log > peak_log || (log == peak_log && key < peak)) {
-            settle(peak_log, peak_paired);
-            peak_log = log;
-            peak = key;
-            peak_paired = paired;
-        } else {
-            settle(log, paired);
-        }
-    }
-
-    __device__ void settle(float log, int paired) {
-        const float lifted = expf(log + kLift), weight = lifted * kLower;
-        rest += lifted;
-        slope += loss_slope(weight, paired != 0);
-        if (paired != 0) {
-            loss -= floored(log);
-        } else {
-            complement += weight * (1.0f - complement);
-        }
-    }
-
-    // Adds the sums of the lane that is `lanes` away.
-    __device__ void join(int lanes) {
-        const auto other = [lanes](auto x) { return __shfl_xor_sync(0xffffffffu, x, lanes); };
-        const float other_complement = other(complement);
-        rest += other(rest);
-        slope += other(slope);
-        complement += other_complement * (1.0f - complement);
-        loss += other(loss);
-        const float log = other(peak_log);
-        const int key = other(peak), paired = other(peak_paired);
-        add(log, key, paired);
-    }
-
-    // The row's loss, and what the backward pass wants to know.
-    __device__ float finish(float& at_peak, float& shift) const {
-        const float others = rest * kLower;
-        const float own_log = others < 0.5f ? log1pf(-others) : peak_log;
-        const float own = expf(own_log);
-        const float peak_slope = (peak_paired != 0 ? -others : own) / fmaxf(own * others, kVarianceFloor);
-        at_peak = slope - others * peak_slope;
-        shift = peak_slope + at_peak;
-        return loss - floored(peak_paired != 0 ? own_log : logf(rest) - kLift) - log1pf(-complement);
-    }
-};
-
-template <typename T>
-struct Forward {
-    const T *q, *k, *v;
-    T* out;
-    float* lse;
-    Pack pack;
-    Mask mask;
-    Supervision supervision;
-    int32_t* peak;  // these four [tokens_q, supervised heads]
-    float *shift, *at_peak, *row_loss;
-    int32_t heads, key_heads, q_stride, k_stride, v_stride, out_stride;
-    float scale;
-};
 
 template <int kWidth, typename T>
 __device__ inline void forward(const Forward<T>& x) {
@@ -187,15 +102,7 @@ __device__ inline void forward(const Forward<T>& x) {
             for (int m = 0; m < kM; ++m) {
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
-                    const Run run = run_of(m, half);
-#pragma unroll
-                    for (int t = 0; t < kTiles; ++t) {
-#pragma unroll
-                        for (int i = half * 2; i < half * 2 + 2; ++i) {
-                            if (negative) scores[m][t][i] = -scores[m][t][i];
-                            if (!run.holds(key + owner.column(t, i))) scores[m][t][i] = -kInfinity;
-                        }
-                    }
+                    hide(scores[m], half, run_of(m, half), key, owner, negative);
                 }
             }
         }
@@ -203,25 +110,7 @@ __device__ inline void forward(const Forward<T>& x) {
         for (int m = 0; m < kM; ++m) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                float largest = -kInfinity;
-#pragma unroll
-                for (int t = 0; t < kTiles; ++t) {
-                    largest = fmaxf(largest, fmaxf(scores[m][t][half * 2], scores[m][t][half * 2 + 1]));
-                }
-                largest = fmaxf(maximum[m][half], row_maximum(largest) * factor);
-                const float centre = largest == -kInfinity ? 0.0f : largest;  // nothing seen yet
-                const float shrink = ptx::exp2_approx(maximum[m][half] - centre);
-                maximum[m][half] = largest;
-                float total = 0.0f;
-#pragma unroll
-                for (int t = 0; t < kTiles; ++t) {
-#pragma unroll
-                    for (int i = half * 2; i < half * 2 + 2; ++i) {
-                        scores[m][t][i] = ptx::exp2_approx(fmaf(scores[m][t][i], factor, -centre));
-                        total += scores[m][t][i];
-                    }
-                }
-                sum[m][half] = sum[m][half] * shrink + total;
+                const float shrink = weigh(scores[m], half, factor, maximum[m][half], sum[m][half]);
 #pragma unroll
                 for (int t = 0; t < kOut; ++t) {
                     out[m][t][half * 2] *= shrink;
@@ -280,15 +169,7 @@ __device__ inline void forward(const Forward<T>& x) {
                 const int row = owner.row(m, half);
                 if (row >= rows) continue;
                 const uint64_t pairs = x.supervision.bits(static_cast<int>(token) + row, key);
-#pragma unroll
-                for (int t = 0; t < kTiles; ++t) {
-#pragma unroll
-                    for (int i = half * 2; i < half * 2 + 2; ++i) {
-                        const int column = owner.column(t, i);
-                        if (!run[half].holds(key + column)) continue;
-                        losses[half].add(scores[0][t][i] * x.scale - own_lse[half], key + column, pairs >> column & 1);
-                    }
-                }
+                add_losses(losses[half], scores[0], half, run[half], key, owner, x.scale, own_lse[half], pairs);
             }
         }
 #pragma unroll
@@ -297,13 +178,8 @@ __device__ inline void forward(const Forward<T>& x) {
             losses[half].join(2);
             const int row = owner.row(m, half);
             if (row >= rows || owner.part != 0 || owner.lane % 4 != 0) continue;
-            const int64_t at = (token + row) * x.supervision.count + slot;
             const bool counts = annotated && run[half].begin < run[half].end;
-            float at_peak = 0.0f, shift = 0.0f;
-            x.row_loss[at] = counts ? losses[half].finish(at_peak, shift) : 0.0f;
-            x.peak[at] = counts ? losses[half].peak : -1;
-            x.shift[at] = shift;
-            x.at_peak[at] = at_peak;
+            store_loss(x, token + row, slot, counts, losses[half]);
         }
     }
 }
@@ -312,18 +188,10 @@ __device__ inline void forward(const Forward<T>& x) {
 
 // grid (tokens_q / rows + sequences, H), rows = 128 (f32 and width 128: 64, width 256: 32); block 128; dynamic shared memory
 // (rows + 4·keys)·width·size bytes, keys = 64 (width·size > 256: 32, > 512: 16).
-// `mask`: 0 none, 1 causal, 2 sliding window (`window`), 3 grouped causal (`groups` [tokens_k]); else groups is null.
-// Without supervision the pointers from `slots` to `row_loss` are null.
 #define ATTENTION_FORWARD(NAME, T, WIDTH)                                                                              \
-    extern "C" __global__ void __launch_bounds__(kThreads) attention_forward_##WIDTH##_##NAME(                         \
-        const T* q, const T* k, const T* v, T* out, float* lse, const int32_t* cu_seqlens_q,                           \
-        const int32_t* cu_seqlens_k, const int32_t* groups, const int32_t* slots, const uint8_t* annotated,            \
-        const int32_t* pair_offsets, const int32_t* pair_keys, int32_t* peak, float* shift, float* at_peak,            \
-        float* row_loss, int32_t sequences, int32_t heads, int32_t key_heads, int32_t supervised, int32_t q_stride,    \
-        int32_t k_stride, int32_t v_stride, int32_t out_stride, int32_t mask, int32_t window, float scale) {           \
-        forward<WIDTH>(Forward<T>{q, k, v, out, lse, {cu_seqlens_q, cu_seqlens_k, sequences}, {mask, window, groups},  \
-                                  {slots, annotated, pair_offsets, pair_keys, supervised}, peak, shift, at_peak,       \
-                                  row_loss, heads, key_heads, q_stride, k_stride, v_stride, out_stride, scale});       \
+    extern "C" __global__ void __launch_bounds__(kThreads)                                                             \
+        attention_forward_##WIDTH##_##NAME(ATTENTION_FORWARD_PARAMETERS(T)) {                                          \
+        forward<WIDTH>(ATTENTION_FORWARD_ARGUMENTS(T));                                                                \
     }
 
 #define ATTENTION_FORWARD_WIDTHS(NAME, T)                                                                              \

@@ -1,4 +1,4 @@
-//! attention_forward.cu and attention_backward.cu against the reference.
+//! attention_forward.cu, attention_hopper.cu and attention_backward.cu against the reference.
 
 mod common;
 
@@ -329,8 +329,15 @@ struct Run<T> {
     gradients: [Vec<T>; 3],
 }
 
+/// Which kernel computes the forward pass.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Version {
+    Portable,
+    Hopper,
+}
+
 /// Forward, loss and backward, as a training step launches them.
-fn run<T: Storage>(executor: &Executor, case: &Case) -> Result<Run<T>> {
+fn run<T: Storage>(executor: &Executor, case: &Case, version: Version) -> Result<Run<T>> {
     let (tokens_q, tokens_k) = case.tokens();
     let (heads, key_heads, width) = (case.heads, case.shape.key_heads, case.shape.width);
     let sequences = case.shape.lengths.len();
@@ -376,9 +383,9 @@ fn run<T: Storage>(executor: &Executor, case: &Case) -> Result<Run<T>> {
         _ => 32,
     };
     let blocks = |tokens: usize| (tokens / rows + sequences) as u32;
-    let launch = |name: &str, grid: [u32; 2], threads: u32, shared_rows: usize, args: &[Arg]| {
+    let launch = |name: &str, grid: [u32; 2], threads: u32, shared_bytes: usize, args: &[Arg]| {
         let launch = Launch {
-            shared_bytes: (shared_rows * row_bytes) as u32,
+            shared_bytes: shared_bytes as u32,
             ..Launch::new([grid[0], grid[1], 1], [threads, 1, 1])
         };
         executor.launch(name, launch, args)
@@ -417,16 +424,23 @@ fn run<T: Storage>(executor: &Executor, case: &Case) -> Result<Run<T>> {
     args.push(out.stride());
     args.extend(case.mask());
     args.push(scale);
-    let keys = match row_bytes {
-        ..=256 => 64,
-        257..=512 => 32,
-        _ => 16,
+    let (name, rows_of_block, threads, shared_bytes) = match version {
+        Version::Portable => {
+            let keys = match row_bytes {
+                ..=256 => 64,
+                257..=512 => 32,
+                _ => 16,
+            };
+            ("forward", rows, THREADS, (rows + 4 * keys) * row_bytes)
+        }
+        // Keys of a tile: as many as a head is wide.
+        Version::Hopper => ("hopper", 128, 256, (128 + 4 * width) * row_bytes + 1024),
     };
     launch(
-        &format!("attention_forward_{width}_{}", T::NAME),
-        [blocks(tokens_q), heads as u32],
-        THREADS,
-        rows + 4 * keys,
+        &format!("attention_{name}_{width}_{}", T::NAME),
+        [(tokens_q / rows_of_block + sequences) as u32, heads as u32],
+        threads,
+        shared_bytes,
         &args,
     )?;
 
@@ -487,7 +501,8 @@ fn run<T: Storage>(executor: &Executor, case: &Case) -> Result<Run<T>> {
         args.extend(parts.iter().map(|&part| gradients.stride(part)));
         args.extend(&numbers);
         let name = format!("attention_{name}_gradient_{width}_{}", T::NAME);
-        launch(&name, grid, THREADS, 2 * (rows + 2 * others), &args)
+        let shared_bytes = 2 * (rows + 2 * others) * row_bytes;
+        launch(&name, grid, THREADS, shared_bytes, &args)
     };
     gradient("query", [blocks(tokens_q), heads as u32], others, &[0])?;
     let others = if twice && width == 64 { 16 } else { others };
@@ -505,10 +520,10 @@ fn run<T: Storage>(executor: &Executor, case: &Case) -> Result<Run<T>> {
     })
 }
 
-fn check<T: Storage>(shape: &Shape) {
+fn check<T: Storage>(shape: &Shape, version: Version) {
     let case = Case::draw::<T>(shape);
     let found = in_every_order(|executor| {
-        run::<T>(executor, &case).unwrap_or_else(|error| panic!("{error}"))
+        run::<T>(executor, &case, version).unwrap_or_else(|error| panic!("{error}"))
     });
 
     let attention = case.attention();
@@ -624,9 +639,9 @@ proptest! {
 
     #[test]
     fn narrow_heads_agree_with_the_reference(shape in shape(&[16, 32], 150)) {
-        check::<f32>(&shape);
-        check::<bf16>(&shape);
-        check::<f16>(&shape);
+        check::<f32>(&shape, Version::Portable);
+        check::<bf16>(&shape, Version::Portable);
+        check::<f16>(&shape, Version::Portable);
     }
 }
 
@@ -635,37 +650,58 @@ proptest! {
 
     #[test]
     fn wide_heads_agree_with_the_reference(shape in shape(&[64, 128, 256], 40)) {
-        check::<f32>(&shape);
-        check::<bf16>(&shape);
-        check::<f16>(&shape);
+        check::<f32>(&shape, Version::Portable);
+        check::<bf16>(&shape, Version::Portable);
+        check::<f16>(&shape, Version::Portable);
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(6))]
+
+    #[test]
+    fn products_of_warpgroups_agree_with_the_reference(shape in shape(&[64, 128], 200)) {
+        check::<bf16>(&shape, Version::Hopper);
+        check::<f16>(&shape, Version::Hopper);
     }
 }
 
 #[test]
 fn every_barrier_is_needed() {
-    let case = Case::draw::<bf16>(&Shape {
-        lengths: vec![(200, 200), (70, 200)],
-        key_heads: 1,
-        group: 1,
-        width: 16,
-        shown: Shown::Window(70),
-        annotation: Annotation::SomePairs,
-        sharpness: 1.0,
-        fused: false,
-        seed: 3,
-    });
-    let run = |executor: &Executor| run::<bf16>(executor, &case).map(drop);
-    for (file, source) in [
+    for (file, source, version, width) in [
         (
             "kernels/attention_forward.cu",
             include_str!("../../attention_forward.cu"),
+            Version::Portable,
+            16,
         ),
         (
             "kernels/attention_backward.cu",
             include_str!("../../attention_backward.cu"),
+            Version::Portable,
+            16,
+        ),
+        (
+            "kernels/attention_hopper.cu",
+            include_str!("../../attention_hopper.cu"),
+            Version::Hopper,
+            64,
         ),
     ] {
-        assert_every_barrier_is_needed(file, source, run);
+        let case = Case::draw::<bf16>(&Shape {
+            lengths: vec![(200, 200), (70, 200)],
+            key_heads: 1,
+            group: 1,
+            width,
+            shown: Shown::Window(70),
+            annotation: Annotation::SomePairs,
+            sharpness: 1.0,
+            fused: false,
+            seed: 3,
+        });
+        assert_every_barrier_is_needed(file, source, |executor| {
+            run::<bf16>(executor, &case, version).map(drop)
+        });
     }
 }
 
@@ -683,7 +719,7 @@ fn wide_windows_agree_with_the_reference() {
         fused: false,
         seed: 4,
     };
-    check::<f32>(&shape);
-    check::<bf16>(&shape);
-    check::<f16>(&shape);
+    check::<f32>(&shape, Version::Portable);
+    check::<bf16>(&shape, Version::Portable);
+    check::<f16>(&shape, Version::Portable);
 }
