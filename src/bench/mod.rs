@@ -270,25 +270,34 @@ fn on<P: Place>(
 ) -> Result<()> {
     let device = place.name();
     let backend = place.backend()?;
+    let for_hopper = place.hopper_backend()?;
     let ceilings = operations::ceilings(place, &backend)?;
     for (operation, scale) in table(filter) {
         let cost = operation.cost(scale, P::ELEMENT_BYTES);
-        let skip = if place.is_cpu() && cost.operations > CPU_OPERATIONS {
-            Some("it takes a CPU too long")
-        } else if until.start.elapsed().as_secs_f64() > until.seconds {
-            Some("no time left")
-        } else {
-            None
+        let own = match operation.is_for_hopper() {
+            true => for_hopper.as_ref(),
+            false => Some(&backend),
         };
-        if let Some(reason) = skip {
-            visit(Visit::Skipped {
-                operation,
-                scale,
-                device: &device,
-                reason,
-            })?;
-            continue;
-        }
+        let ready = match own {
+            None => Err("compute capability 9.0, and a build for it, only"),
+            _ if place.is_cpu() && cost.operations > CPU_OPERATIONS => {
+                Err("it takes a CPU too long")
+            }
+            _ if until.start.elapsed().as_secs_f64() > until.seconds => Err("no time left"),
+            Some(backend) => Ok(backend),
+        };
+        let backend = match ready {
+            Ok(backend) => backend,
+            Err(reason) => {
+                visit(Visit::Skipped {
+                    operation,
+                    scale,
+                    device: &device,
+                    reason,
+                })?;
+                continue;
+            }
+        };
         let mut case = |time: &mut dyn FnMut(u64) -> Result<f64>| {
             visit(Visit::Case(Case {
                 operation,
@@ -307,11 +316,11 @@ fn on<P: Place>(
         }
         let copies = (P::CACHE_BYTES / cost.bytes).ceil().clamp(1.0, MOST_COPIES) as usize;
         let mut runs = (0..copies)
-            .map(|_| operations::prepare(&backend, operation, scale))
+            .map(|_| operations::prepare(backend, operation, scale))
             .collect::<Result<Vec<_>>>()?;
         let mut next = 0;
         case(&mut |count| {
-            place.seconds(&backend, &mut || {
+            place.seconds(backend, &mut || {
                 for _ in 0..count {
                     runs[next]()?;
                     next = (next + 1) % copies;

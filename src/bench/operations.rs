@@ -37,10 +37,14 @@ const RANK: usize = 8;
 pub enum Operation {
     /// Causal attention.
     Attention,
+    /// The same by the version for Hopper.
+    AttentionHopper,
     /// Its gradients.
     AttentionBackward,
     /// Causal attention with the BCE on one head.
     AttentionBce,
+    /// The same by the version for Hopper.
+    AttentionBceHopper,
     /// Its gradients.
     AttentionBceBackward,
     /// The content-addressed memory over all segments.
@@ -91,10 +95,12 @@ pub enum Operation {
 
 impl Operation {
     /// All, in the order of the table.
-    pub const ALL: [Self; 26] = [
+    pub const ALL: [Self; 28] = [
         Self::Attention,
+        Self::AttentionHopper,
         Self::AttentionBackward,
         Self::AttentionBce,
+        Self::AttentionBceHopper,
         Self::AttentionBceBackward,
         Self::ContentMemory,
         Self::ContentMemoryBackward,
@@ -124,8 +130,10 @@ impl Operation {
     pub fn name(self) -> &'static str {
         match self {
             Self::Attention => "attention",
+            Self::AttentionHopper => "attention_hopper",
             Self::AttentionBackward => "attention_backward",
             Self::AttentionBce => "attention_bce",
+            Self::AttentionBceHopper => "attention_bce_hopper",
             Self::AttentionBceBackward => "attention_bce_backward",
             Self::ContentMemory => "content_memory",
             Self::ContentMemoryBackward => "content_memory_backward",
@@ -158,6 +166,9 @@ impl Operation {
         match (self, scale.name) {
             (Self::Linear | Self::LayerNorm | Self::OneHot | Self::Convolutions, "acting") => true,
             (_, "acting") => false,
+            (Self::AttentionHopper | Self::AttentionBceHopper, _) => {
+                matches!(scale.width / scale.heads, 64 | 128)
+            }
             (
                 Self::Attention
                 | Self::AttentionBackward
@@ -170,6 +181,11 @@ impl Operation {
             (Self::Step | Self::LoraLinear | Self::LoraLinearBackward, name) => name != "long",
             (_, name) => name == "quick" || name == "paper",
         }
+    }
+
+    /// Whether it is a version for Hopper of another one.
+    pub(super) fn is_for_hopper(self) -> bool {
+        matches!(self, Self::AttentionHopper | Self::AttentionBceHopper)
     }
 
     /// What one run must do, with activations of `element` bytes. A backward pass is counted
@@ -189,7 +205,10 @@ impl Operation {
         let maps = (MIDDLE + MAPS) as f64;
         let ranked = (RANK * 6) as f64 * width;
         let (operations, bytes) = match self {
-            Self::Attention | Self::AttentionBce => (4.0 * visible * width, element * 4.0 * rows),
+            Self::Attention
+            | Self::AttentionHopper
+            | Self::AttentionBce
+            | Self::AttentionBceHopper => (4.0 * visible * width, element * 4.0 * rows),
             Self::AttentionBackward | Self::AttentionBceBackward => {
                 (10.0 * visible * width, element * 8.0 * rows)
             }
@@ -422,9 +441,13 @@ pub(super) fn prepare<'a, B: Backend<Element = f32>>(
     scale: &Scale,
 ) -> Result<Run<'a>> {
     match operation {
-        Operation::Attention => attention(backend, scale, false, false),
+        Operation::Attention | Operation::AttentionHopper => {
+            attention(backend, scale, false, false)
+        }
         Operation::AttentionBackward => attention(backend, scale, false, true),
-        Operation::AttentionBce => attention(backend, scale, true, false),
+        Operation::AttentionBce | Operation::AttentionBceHopper => {
+            attention(backend, scale, true, false)
+        }
         Operation::AttentionBceBackward => attention(backend, scale, true, true),
         Operation::ContentMemory => memory(backend, scale, false),
         Operation::ContentMemoryBackward => memory(backend, scale, true),

@@ -27,6 +27,9 @@ pub(super) trait Place {
     /// A backend of its own.
     fn backend(&self) -> Result<Self::Backend>;
 
+    /// One that computes by the versions for Hopper; `None` where these do not run.
+    fn hopper_backend(&self) -> Result<Option<Self::Backend>>;
+
     /// Seconds that the device works on this.
     fn seconds(&self, backend: &Self::Backend, work: &mut dyn FnMut() -> Result<()>)
     -> Result<f64>;
@@ -54,6 +57,10 @@ impl Place for CpuPlace {
         Ok(Cpu::new())
     }
 
+    fn hopper_backend(&self) -> Result<Option<Cpu<f32>>> {
+        Ok(None)
+    }
+
     fn seconds(&self, _: &Cpu<f32>, work: &mut dyn FnMut() -> Result<()>) -> Result<f64> {
         let start = Instant::now();
         work()?;
@@ -72,6 +79,7 @@ mod cuda {
     use super::{Place, Result};
     use crate::backend::gpu::{CudaDevice, Gpu, Multiply};
     use crate::bench::BenchError;
+    use crate::ops::attention::Version;
 
     /// A GPU, computing in bf16.
     pub(in crate::bench) struct CudaPlace {
@@ -110,6 +118,12 @@ mod cuda {
         fn backend(&self) -> Result<Self::Backend> {
             let device = CudaDevice::new(self.number, Multiply::Exact).map_err(failed)?;
             Ok(Gpu::new(device))
+        }
+
+        fn hopper_backend(&self) -> Result<Option<Self::Backend>> {
+            let backend = self.backend()?;
+            let runs = backend.device().runs_hopper_kernels().map_err(failed)?;
+            Ok(runs.then(|| backend.with_attention(Version::Hopper)))
         }
 
         fn seconds(

@@ -1,5 +1,6 @@
 //! Attention over a pack of sequences, with the attention-BCE (memory) loss. Kernels and equations:
-//! `kernels/attention_forward.cu`, `kernels/attention_backward.cu`; definition: `dtmem_reference::attention`, SPEC
+//! `kernels/attention_forward.cu` (for compute capability 9.0 also `kernels/attention_hopper.cu`),
+//! `kernels/attention_backward.cu`; definition: `dtmem_reference::attention`, SPEC
 //! section 3.
 //!
 //! Offsets, pairs and groups lie in device memory: [`Shape::validate_pack`] checks them on the host, before they are
@@ -16,11 +17,18 @@ use super::memory::{
 use super::{Error, Result};
 
 const FORWARD: &str = "attention_forward";
+const HOPPER: &str = "attention_hopper";
 const BACKWARD: &str = "attention_backward";
 const THREADS: u32 = 128;
 const WARPS: usize = 4;
 /// Tiles of the other side that a block holds: one is worked on while the next is copied.
 const STAGES: usize = 2;
+/// Of a block of the version for Hopper: two warpgroups.
+const HOPPER_THREADS: u32 = 256;
+/// Queries of that block.
+const HOPPER_ROWS: usize = 128;
+/// Bytes of shared memory that it has for the run of keys that each of its queries sees.
+const HOPPER_RUNS: u32 = 8 * HOPPER_ROWS as u32;
 const LOSS_THREADS: u32 = 1024;
 /// Of the heads; the kernels copy them by vectors of 16 bytes.
 const WIDTHS: [usize; 5] = [16, 32, 64, 128, 256];
@@ -75,6 +83,17 @@ pub enum Mask {
     },
     /// Keys of the query's own group and of groups before it: [`Pack::groups`].
     GroupedCausal,
+}
+
+/// Which kernel computes the forward pass. All give the same numbers up to the order of their sums.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Version {
+    /// By products of a warp: every type and width, every GPU from compute capability 8.0 on.
+    #[default]
+    Portable,
+    /// By products of a warpgroup: bf16 and f16, widths 64 and 128, compute capability 9.0 (H100, H200). Not measured
+    /// yet, and so not the default: only the host executor's model of these products has run it.
+    Hopper,
 }
 
 /// Where sequences begin.
@@ -197,6 +216,16 @@ pub struct MemoryLossGradient<'a> {
     pub at_peak: Input<'a, f32>,
 }
 
+/// A version of the forward pass for a shape.
+struct ForwardKernel {
+    /// Family and kernel.
+    names: (&'static str, &'static str),
+    /// Queries that a block owns.
+    rows: usize,
+    threads: u32,
+    shared_bytes: u32,
+}
+
 impl Shape {
     /// Errors: sequences, tokens, heads, width or window beyond their bounds, heads that are no multiple of key_heads.
     pub fn validate(&self) -> Result<()> {
@@ -281,13 +310,39 @@ impl Shape {
         launcher: &impl Launcher,
         tensors: Forward<'_, T>,
     ) -> Result<()> {
-        launch_all(launcher, &self.plan_forward(&tensors)?)
+        self.forward_by(Version::default(), launcher, tensors)
     }
 
-    /// What [`forward`](Self::forward) launches; the second for the memory loss. Errors: shape, sizes, alignment,
-    /// overlaps, scale.
+    /// The same by this version, where the shape, the type and the GPU allow it; otherwise by the portable one.
+    pub fn forward_by<T: Storage>(
+        &self,
+        version: Version,
+        launcher: &impl Launcher,
+        tensors: Forward<'_, T>,
+    ) -> Result<()> {
+        let plan = self.plan_forward_by(version, &tensors)?;
+        match plan[0] {
+            Some(launch) if !launcher.can_launch(&launch)? => {
+                launch_all(launcher, &self.plan_forward(&tensors)?)
+            }
+            _ => launch_all(launcher, &plan),
+        }
+    }
+
+    /// What [`forward`](Self::forward) launches by the version that every GPU has; the second for the memory loss.
+    /// Errors: shape, sizes, alignment, overlaps, scale.
     pub fn plan_forward<'a, T: Storage>(
         &self,
+        tensors: &'a Forward<'_, T>,
+    ) -> Result<[Option<Launch<'a>>; 2]> {
+        self.plan_forward_by(Version::Portable, tensors)
+    }
+
+    /// The same by this version, or by the portable one where this one has no kernel for the shape and type. Errors:
+    /// those of [`plan_forward`](Self::plan_forward).
+    pub fn plan_forward_by<'a, T: Storage>(
+        &self,
+        version: Version,
         tensors: &'a Forward<'_, T>,
     ) -> Result<[Option<Launch<'a>>; 2]> {
         self.validate()?;
@@ -319,20 +374,15 @@ impl Shape {
                 [&loss.shift, &loss.at_peak, &loss.row_loss].map(Output::span);
             [loss.peak.span(), shift, at_peak, row_loss]
         });
-        let rows = self.rows::<T>();
-        let keys = match self.row_bytes::<T>() {
-            ..=256 => 64,
-            257..=512 => 32,
-            _ => 16,
+        let chosen = match version {
+            Version::Portable => self.portable::<T>(),
+            Version::Hopper => self.hopper::<T>().unwrap_or_else(|| self.portable::<T>()),
         };
         let attention = Launch::new(
-            (
-                FORWARD,
-                self.kernel::<T>(for_each_width!("attention_forward")),
-            ),
-            [self.tiles(self.queries, rows), self.heads as u32, 1],
-            [THREADS, 1, 1],
-            self.shared_bytes::<T>(rows + 2 * STAGES * keys),
+            chosen.names,
+            [self.tiles(self.queries, chosen.rows), self.heads as u32, 1],
+            [chosen.threads, 1, 1],
+            chosen.shared_bytes,
             home,
             [
                 Arg::Input(tensors.q.span(self.of_queries())),
@@ -357,6 +407,10 @@ impl Shape {
             window,
             Arg::F32(tensors.scale),
         ]);
+        let attention = match chosen.names.0 {
+            HOPPER => attention.for_hopper(),
+            _ => attention,
+        };
         let loss = memory_loss.map(|loss| {
             Launch::new(
                 (FORWARD, "attention_loss"),
@@ -509,6 +563,39 @@ impl Shape {
             .and([tensors.dk.stride(), tensors.dv.stride()])
             .and(numbers);
         Ok([deltas, query_gradient, key_gradient])
+    }
+
+    fn portable<T: Storage>(&self) -> ForwardKernel {
+        let rows = self.rows::<T>();
+        let keys = match self.row_bytes::<T>() {
+            ..=256 => 64,
+            257..=512 => 32,
+            _ => 16,
+        };
+        let kernel = self.kernel::<T>(for_each_width!("attention_forward"));
+        ForwardKernel {
+            names: (FORWARD, kernel),
+            rows,
+            threads: THREADS,
+            shared_bytes: self.shared_bytes::<T>(rows + 2 * STAGES * keys),
+        }
+    }
+
+    /// `None` for the widths and types that it is not there for.
+    fn hopper<T: Storage>(&self) -> Option<ForwardKernel> {
+        let kernels = match self.width {
+            64 => for_each_type!("attention_hopper", "_64"),
+            128 => for_each_type!("attention_hopper", "_128"),
+            _ => return None,
+        };
+        // A tile has as many keys as a head is wide.
+        let rows = HOPPER_ROWS + 2 * STAGES * self.width;
+        (size_of::<T>() == 2).then(|| ForwardKernel {
+            names: (HOPPER, kernel_for::<T>(kernels)),
+            rows: HOPPER_ROWS,
+            threads: HOPPER_THREADS,
+            shared_bytes: self.shared_bytes::<T>(rows) + HOPPER_RUNS,
+        })
     }
 
     fn of_queries(&self) -> [usize; 2] {

@@ -65,11 +65,12 @@ pub struct Gpu {
     context: Arc<CudaContext>,
     kernels: RwLock<HashMap<&'static str, CudaFunction>>,
     families: Mutex<HashMap<&'static str, Arc<CudaModule>>>,
-    clusters: Mutex<HashMap<ClusterShape, bool>>,
+    possible: Mutex<HashMap<Needs, bool>>,
 }
 
-/// What decides whether a kernel can run in clusters: its name, blocks of a cluster, bytes of dynamic shared memory.
-type ClusterShape = (&'static str, u32, u32);
+/// What decides whether a GPU can run a kernel that not all can: its name, blocks of a cluster, bytes of dynamic shared
+/// memory.
+type Needs = (&'static str, u32, u32);
 
 impl Gpu {
     /// The primary context of a GPU, which other libraries use as well. Errors: no driver, no such GPU.
@@ -87,7 +88,7 @@ impl Gpu {
             context,
             kernels: RwLock::default(),
             families: Mutex::default(),
-            clusters: Mutex::default(),
+            possible: Mutex::default(),
         }
     }
 
@@ -134,39 +135,40 @@ impl Gpu {
         Ok(kernel.set_attribute(dynamic, limit - own)?)
     }
 
-    /// Whether clusters of this launch fit into the GPU; asked once for each kernel and shape.
-    fn has_clusters(&self, launch: &Launch<'_>) -> Result<bool> {
-        let shape = (launch.kernel(), launch.cluster(), launch.shared_bytes());
-        let known = |clusters: &HashMap<_, _>| clusters.get(&shape).copied();
-        let lock = || self.clusters.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(fits) = known(&lock()) {
-            return Ok(fits);
+    /// Whether this GPU can do a launch that not all can; asked once for each kernel and shape.
+    fn can_launch(&self, launch: &Launch<'_>) -> Result<bool> {
+        let needs = (launch.kernel(), launch.cluster(), launch.shared_bytes());
+        let lock = || self.possible.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = lock().get(&needs).copied();
+        if let Some(possible) = known {
+            return Ok(possible);
         }
         let kernel = self.kernel(launch.family(), launch.kernel())?;
         let attribute = |attribute| kernel.get_attribute(attribute);
-        // For an older target, and so in PTX for such a one, the kernel does nothing.
-        let compiled = attribute(CUfunction_attribute::CU_FUNC_ATTRIBUTE_PTX_VERSION)? >= 90;
+        // For another target, and so in PTX for such a one, the kernel does nothing.
+        let target = attribute(CUfunction_attribute::CU_FUNC_ATTRIBUTE_PTX_VERSION)?;
+        let compiled = target == 90 || target > 90 && !launch.is_for_hopper();
         let most = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
         let room = i64::from(attribute(most)?) >= i64::from(launch.shared_bytes());
-        let fits = compiled && room && {
-            let large = CUfunction_attribute::CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED;
-            kernel.set_attribute(large, 1)?;
-            self.context.bind_to_thread()?;
-            let mut attributes = [cluster_attribute(launch)];
-            let config = config(launch, ptr::null_mut(), &mut attributes);
-            let mut clusters = 0;
-            // SAFETY: a number to write to, a kernel of this context, and a configuration that is alive.
-            let asked = unsafe {
-                cuOccupancyMaxActiveClusters(
-                    &raw mut clusters,
-                    kernel.cu_function(),
-                    &raw const config,
-                )
-            };
-            asked.result().is_ok() && clusters > 0
+        let possible =
+            compiled && room && (launch.cluster() == 1 || self.has_clusters(launch, &kernel)?);
+        lock().insert(needs, possible);
+        Ok(possible)
+    }
+
+    /// Whether clusters of this launch fit into the GPU.
+    fn has_clusters(&self, launch: &Launch<'_>, kernel: &CudaFunction) -> Result<bool> {
+        let large = CUfunction_attribute::CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED;
+        kernel.set_attribute(large, 1)?;
+        self.context.bind_to_thread()?;
+        let mut attributes = [cluster_attribute(launch)];
+        let config = config(launch, ptr::null_mut(), &mut attributes);
+        let mut clusters = 0;
+        // SAFETY: a number to write to, a kernel of this context, and a configuration that is alive.
+        let asked = unsafe {
+            cuOccupancyMaxActiveClusters(&raw mut clusters, kernel.cu_function(), &raw const config)
         };
-        lock().insert(shape, fits);
-        Ok(fits)
+        Ok(asked.result().is_ok() && clusters > 0)
     }
 
     /// Fails early where the driver does not take this binary's images: all are made alike.
@@ -318,7 +320,8 @@ impl Launcher for OnStream<'_> {
     }
 
     fn can_launch(&self, launch: &Launch<'_>) -> Result<bool> {
-        Ok(launch.cluster() == 1 || self.gpu.has_clusters(launch)?)
+        let every_gpu_can = launch.cluster() == 1 && !launch.is_for_hopper();
+        Ok(every_gpu_can || self.gpu.can_launch(launch)?)
     }
 }
 

@@ -37,6 +37,7 @@ pub struct Launch<'a> {
     block: [u32; 3],
     shared_bytes: u32,
     cluster: u32,
+    hopper: bool,
     home: Home,
     args: [Arg; MAX_ARGS],
     count: usize,
@@ -63,6 +64,7 @@ impl<'a> Launch<'a> {
             block,
             shared_bytes,
             cluster: 1,
+            hopper: false,
             home,
             args,
             count: N,
@@ -80,6 +82,12 @@ impl<'a> Launch<'a> {
     /// In clusters of `blocks` neighbours along x, a divisor of the grid.
     pub(super) fn in_clusters(mut self, blocks: u32) -> Self {
         self.cluster = blocks;
+        self
+    }
+
+    /// Of a kernel that is for compute capability 9.0 alone.
+    pub(super) fn for_hopper(mut self) -> Self {
+        self.hopper = true;
         self
     }
 
@@ -113,6 +121,11 @@ impl<'a> Launch<'a> {
         self.cluster
     }
 
+    /// Whether the kernel is for compute capability 9.0 alone, and empty in images for others.
+    pub fn is_for_hopper(&self) -> bool {
+        self.hopper
+    }
+
     /// In the order of the kernel's parameters.
     pub fn args(&self) -> &[Arg] {
         &self.args[..self.count]
@@ -141,8 +154,9 @@ pub trait Launcher {
     /// [`Launch::check_home`], and what keeps the kernel from starting.
     fn launch(&self, launch: &Launch<'_>) -> Result<()>;
 
-    /// Whether there is what a launch needs: clusters want compute capability 9.0, machine code for it, and
-    /// multiprocessors with enough shared memory next to each other. Errors: what keeps the kernel from loading.
+    /// Whether there is what a launch needs. Kernels for Hopper want compute capability 9.0 and machine code for it;
+    /// clusters want compute capability 9.0 or above, machine code, and multiprocessors with enough shared memory next to
+    /// each other. Errors: what keeps the kernel from loading.
     fn can_launch(&self, launch: &Launch<'_>) -> Result<bool>;
 }
 

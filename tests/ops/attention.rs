@@ -1,5 +1,6 @@
 use dtmem::ops::attention::{
     Backward, Denominator, Forward, Mask, MemoryLoss, MemoryLossGradient, Pack, Shape, Supervision,
+    Version,
 };
 use dtmem::ops::{Arg, Error, Input, Output};
 use dtmem_reference::attention as reference;
@@ -118,6 +119,7 @@ const GAP: usize = 8;
 
 fn check<T: Number>(
     machine: &impl Machine,
+    version: Version,
     lengths: &[(usize, usize)],
     [heads, key_heads, width]: [usize; 3],
     mask: Mask,
@@ -225,7 +227,7 @@ fn check<T: Number>(
         }),
     };
     shape
-        .forward(machine, forward)
+        .forward_by(version, machine, forward)
         .unwrap_or_else(|error| panic!("{error}"));
 
     let grad_out_memory = machine.numbers::<T, _>(&grad_out);
@@ -337,9 +339,24 @@ fn check_all_types(
     supervised: &[usize],
     seed: u64,
 ) {
-    check::<f32>(machine, lengths, heads, mask, supervised, seed);
-    check::<bf16>(machine, lengths, heads, mask, supervised, seed);
-    check::<f16>(machine, lengths, heads, mask, supervised, seed);
+    let version = Version::Portable;
+    check::<f32>(machine, version, lengths, heads, mask, supervised, seed);
+    check::<bf16>(machine, version, lengths, heads, mask, supervised, seed);
+    check::<f16>(machine, version, lengths, heads, mask, supervised, seed);
+}
+
+/// The types and widths that there is a version for Hopper for.
+fn check_hopper(
+    machine: &impl Machine,
+    lengths: &[(usize, usize)],
+    heads: [usize; 3],
+    mask: Mask,
+    supervised: &[usize],
+    seed: u64,
+) {
+    let version = Version::Hopper;
+    check::<bf16>(machine, version, lengths, heads, mask, supervised, seed);
+    check::<f16>(machine, version, lengths, heads, mask, supervised, seed);
 }
 
 fn masks() -> impl Strategy<Value = Mask> {
@@ -371,6 +388,23 @@ proptest! {
     }
 }
 
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(3))]
+
+    #[test]
+    fn attention_for_hopper_on_the_host_agrees_with_the_reference(
+        lengths in prop::collection::vec((0..20_usize, prop_oneof![2 => Just(0_usize), 1 => 0..140_usize]), 1..4),
+        width in prop_oneof![Just(64_usize), Just(128)],
+        mask in masks(),
+        supervised in prop::option::of(0..2_usize),
+        seed: u64,
+    ) {
+        let lengths: Vec<_> = lengths.into_iter().map(|(queries, cached)| (queries, queries + cached)).collect();
+        let supervised: Vec<_> = supervised.into_iter().collect();
+        check_hopper(&host(seed), &lengths, [2, 1, width], mask, &supervised, seed);
+    }
+}
+
 #[test]
 fn attention_on_a_gpu_agrees_with_the_reference() {
     on_gpu(|device| {
@@ -386,6 +420,8 @@ fn attention_on_a_gpu_agrees_with_the_reference() {
                 let heads = [4, 2, width];
                 check_all_types(device, &long, heads, mask, &[1, 2], seed as u64);
                 check_all_types(device, &cached, heads, mask, &[], seed as u64);
+                check_hopper(device, &long, heads, mask, &[1, 2], seed as u64);
+                check_hopper(device, &cached, heads, mask, &[], seed as u64);
             }
         }
     });
@@ -506,6 +542,50 @@ fn the_plan_of_attention_has_a_block_for_every_tile_of_every_sequence() {
             Arg::F32(SCALE)
         ]
     );
+}
+
+#[test]
+fn the_version_for_hopper_is_planned_for_its_widths_and_types_only() {
+    let wide = Shape {
+        width: 64,
+        heads: 2,
+        key_heads: 1,
+        ..SHAPE
+    };
+    let lse = || target(0x50000, QUERIES * wide.heads);
+    let tensors = Forward {
+        lse: lse(),
+        ..forward()
+    };
+    let plan = |version| wide.plan_forward_by(version, &tensors).unwrap()[0].unwrap();
+    let [portable, hopper] = [Version::Portable, Version::Hopper].map(plan);
+    assert_eq!(
+        (hopper.family(), hopper.kernel()),
+        ("attention_hopper", "attention_hopper_64_bf16")
+    );
+    assert_eq!(
+        (hopper.grid(), hopper.block()),
+        ([QUERIES as u32 / 128 + 3, 2, 1], [256, 1, 1])
+    );
+    assert_eq!(hopper.shared_bytes(), (128 + 4 * 64) * 128 + 1024);
+    assert!(hopper.is_for_hopper() && !portable.is_for_hopper());
+    assert_eq!(hopper.args(), portable.args());
+
+    let tensors = forward();
+    let narrow = SHAPE.plan_forward_by(Version::Hopper, &tensors).unwrap();
+    assert_eq!(narrow, SHAPE.plan_forward(&tensors).unwrap());
+    let exact: Forward<'_, f32> = Forward {
+        q: tensor(0x10000, QUERIES * WIDE).rows(WIDE),
+        k: tensor(0x20000, KEYS * NARROW).rows(NARROW),
+        v: tensor(0x30000, KEYS * NARROW).rows(NARROW),
+        pack: pack(),
+        scale: SCALE,
+        out: target(0x80000, QUERIES * WIDE).rows(WIDE),
+        lse: lse(),
+        memory_loss: None,
+    };
+    let kernel = wide.plan_forward_by(Version::Hopper, &exact).unwrap()[0].unwrap();
+    assert_eq!(kernel.kernel(), "attention_forward_64_f32");
 }
 
 #[test]

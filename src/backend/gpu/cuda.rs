@@ -13,6 +13,7 @@ use super::device::{Compute, Device, Element, Product, check_range};
 #[cfg(feature = "nccl")]
 use super::nccl::Nccl;
 use crate::backend::{Bytes, Rank, Room};
+use crate::ops::images::{self, Origin};
 use crate::ops::{Error, Gpu, Input, Launch, Launcher, Output, Result};
 
 /// One GPU, one stream on it for all that is computed, and one for what is on its way to it.
@@ -68,6 +69,15 @@ impl CudaDevice {
     /// The GPU's name.
     pub fn describe(&self) -> Result<String> {
         Ok(self.gpu.context().name()?)
+    }
+
+    /// Whether it runs the kernels for Hopper: compute capability 9.0, and machine code for it in this binary.
+    pub fn runs_hopper_kernels(&self) -> Result<bool> {
+        let compiled = images::all().iter().all(|image| match image.origin {
+            Origin::Nvcc { architectures, .. } => architectures.contains(&"sm_90a"),
+            Origin::CommittedPtx { .. } => false,
+        });
+        Ok(compiled && self.gpu.context().compute_capability()? == (9, 0))
     }
 
     /// The stream that everything happens on.

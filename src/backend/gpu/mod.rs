@@ -56,6 +56,7 @@ const UNKNOWN_BYTES: usize = 1 << 30;
 #[derive(Debug)]
 pub struct Gpu<D: Device, T: Compute> {
     device: D,
+    attention: attention::Version,
     /// For partial sums.
     floats: Scratch<D, f32>,
     /// For packed keys and values.
@@ -128,6 +129,7 @@ impl<D: Device, T: Compute> Gpu<D, T> {
     pub fn new(device: D) -> Self {
         Self {
             device,
+            attention: attention::Version::default(),
             floats: Scratch::default(),
             activations: Scratch::default(),
             indices: Scratch::default(),
@@ -136,6 +138,11 @@ impl<D: Device, T: Compute> Gpu<D, T> {
             grown: AtomicU32::default(),
             counted: Mutex::default(),
         }
+    }
+
+    /// The same with attention over sequences by this version, where it has a kernel for the shape.
+    pub fn with_attention(self, attention: attention::Version) -> Self {
+        Self { attention, ..self }
     }
 
     fn counted(&self) -> MutexGuard<'_, Option<usize>> {
@@ -1029,7 +1036,7 @@ impl<D: Device, T: Compute> Backend for Gpu<D, T> {
                 .write_exact(device, 0..batch.tokens * attention.heads)?,
             memory_loss,
         };
-        Ok(shape.forward(device, tensors)?)
+        Ok(shape.forward_by(self.attention, device, tensors)?)
     }
 
     fn attention_backward(
