@@ -363,15 +363,18 @@ fn steps_in_f16_follow_the_cpus() {
 
 /// Steps on batches in which one token of a sequence is recalled, or nothing, or every token but the last few.
 fn train_on_unlike_batches<B: Backend<Element = f32>>(backend: B) -> Vec<StepMetrics> {
-    let (config, spaces) = (decision(), grid());
-    let mut model = Model::new(backend, config, spaces.clone(), Some(recall())).unwrap();
+    // So many that more than a word says which of them a token is to recall.
+    const LONGEST: usize = 36;
+    let mut spaces = grid();
+    spaces.steps = LONGEST;
+    let mut model = Model::new(backend, decision(), spaces.clone(), Some(recall())).unwrap();
     model.initialise(1).unwrap();
     let every_pair = |steps: &usize| {
         let steps = *steps as u32;
         (0..steps).flat_map(|step| (0..=step).map(move |key| (step, key)))
     };
     let batches = ["one", "one", "all", "none", "one", "one", "one", "all"].map(|recalled| {
-        let mut data = Data::new(&spaces, &[9, 4, 7], 1);
+        let mut data = Data::new(&spaces, &[LONGEST, 4, 7], 1);
         match recalled {
             "all" => {
                 data.pairs = data
