@@ -78,8 +78,8 @@ impl Adaptation {
     pub fn trains_family(&self, number: usize) -> bool {
         match self.trained {
             TrainedPart::All => true,
-            TrainedPart::Memory | TrainedPart::Adapter => number >= self.known,
-            TrainedPart::Nothing => false,
+            TrainedPart::Memory => number >= self.known,
+            TrainedPart::Adapter | TrainedPart::Nothing => false,
         }
     }
 
