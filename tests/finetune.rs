@@ -457,6 +457,10 @@ fn the_architecture_comes_from_the_base() {
         (model.adapter, model.dropout) = (None, own.dropout);
         assert_eq!(model, own);
     }
+    // And so does the memory loss, where none is given.
+    let loss = adapt("lora", &["loss="]).loss;
+    assert_eq!(loss, config(RECALL, &[]).loss);
+    assert_eq!(adapt("lora", &["loss.heads=[2]"]).loss.heads, [2]);
     // The resolved configuration reads back as itself.
     let folder = TempDir::new().unwrap();
     let resolved = adapt("lora", &[]);

@@ -102,8 +102,8 @@ const OF_TRAINING: [&str; 3] = [
     "model.memory.strength_bias",
 ];
 
-/// Takes what the configuration leaves open from the base: the model and, where both have one task,
-/// the scale of returns. A table without `[finetune]` stays as it is.
+/// Takes what the configuration leaves open from the base: the model, the memory loss and, where
+/// both have one task, the scale of returns. A table without `[finetune]` stays as it is.
 ///
 /// # Errors
 /// A base that cannot be read, a model that contradicts the base's, a method that the base has no
@@ -141,6 +141,11 @@ pub fn complete(table: &mut Table) -> config::Result<()> {
     }
     settle("model", &mut given, &base)?;
     table.insert("model".to_owned(), Value::Table(given));
+    if !table.contains_key("loss") {
+        let loss = Value::try_from(&header.config.loss)
+            .map_err(|error| ConfigError::value("finetune.base", error, "a memory loss"))?;
+        table.insert("loss".to_owned(), loss);
+    }
     if header.config.tasks.is_empty() && !table.contains_key("tasks") {
         let mut data = sub_table(table, "data");
         data.entry("return_scale")
