@@ -16,16 +16,16 @@
 //
 // Bytes and operations: as in attention_forward.cu. For width 128 and 128 queries a tile of 128 keys is 8.4 million
 // operations, 2048 cycles of a multiprocessor's matrix units at their dense rate. They read 128 bytes of shared memory a
-// cycle at most, and need 768 cycles' worth: each warpgroup reads k and v once (64 KiB) and its part of q (16 KiB).
+// cycle at most, and need 1280 cycles' worth: each warpgroup reads k and v once (64 KiB) and its part of q (16 KiB).
 // Beside them go 16384 powers of two, 1024 cycles at 16 a cycle, and 2 × 8 copies of 16 bytes by each thread. Width 64
-// has half the operations for the same powers: 1024 cycles of each for 128 × 128 scores, so that both count, and the two
-// blocks that a multiprocessor holds (128 registers a thread) do one beside the other. On this account the kernel is
+// has half the operations for the same powers: 1024 cycles of each for 128 × 128 scores (and 768 of shared memory), so
+// that both count, and the two blocks that a multiprocessor holds (128 registers a thread) do one beside the other. On this account the kernel is
 // bound by the matrix units (width 128), or by them and the powers (width 64).
 //
 // History (not measured: no GPU has run it yet; the executor of kernels/host has, with a model of the products)
 //   1  as above. The first session on an H100 runs `cargo test --release --test ops attention` and
-//      `dtmem bench attention`, and makes attention::Version::Hopper the default in src/ops/attention.rs where it is
-//      right and faster
+//      `dtmem bench --filter attention`; where this is right and faster, it becomes the default (Shape::forward in
+//      src/ops/attention.rs)
 
 #include "attention_forward.cuh"
 #include "warpgroup.cuh"

@@ -42,7 +42,7 @@
 // History (not measured on a GPU yet)
 //   1  this version: mma.sync, three stages of cp.async, swizzled tiles
 
-#include "lora_linear.cuh"
+#include "lora_product.cuh"
 
 namespace {
 
@@ -83,20 +83,6 @@ struct Stage {
         : x{reinterpret_cast<T*>(memory + number * kBytes)},
           weight{reinterpret_cast<T*>(memory + number * kBytes + kWeightAt)},
           keep(reinterpret_cast<uint32_t*>(memory + number * kBytes + kKeepAt)) {}
-};
-
-template <typename T>
-struct Product {
-    const T* x;
-    const uint32_t* keep;
-    const T *weight, *bias;
-    const T *down[kMaxAdapters], *up[kMaxAdapters];
-    float scaling[kMaxAdapters];
-    Layout adapters;
-    Groups groups;
-    T *y, *h;
-    int32_t rows, depth, columns, x_stride, y_stride;
-    bool backward, accumulate;
 };
 
 // Which elements dropout has kept, of this lane's two rows: bit k of the words.
@@ -195,42 +181,6 @@ __device__ inline void multiply(float (&d)[kM][kN][4], const Stage<T, kWide, kAc
     }
 }
 
-// What a block multiplies, in steps: those of the depth, each of which lies in one range, and after each range that has
-// an adapter those of its ranks.
-template <typename T>
-struct Steps {
-    const Product<T>& p;
-    int number;  // of the range
-    Range range;
-    int ranks;  // of its adapter
-    int at = 0;
-
-    __device__ Steps(const Product<T>& p, int adapter) : p(p), number(Layout::kRanges - 1), range{0, p.depth, adapter} {
-        if (p.backward) range = p.adapters.range(number = 0, p.depth);
-        settle();
-    }
-
-    // Steps of the depth, which come first.
-    __device__ int own() const { return round_up(range.end - range.begin, kDepth<T>); }
-    __device__ bool done() const { return at >= own() + ranks; }
-    __device__ bool is_of_ranks() const { return at >= own(); }
-    __device__ int rank() const { return at - own(); }
-    __device__ int depth() const { return range.begin + at; }
-
-    __device__ void advance() {
-        at += kDepth<T>;
-        settle();
-    }
-
-    __device__ void settle() {
-        for (;; at = 0) {
-            ranks = range.adapter == kNone ? 0 : pick(p.adapters.rank, range.adapter);
-            if (!done() || number == Layout::kRanges - 1) return;
-            range = p.adapters.range(++number, p.depth);
-        }
-    }
-};
-
 template <bool kWide, bool kAcross, typename T>
 __device__ inline void product(const Product<T>& p) {
     using Sizes = Tile<kWide>;
@@ -259,64 +209,26 @@ __device__ inline void product(const Product<T>& p) {
     const int warp_column = warp % Sizes::kWarpsAcross * Sizes::kSide;
     const int keep_words = ceil_divide(p.backward ? p.columns : p.depth, 32);
 
-    Steps<T> coming(p, columns.adapter), here(p, columns.adapter);
+    Steps<T, kDepth<T>> coming(p, columns.adapter), here(p, columns.adapter);
     int loaded = 0;
     const auto load_next = [&] {
         if (!coming.done()) {
             const Memory stage(memory, loaded++ % kStages);
-            const auto weight = [&](int a, int b) { return stage.weight.at(a, b); };
-            const int width = columns.end - first_column, adapter = coming.range.adapter, ranks = coming.ranks;
-            const int own_depth = p.backward ? coming.range.end - coming.range.begin : p.depth;
-            const int own_columns = p.backward ? p.columns : columns.end - columns.begin;
-            if (!coming.is_of_ranks()) {
-                const int k = coming.depth(), depth = coming.range.end - k;
-                copy<kThreads, Sizes::kRows, kDepth<T>>([&](int a, int b) { return stage.x.at(a, b); },
-                                                        p.x + int64_t{first_row} * p.x_stride + k, p.x_stride, rows,
-                                                        depth);
-                if constexpr (kAcross) {
-                    copy<kThreads, kDepth<T>, Sizes::kColumns>(weight, p.weight + int64_t{k} * p.columns + first_column,
-                                                               p.columns, depth, width);
-                } else {
-                    copy<kThreads, Sizes::kColumns, kDepth<T>>(weight, p.weight + int64_t{first_column} * p.depth + k,
-                                                               p.depth, width, depth);
-                }
-                if (ranks > 0 && set >= 0) {
-                    const int needed = round_up(ranks, 16);
-                    const T* down = pick(p.down, adapter) + int64_t{set} * ranks * own_depth;
-                    if constexpr (kAcross) {
-                        copy_factor<kThreads, kDepth<T>, kMaxRank>(
-                            [&](int a, int b) { return weight(a, Sizes::kColumns + b); },
-                            down + int64_t{coming.at} * ranks, ranks, depth, ranks, kDepth<T>, needed);
-                    } else {
-                        copy_factor<kThreads, kMaxRank, kDepth<T>>(
-                            [&](int a, int b) { return weight(Sizes::kColumns + a, b); }, down + coming.at, own_depth,
-                            ranks, depth, needed, kDepth<T>);
-                    }
-                    if (p.keep != nullptr && !p.backward && threadIdx.x < Sizes::kRows) {
-                        const int row = min(static_cast<int>(threadIdx.x), rows - 1);
-                        const uint32_t* words = p.keep + int64_t{first_row + row} * keep_words;
-                        ptx::cp_async_4(stage.keep + threadIdx.x, words + k / 32);
-                    }
-                }
-            } else if (set >= 0) {
-                const int rank = coming.rank(), column = first_column - columns.begin;
-                const int needed = min(round_up(ranks - rank, 16), kDepth<T>);
-                const T* up = pick(p.up, adapter) + int64_t{set} * ranks * own_columns;
-                if constexpr (kAcross) {
-                    copy_factor<kThreads, kDepth<T>, Sizes::kColumns>(weight, up + int64_t{rank} * own_columns + column,
-                                                                      own_columns, ranks - rank, width, needed,
-                                                                      Sizes::kColumns);
-                } else {
-                    copy_factor<kThreads, Sizes::kColumns, kDepth<T>>(weight, up + int64_t{column} * ranks + rank,
-                                                                      ranks, width, ranks - rank, Sizes::kColumns,
-                                                                      needed);
-                }
-                if (p.keep != nullptr && p.backward) {
-                    for (int i = threadIdx.x; i < Sizes::kRows * Memory::kWords; i += kThreads) {
-                        const int row = min(i / Memory::kWords, rows - 1);
-                        const int word = min(first_column / 32 + i % Memory::kWords, keep_words - 1);
-                        ptx::cp_async_4(stage.keep + i, p.keep + int64_t{first_row + row} * keep_words + word);
-                    }
+            const Place place{first_row, rows, columns, first_column, set};
+            load_step<kThreads, Sizes::kRows, Sizes::kColumns, kAcross>(
+                p, coming, place, round_up(coming.ranks, 16), [&](int a, int b) { return stage.x.at(a, b); },
+                [&](int a, int b) { return stage.weight.at(a, b); });
+            const bool masks = p.keep != nullptr && coming.ranks > 0 && set >= 0;
+            if (masks && !p.backward && !coming.is_of_ranks() && threadIdx.x < Sizes::kRows) {
+                const int row = min(static_cast<int>(threadIdx.x), rows - 1);
+                const uint32_t* words = p.keep + int64_t{first_row + row} * keep_words;
+                ptx::cp_async_4(stage.keep + threadIdx.x, words + coming.depth() / 32);
+            }
+            if (masks && p.backward && coming.is_of_ranks()) {
+                for (int i = threadIdx.x; i < Sizes::kRows * Memory::kWords; i += kThreads) {
+                    const int row = min(i / Memory::kWords, rows - 1);
+                    const int word = min(first_column / 32 + i % Memory::kWords, keep_words - 1);
+                    ptx::cp_async_4(stage.keep + i, p.keep + int64_t{first_row + row} * keep_words + word);
                 }
             }
             coming.advance();
@@ -412,8 +324,7 @@ __device__ inline void product(const Product<T>& p) {
             const int row = warp_row + m * 16 + i / kVectors, within = i % kVectors * kSize;
             const int column = first_column + warp_column + within;
             if (row >= rows || column >= columns.end) continue;
-            T* y = p.y + static_cast<int64_t>(first_row + row) * p.y_stride + column;
-            float values[kSize], more[kSize] = {};
+            float values[kSize];
 #pragma unroll
             for (int e = 0; e < kSize; e += 4) {
                 float four[4];
@@ -421,15 +332,7 @@ __device__ inline void product(const Product<T>& p) {
 #pragma unroll
                 for (int j = 0; j < 4; ++j) values[e + j] = four[j];
             }
-            if (p.bias != nullptr) load(p.bias + column, more);
-#pragma unroll
-            for (int e = 0; e < kSize; ++e) values[e] += more[e];
-            if (p.accumulate) {
-                load(y, more);
-#pragma unroll
-                for (int e = 0; e < kSize; ++e) values[e] += more[e];
-            }
-            store(values, y);
+            store_piece(p, values, first_row + row, column);
         }
         __syncwarp();  // nobody reads these rows
     }
@@ -437,20 +340,9 @@ __device__ inline void product(const Product<T>& p) {
 
 }  // namespace
 
-#define ADAPTER(TYPE, P)                                                                                               \
-    const TYPE *down##P, const TYPE *up##P, int32_t first##P, int32_t count##P, int32_t rank##P, float scaling##P
-#define EACH(NAME) {NAME##0, NAME##1, NAME##2, NAME##3}
-
 #define LORA_LINEAR(KERNEL, TYPE, WIDE, ACROSS)                                                                        \
-    extern "C" __global__ void __launch_bounds__(Tile<WIDE>::kThreads) KERNEL(                                         \
-        const TYPE* x, const uint32_t* keep, const TYPE* weight, const TYPE* bias, ADAPTER(TYPE, 0), ADAPTER(TYPE, 1), \
-        ADAPTER(TYPE, 2), ADAPTER(TYPE, 3), const int32_t* offsets, const int32_t* sets, TYPE* y, TYPE* h,             \
-        int32_t rows, int32_t depth, int32_t columns, int32_t groups, int32_t x_stride, int32_t y_stride,              \
-        int32_t backward, int32_t accumulate) {                                                                        \
-        product<WIDE, ACROSS>(Product<TYPE>{x, keep, weight, bias, EACH(down), EACH(up), EACH(scaling),                \
-                                            {EACH(first), EACH(count), EACH(rank)}, {offsets, sets, groups}, y, h,     \
-                                            rows, depth, columns, x_stride, y_stride, backward != 0,                   \
-                                            accumulate != 0});                                                         \
+    extern "C" __global__ void __launch_bounds__(Tile<WIDE>::kThreads) KERNEL(LORA_PARAMETERS(TYPE)) {                 \
+        product<WIDE, ACROSS>(LORA_PRODUCT(TYPE));                                                                     \
     }
 #define LORA_LINEAR_KERNELS(NAME, T)                                                                                   \
     LORA_LINEAR(lora_linear_small_##NAME, T, false, false)                                                             \

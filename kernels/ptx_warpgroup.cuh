@@ -37,6 +37,8 @@ template <typename T> inline void keep(T&) {}
     void wgmma_m64n##N##k16_##TYPE(float (&d)[N / 8][4], uint64_t a, uint64_t b, bool adds);                           \
     template <int kTransposed>                                                                                         \
     void wgmma_m64n##N##k16_##TYPE(float (&d)[N / 8][4], const uint32_t (&a)[4], uint64_t b, bool adds);
+PTX_WGMMA(16, bf16)
+PTX_WGMMA(16, f16)
 PTX_WGMMA(64, bf16)
 PTX_WGMMA(64, f16)
 PTX_WGMMA(128, bf16)
@@ -70,6 +72,7 @@ PTX_FUNCTION void keep(T (&x)[kN]) {
     for (int i = 0; i < kN; ++i) keep(x[i]);
 }
 
+#define PTX_D_16 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define PTX_D_64                                                                                                        \
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                                           \
     "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
@@ -81,6 +84,7 @@ PTX_FUNCTION void keep(T (&x)[kN]) {
 #define PTX_D8(I)                                                                                                      \
     "+f"(d[I][0]), "+f"(d[I][1]), "+f"(d[I][2]), "+f"(d[I][3]), "+f"(d[I + 1][0]), "+f"(d[I + 1][1]),                  \
         "+f"(d[I + 1][2]), "+f"(d[I + 1][3])
+#define PTX_OPERANDS_16 PTX_D8(0)
 #define PTX_OPERANDS_64 PTX_D8(0), PTX_D8(2), PTX_D8(4), PTX_D8(6)
 #define PTX_OPERANDS_128 PTX_OPERANDS_64, PTX_D8(8), PTX_D8(10), PTX_D8(12), PTX_D8(14)
 
@@ -107,6 +111,8 @@ PTX_FUNCTION void keep(T (&x)[kN]) {
                        "n"(kTransposed)                                                                                \
                      : "memory");                                                                                      \
     }
+PTX_WGMMA(16, bf16, "%8", "%9", "%10", "%11", "{%8, %9, %10, %11}", "%12", "%13", "%14")
+PTX_WGMMA(16, f16, "%8", "%9", "%10", "%11", "{%8, %9, %10, %11}", "%12", "%13", "%14")
 PTX_WGMMA(64, bf16, "%32", "%33", "%34", "%35", "{%32, %33, %34, %35}", "%36", "%37", "%38")
 PTX_WGMMA(64, f16, "%32", "%33", "%34", "%35", "{%32, %33, %34, %35}", "%36", "%37", "%38")
 PTX_WGMMA(128, bf16, "%64", "%65", "%66", "%67", "{%64, %65, %66, %67}", "%68", "%69", "%70")
@@ -114,9 +120,11 @@ PTX_WGMMA(128, f16, "%64", "%65", "%66", "%67", "{%64, %65, %66, %67}", "%68", "
 
 #undef PTX_WGMMA
 #undef PTX_PRODUCT
+#undef PTX_OPERANDS_16
 #undef PTX_OPERANDS_64
 #undef PTX_OPERANDS_128
 #undef PTX_D8
+#undef PTX_D_16
 #undef PTX_D_64
 #undef PTX_D_128
 #undef PTX_FUNCTION

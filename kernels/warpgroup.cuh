@@ -49,21 +49,17 @@ __device__ inline uint64_t of_rows(const T* tile, int row) {
 }
 
 // d (+)= a·b. The last argument only says the type.
-template <int kTransposed, typename A>
-__device__ inline void multiply(float (&d)[8][4], const A& a, uint64_t b, bool adds, const bf16*) {
-    ptx::wgmma_m64n64k16_bf16<kTransposed>(d, a, b, adds);
-}
-template <int kTransposed, typename A>
-__device__ inline void multiply(float (&d)[16][4], const A& a, uint64_t b, bool adds, const bf16*) {
-    ptx::wgmma_m64n128k16_bf16<kTransposed>(d, a, b, adds);
-}
-template <int kTransposed, typename A>
-__device__ inline void multiply(float (&d)[8][4], const A& a, uint64_t b, bool adds, const f16*) {
-    ptx::wgmma_m64n64k16_f16<kTransposed>(d, a, b, adds);
-}
-template <int kTransposed, typename A>
-__device__ inline void multiply(float (&d)[16][4], const A& a, uint64_t b, bool adds, const f16*) {
-    ptx::wgmma_m64n128k16_f16<kTransposed>(d, a, b, adds);
-}
+#define WARPGROUP_MULTIPLY(N, T)                                                                                       \
+    template <int kTransposed, typename A>                                                                             \
+    __device__ inline void multiply(float (&d)[N / 8][4], const A& a, uint64_t b, bool adds, const T*) {               \
+        ptx::wgmma_m64n##N##k16_##T<kTransposed>(d, a, b, adds);                                                       \
+    }
+WARPGROUP_MULTIPLY(16, bf16)
+WARPGROUP_MULTIPLY(16, f16)
+WARPGROUP_MULTIPLY(64, bf16)
+WARPGROUP_MULTIPLY(64, f16)
+WARPGROUP_MULTIPLY(128, bf16)
+WARPGROUP_MULTIPLY(128, f16)
+#undef WARPGROUP_MULTIPLY
 
 }  // namespace warpgroup

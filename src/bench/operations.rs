@@ -55,8 +55,12 @@ pub enum Operation {
     Linear,
     /// The memory's three fused projections, frozen, with adapters.
     LoraLinear,
+    /// The same by the version for Hopper.
+    LoraLinearHopper,
     /// Its gradients.
     LoraLinearBackward,
+    /// The same, that of x by the version for Hopper.
+    LoraLinearBackwardHopper,
     /// Layer normalisation.
     LayerNorm,
     /// Its gradients.
@@ -95,7 +99,7 @@ pub enum Operation {
 
 impl Operation {
     /// All, in the order of the table.
-    pub const ALL: [Self; 28] = [
+    pub const ALL: [Self; 30] = [
         Self::Attention,
         Self::AttentionHopper,
         Self::AttentionBackward,
@@ -106,7 +110,9 @@ impl Operation {
         Self::ContentMemoryBackward,
         Self::Linear,
         Self::LoraLinear,
+        Self::LoraLinearHopper,
         Self::LoraLinearBackward,
+        Self::LoraLinearBackwardHopper,
         Self::LayerNorm,
         Self::LayerNormBackward,
         Self::OneHot,
@@ -139,7 +145,9 @@ impl Operation {
             Self::ContentMemoryBackward => "content_memory_backward",
             Self::Linear => "linear",
             Self::LoraLinear => "lora_linear",
+            Self::LoraLinearHopper => "lora_linear_hopper",
             Self::LoraLinearBackward => "lora_linear_backward",
+            Self::LoraLinearBackwardHopper => "lora_linear_backward_hopper",
             Self::LayerNorm => "layer_norm",
             Self::LayerNormBackward => "layer_norm_backward",
             Self::OneHot => "one_hot",
@@ -179,13 +187,21 @@ impl Operation {
                 _,
             ) => true,
             (Self::Step | Self::LoraLinear | Self::LoraLinearBackward, name) => name != "long",
+            // Where there are enough rows for wide tiles.
+            (Self::LoraLinearHopper | Self::LoraLinearBackwardHopper, name) => name == "paper",
             (_, name) => name == "quick" || name == "paper",
         }
     }
 
     /// Whether it is a version for Hopper of another one.
     pub(super) fn is_for_hopper(self) -> bool {
-        matches!(self, Self::AttentionHopper | Self::AttentionBceHopper)
+        matches!(
+            self,
+            Self::AttentionHopper
+                | Self::AttentionBceHopper
+                | Self::LoraLinearHopper
+                | Self::LoraLinearBackwardHopper
+        )
     }
 
     /// What one run must do, with activations of `element` bytes. A backward pass is counted
@@ -218,11 +234,11 @@ impl Operation {
                 2.0 * rows * wide,
                 element * (rows + width * wide + tokens * wide),
             ),
-            Self::LoraLinear => (
+            Self::LoraLinear | Self::LoraLinearHopper => (
                 6.0 * rows * width + 2.0 * tokens * ranked,
                 element * (4.0 * rows + 3.0 * width * width + ranked),
             ),
-            Self::LoraLinearBackward => (
+            Self::LoraLinearBackward | Self::LoraLinearBackwardHopper => (
                 6.0 * rows * width + 4.0 * tokens * ranked,
                 element * (5.0 * rows + 3.0 * width * width + ranked) + 8.0 * ranked,
             ),
@@ -452,8 +468,10 @@ pub(super) fn prepare<'a, B: Backend<Element = f32>>(
         Operation::ContentMemory => memory(backend, scale, false),
         Operation::ContentMemoryBackward => memory(backend, scale, true),
         Operation::Linear => linear(backend, scale, [scale.width, scale.feed_forward], 0, false),
-        Operation::LoraLinear => linear(backend, scale, [scale.width, 3 * scale.width], 3, false),
-        Operation::LoraLinearBackward => {
+        Operation::LoraLinear | Operation::LoraLinearHopper => {
+            linear(backend, scale, [scale.width, 3 * scale.width], 3, false)
+        }
+        Operation::LoraLinearBackward | Operation::LoraLinearBackwardHopper => {
             linear(backend, scale, [scale.width, 3 * scale.width], 3, true)
         }
         Operation::LayerNorm => layer_norm(backend, scale, false),

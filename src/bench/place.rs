@@ -79,7 +79,7 @@ mod cuda {
     use super::{Place, Result};
     use crate::backend::gpu::{CudaDevice, Gpu, Multiply};
     use crate::bench::BenchError;
-    use crate::ops::attention::Version;
+    use crate::ops::Version;
 
     /// A GPU, computing in bf16.
     pub(in crate::bench) struct CudaPlace {
@@ -123,7 +123,7 @@ mod cuda {
         fn hopper_backend(&self) -> Result<Option<Self::Backend>> {
             let backend = self.backend()?;
             let runs = backend.device().runs_hopper_kernels().map_err(failed)?;
-            Ok(runs.then(|| backend.with_attention(Version::Hopper)))
+            Ok(runs.then(|| backend.with_version(Version::Hopper)))
         }
 
         fn seconds(

@@ -10,7 +10,7 @@ use dtmem_reference::attention as reference;
 
 pub use dtmem_reference::attention::Denominator;
 
-use super::launch::{Arg, Launch, Launcher, blocks, launch_all};
+use super::launch::{Arg, Launch, Launcher, Version, blocks, launch_all, launch_first_possible};
 use super::memory::{
     Check, Input, Output, Rows, Span, Storage, for_each_type, kernel_for, span_or_null,
 };
@@ -83,17 +83,6 @@ pub enum Mask {
     },
     /// Keys of the query's own group and of groups before it: [`Pack::groups`].
     GroupedCausal,
-}
-
-/// Which kernel computes the forward pass. All give the same numbers up to the order of their sums.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Version {
-    /// By products of a warp: every type and width, every GPU from compute capability 8.0 on.
-    #[default]
-    Portable,
-    /// By products of a warpgroup: bf16 and f16, widths 64 and 128, compute capability 9.0 (H100, H200). Not measured
-    /// yet, and so not the default: only the host executor's model of these products has run it.
-    Hopper,
 }
 
 /// Where sequences begin.
@@ -313,20 +302,17 @@ impl Shape {
         self.forward_by(Version::default(), launcher, tensors)
     }
 
-    /// The same by this version, where the shape, the type and the GPU allow it; otherwise by the portable one.
+    /// The same by this version, where there is one for the shape and type (for Hopper: bf16 and f16, widths 64 and 128)
+    /// and the GPU has it; otherwise by the portable one.
     pub fn forward_by<T: Storage>(
         &self,
         version: Version,
         launcher: &impl Launcher,
         tensors: Forward<'_, T>,
     ) -> Result<()> {
-        let plan = self.plan_forward_by(version, &tensors)?;
-        match plan[0] {
-            Some(launch) if !launcher.can_launch(&launch)? => {
-                launch_all(launcher, &self.plan_forward(&tensors)?)
-            }
-            _ => launch_all(launcher, &plan),
-        }
+        launch_first_possible(launcher, &self.plan_forward_by(version, &tensors)?, || {
+            self.plan_forward(&tensors)
+        })
     }
 
     /// What [`forward`](Self::forward) launches by the version that every GPU has; the second for the memory loss.

@@ -8,6 +8,17 @@ use super::{Error, Result};
 /// Arguments that a kernel takes at most.
 pub const MAX_ARGS: usize = 40;
 
+/// Which kernels compute an operation that has several. All give the same numbers, up to the order of their sums.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Version {
+    /// By products of a warp: every type and shape, every GPU from compute capability 8.0 on.
+    #[default]
+    Portable,
+    /// By products of a warpgroup: compute capability 9.0 (H100, H200), bf16 and f16, the shapes that the operation
+    /// names. Not measured yet, and so not the default: only the host executor's model of these products has run them.
+    Hopper,
+}
+
 /// An argument of a kernel.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Arg {
@@ -165,6 +176,20 @@ pub(super) fn launch_all(launcher: &impl Launcher, plan: &[Option<Launch<'_>>]) 
     plan.iter()
         .flatten()
         .try_for_each(|launch| launcher.launch(launch))
+}
+
+/// The same, or `otherwise` where the launcher cannot do one of them.
+pub(super) fn launch_first_possible<'a, const N: usize>(
+    launcher: &impl Launcher,
+    plan: &[Option<Launch<'a>>; N],
+    otherwise: impl FnOnce() -> Result<[Option<Launch<'a>>; N]>,
+) -> Result<()> {
+    for launch in plan.iter().flatten() {
+        if !launcher.can_launch(launch)? {
+            return launch_all(launcher, &otherwise()?);
+        }
+    }
+    launch_all(launcher, plan)
 }
 
 /// Blocks that are needed for `items`, as an argument called `name`.

@@ -1,12 +1,12 @@
 //! Linear maps with low-rank adapters: y = x·Wᵀ + b + s·(x̃·Aᵀ)·Bᵀ, one launch for all projections of x, with other
-//! adapters for each group of rows if need be. Kernels and equations: `kernels/lora_linear.cu`,
-//! `kernels/lora_linear_backward.cu`, `kernels/lora_dropout.cu`, `kernels/lora_merge.cu`; definition:
+//! adapters for each group of rows if need be. Kernels and equations: `kernels/lora_linear.cu` (for compute capability
+//! 9.0 also `kernels/lora_hopper.cu`), `kernels/lora_linear_backward.cu`, `kernels/lora_dropout.cu`, `kernels/lora_merge.cu`; definition:
 //! `dtmem_reference::lora_linear`, SPEC section 5.
 //!
 //! Gradients of W and b, where those are trained, are a product and a sum that libraries have.
 
 use super::elementwise::{self, dropout_args};
-use super::launch::{Arg, Launch, Launcher, blocks, launch_all};
+use super::launch::{Arg, Launch, Launcher, Version, blocks, launch_first_possible};
 use super::memory::{
     Check, Input, Output, Rows, Span, Storage, Type, for_each_type, kernel_for, span_or_null,
 };
@@ -171,6 +171,8 @@ pub struct Backward<'a, T> {
 enum Tile {
     Small,
     Wide,
+    /// Wide, by products of warpgroups.
+    Hopper,
 }
 
 impl Tile {
@@ -181,33 +183,39 @@ impl Tile {
     fn rows(self) -> usize {
         match self {
             Self::Small => 64,
-            Self::Wide => 128,
+            Self::Wide | Self::Hopper => 128,
         }
     }
 
     fn columns(self) -> usize {
         match self {
             Self::Small => 64,
-            Self::Wide => 256,
+            Self::Wide | Self::Hopper => 256,
         }
     }
 
     fn threads(self) -> u32 {
         match self {
             Self::Small => 128,
-            Self::Wide => 256,
+            Self::Wide | Self::Hopper => 256,
         }
     }
 
-    /// Three stages: 64 bytes of each row, of each column and of each rank, and a bit for each element of y.
+    /// Three stages: 64 bytes of each row, of each column and of each rank, and a bit for each element of y. For Hopper
+    /// four, of 128 bytes, and no bits.
     fn shared_bytes(self) -> u32 {
         let (rows, columns) = (self.rows(), self.columns());
-        3 * ((rows + columns + MAX_RANK) * 64 + rows * columns / 8) as u32
+        let all = rows + columns + MAX_RANK;
+        match self {
+            Self::Small | Self::Wide => 3 * (all * 64 + rows * columns / 8) as u32,
+            Self::Hopper => 4 * (all * 128) as u32,
+        }
     }
 }
 
 /// The parts of a product that differ between the passes.
 struct Product<'t, 'a, T> {
+    version: Version,
     backward: bool,
     x: Span,
     x_stride: Arg,
@@ -332,11 +340,34 @@ impl Shape<'_> {
         launcher: &impl Launcher,
         tensors: Forward<'_, T>,
     ) -> Result<()> {
-        launcher.launch(&self.plan_forward(&tensors)?)
+        self.forward_by(Version::default(), launcher, tensors)
     }
 
-    /// What [`forward`](Self::forward) launches. Errors: shape, sizes, alignment, overlaps.
+    /// The same by this version, where there is one for the shape and type (for Hopper: bf16 and f16, without dropout,
+    /// enough rows and columns for wide tiles) and the GPU has it; otherwise by the portable one.
+    pub fn forward_by<T: Storage>(
+        &self,
+        version: Version,
+        launcher: &impl Launcher,
+        tensors: Forward<'_, T>,
+    ) -> Result<()> {
+        let plan = [Some(self.plan_forward_by(version, &tensors)?)];
+        launch_first_possible(launcher, &plan, || Ok([Some(self.plan_forward(&tensors)?)]))
+    }
+
+    /// What [`forward`](Self::forward) launches by the version that every GPU has. Errors: shape, sizes, alignment,
+    /// overlaps.
     pub fn plan_forward<'a, T: Storage>(&self, tensors: &'a Forward<'_, T>) -> Result<Launch<'a>> {
+        self.plan_forward_by(Version::Portable, tensors)
+    }
+
+    /// The same by this version, or by the portable one where this one has no kernel. Errors: those of
+    /// [`plan_forward`](Self::plan_forward).
+    pub fn plan_forward_by<'a, T: Storage>(
+        &self,
+        version: Version,
+        tensors: &'a Forward<'_, T>,
+    ) -> Result<Launch<'a>> {
         self.validate::<T>()?;
         let [x, y] = [[self.rows, self.inputs], [self.rows, self.outputs]];
         let mut check = Check::new();
@@ -356,6 +387,7 @@ impl Shape<'_> {
         self.product(
             home,
             Product {
+                version,
                 backward: false,
                 x: tensors.x.span(x),
                 x_stride: tensors.x.stride(),
@@ -378,12 +410,34 @@ impl Shape<'_> {
         launcher: &impl Launcher,
         tensors: Backward<'_, T>,
     ) -> Result<()> {
-        launch_all(launcher, &self.plan_backward(&tensors)?)
+        self.backward_by(Version::default(), launcher, tensors)
     }
 
-    /// What [`backward`](Self::backward) launches. Errors: shape, sizes, alignment, overlaps.
+    /// The same, with dx by this version as [`forward_by`](Self::forward_by).
+    pub fn backward_by<T: Storage>(
+        &self,
+        version: Version,
+        launcher: &impl Launcher,
+        tensors: Backward<'_, T>,
+    ) -> Result<()> {
+        let plan = self.plan_backward_by(version, &tensors)?;
+        launch_first_possible(launcher, &plan, || self.plan_backward(&tensors))
+    }
+
+    /// What [`backward`](Self::backward) launches by the version that every GPU has. Errors: shape, sizes, alignment,
+    /// overlaps.
     pub fn plan_backward<'a, T: Storage>(
         &self,
+        tensors: &'a Backward<'_, T>,
+    ) -> Result<[Option<Launch<'a>>; 3]> {
+        self.plan_backward_by(Version::Portable, tensors)
+    }
+
+    /// The same by this version, or by the portable one where this one has no kernel. Errors: those of
+    /// [`plan_backward`](Self::plan_backward).
+    pub fn plan_backward_by<'a, T: Storage>(
+        &self,
+        version: Version,
         tensors: &'a Backward<'_, T>,
     ) -> Result<[Option<Launch<'a>>; 3]> {
         let workspace = self.workspace::<T>()?;
@@ -415,6 +469,7 @@ impl Shape<'_> {
         let product = self.product(
             home,
             Product {
+                version,
                 backward: true,
                 x: tensors.dy.span(dy),
                 x_stride: tensors.dy.stride(),
@@ -513,16 +568,36 @@ impl Shape<'_> {
         };
         let (y, y_stride) = product.y.unwrap_or((Span::NULL, Arg::I32(0)));
         let dropout = product.dropout.filter(|_| columns > 0);
-        let tile = self.tile(backward, columns);
-        let kernel = match (backward != self.transposed, tile) {
-            (false, Tile::Small) => kernel_for::<T>(for_each_type!("lora_linear_small")),
-            (false, Tile::Wide) => kernel_for::<T>(for_each_type!("lora_linear_wide")),
-            (true, Tile::Small) => kernel_for::<T>(for_each_type!("lora_linear_transposed_small")),
-            (true, Tile::Wide) => kernel_for::<T>(for_each_type!("lora_linear_transposed_wide")),
+        let tile = match self.tile(backward, columns) {
+            Tile::Wide
+                if product.version == Version::Hopper
+                    && size_of::<T>() == 2
+                    && product.dropout.is_none() =>
+            {
+                Tile::Hopper
+            }
+            tile => tile,
+        };
+        // The kernels for Hopper are for adapters up to this rank.
+        let few = self.adapters.iter().all(|adapter| adapter.rank <= 16);
+        let kernels = match (backward != self.transposed, tile) {
+            (false, Tile::Small) => for_each_type!("lora_linear_small"),
+            (false, Tile::Wide) => for_each_type!("lora_linear_wide"),
+            (false, Tile::Hopper) if few => for_each_type!("lora_linear_hopper_16"),
+            (false, Tile::Hopper) => for_each_type!("lora_linear_hopper_64"),
+            (true, Tile::Small) => for_each_type!("lora_linear_transposed_small"),
+            (true, Tile::Wide) => for_each_type!("lora_linear_transposed_wide"),
+            (true, Tile::Hopper) if few => for_each_type!("lora_linear_transposed_hopper_16"),
+            (true, Tile::Hopper) => for_each_type!("lora_linear_transposed_hopper_64"),
+        };
+        let family = if tile == Tile::Hopper {
+            "lora_hopper"
+        } else {
+            "lora_linear"
         };
         let column_tiles = self.column_tiles(backward, columns, tile);
         let mut launch = Launch::new(
-            ("lora_linear", kernel),
+            (family, kernel_for::<T>(kernels)),
             [column_tiles as u32, self.row_tiles(tile) as u32, 1],
             [tile.threads(), 1, 1],
             tile.shared_bytes(),
@@ -534,6 +609,9 @@ impl Shape<'_> {
                 Arg::Input(product.bias),
             ],
         );
+        if tile == Tile::Hopper {
+            launch = launch.for_hopper();
+        }
         let scale = scale(product.dropout);
         for p in 0..MAX_ADAPTERS {
             let factors = product.factors.get(p);

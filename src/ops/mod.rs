@@ -68,5 +68,5 @@ pub mod tokens;
 
 pub use error::{Error, Result};
 pub use gpu::{Gpu, OnStream};
-pub use launch::{Arg, Launch, Launcher};
+pub use launch::{Arg, Launch, Launcher, Version};
 pub use memory::{Input, Output, Rows, Storage};

@@ -1,8 +1,7 @@
 use dtmem::ops::attention::{
     Backward, Denominator, Forward, Mask, MemoryLoss, MemoryLossGradient, Pack, Shape, Supervision,
-    Version,
 };
-use dtmem::ops::{Arg, Error, Input, Output};
+use dtmem::ops::{Arg, Error, Input, Output, Version};
 use dtmem_reference::attention as reference;
 use half::{bf16, f16};
 use ndarray::{Array1, Array2, Array3, s};

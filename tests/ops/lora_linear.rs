@@ -2,7 +2,7 @@ use dtmem::ops::lora_linear::{
     Adapter, Backward, Dropout, FactorGradients, Factors, Forward, Groups, Merge, Merging, Shape,
     Tasks,
 };
-use dtmem::ops::{Arg, Input, elementwise};
+use dtmem::ops::{Arg, Input, Version, elementwise};
 use dtmem_reference::dropout::{self, Mask};
 use dtmem_reference::{linear, lora_linear as reference};
 use half::{bf16, f16};
@@ -60,7 +60,7 @@ fn without_gaps<T: Copy>(x: &[T], width: usize) -> Vec<T> {
     rows.flat_map(|row| row[..width].to_vec()).collect()
 }
 
-fn check<T: Number>(machine: &impl Machine, call: &Call, seed: u64) {
+fn check<T: Number>(machine: &impl Machine, version: Version, call: &Call, seed: u64) {
     let mut random = ChaCha8Rng::seed_from_u64(seed);
     let &Call {
         inputs, transposed, ..
@@ -164,7 +164,8 @@ fn check<T: Number>(machine: &impl Machine, call: &Call, seed: u64) {
     let [mut kept_memory, mut kept_gradient] =
         [(); 2].map(|()| machine.scratch::<T>(rows * shape.ranks()));
     shape
-        .forward(
+        .forward_by(
+            version,
             machine,
             Forward {
                 x: machine.input(&x_memory).rows(inputs + GAP),
@@ -201,7 +202,8 @@ fn check<T: Number>(machine: &impl Machine, call: &Call, seed: u64) {
         .collect();
     let mut workspace = machine.scratch(shape.workspace::<T>().unwrap());
     shape
-        .backward(
+        .backward_by(
+            version,
             machine,
             Backward {
                 x: machine.input(&x_memory).rows(inputs + GAP),
@@ -333,9 +335,9 @@ proptest! {
 
     #[test]
     fn lora_linear_on_the_host_agrees_with_the_reference(call in calls(), seed: u64) {
-        check::<f32>(&host(seed), &call, seed);
-        check::<bf16>(&host(seed), &call, seed);
-        check::<f16>(&host(seed), &call, seed);
+        check::<f32>(&host(seed), Version::Portable, &call, seed);
+        check::<bf16>(&host(seed), Version::Portable, &call, seed);
+        check::<f16>(&host(seed), Version::Portable, &call, seed);
     }
 }
 
@@ -355,9 +357,11 @@ fn lora_linear_on_a_gpu_agrees_with_the_reference() {
                         wants_dx: true,
                         accumulate: dropout,
                     };
-                    check::<f32>(device, &call, seed as u64);
-                    check::<bf16>(device, &call, seed as u64);
-                    check::<f16>(device, &call, seed as u64);
+                    check::<f32>(device, Version::Portable, &call, seed as u64);
+                    check::<bf16>(device, Version::Portable, &call, seed as u64);
+                    check::<f16>(device, Version::Portable, &call, seed as u64);
+                    check::<bf16>(device, Version::Hopper, &call, seed as u64);
+                    check::<f16>(device, Version::Hopper, &call, seed as u64);
                 }
             }
         }
@@ -635,6 +639,48 @@ fn the_plan_of_lora_linear_covers_all_tiles() {
         ..forward(&factors)
     };
     assert!(empty.plan_forward(&tensors).unwrap().is_empty());
+}
+
+#[test]
+fn the_version_for_hopper_is_planned_for_wide_tiles_without_dropout() {
+    let factors = factors(1);
+    let tensors = forward(&factors);
+    let plan = |shape: &Shape<'_>| {
+        [Version::Portable, Version::Hopper]
+            .map(|version| shape.plan_forward_by(version, &tensors).unwrap())
+    };
+    let [portable, hopper] = plan(&SHAPE);
+    assert_eq!(
+        (hopper.family(), hopper.kernel()),
+        ("lora_hopper", "lora_linear_hopper_16_bf16")
+    );
+    assert_eq!(
+        (hopper.grid(), hopper.block(), hopper.args()),
+        (portable.grid(), portable.block(), portable.args())
+    );
+    assert_eq!(hopper.shared_bytes(), 4 * 57344);
+    assert!(hopper.is_for_hopper() && !portable.is_for_hopper());
+    let [_, transposed] = plan(&Shape {
+        transposed: true,
+        ..SHAPE
+    });
+    assert_eq!(transposed.kernel(), "lora_linear_transposed_hopper_16_bf16");
+
+    let with_dropout = Forward {
+        dropout: Some(Dropout {
+            keep: tensor(0xe000_0000, ROWS * 512 / 32),
+            scale: KEEP_SCALE,
+        }),
+        ..forward(&factors)
+    };
+    let launch = SHAPE.plan_forward_by(Version::Hopper, &with_dropout);
+    assert_eq!(launch.unwrap().kernel(), "lora_linear_wide_bf16");
+    let gradients = gradients(1);
+    let tensors = backward(&factors, &gradients);
+    assert_eq!(
+        SHAPE.plan_backward_by(Version::Hopper, &tensors).unwrap(),
+        SHAPE.plan_backward(&tensors).unwrap()
+    );
 }
 
 #[test]

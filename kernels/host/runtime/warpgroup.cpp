@@ -348,6 +348,8 @@ WGMMA_WAIT(7)
     template void wgmma_m64n##N##k16_##TYPE<1>(float (&)[N / 8][4], uint64_t, uint64_t, bool);                         \
     template void wgmma_m64n##N##k16_##TYPE<0>(float (&)[N / 8][4], const uint32_t (&)[4], uint64_t, bool);            \
     template void wgmma_m64n##N##k16_##TYPE<1>(float (&)[N / 8][4], const uint32_t (&)[4], uint64_t, bool);
+WGMMA(16, bf16)
+WGMMA(16, f16)
 WGMMA(64, bf16)
 WGMMA(64, f16)
 WGMMA(128, bf16)

@@ -1,4 +1,4 @@
-//! lora_linear.cu, lora_linear_backward.cu, lora_dropout.cu and lora_merge.cu against the reference.
+//! lora_linear.cu, lora_hopper.cu, lora_linear_backward.cu, lora_dropout.cu and lora_merge.cu against the reference.
 
 mod common;
 
@@ -18,8 +18,41 @@ const STAGES: usize = 3;
 /// Elements that belong to nobody, between the rows of x and y.
 const GAP: usize = 8;
 
-/// Rows and columns of a tile, and threads.
-const TILES: [(&str, [usize; 2], u32); 2] = [("small", [64, 64], 128), ("wide", [128, 256], 256)];
+/// What a block of the product owns, and by which kernel.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Tile {
+    Small,
+    Wide,
+    Hopper,
+}
+
+impl Tile {
+    /// Rows and columns.
+    fn size(self) -> [usize; 2] {
+        match self {
+            Self::Small => [64, 64],
+            Self::Wide | Self::Hopper => [128, 256],
+        }
+    }
+
+    /// Of the kernel's name, for adapters up to this rank.
+    fn name(self, rank: usize) -> &'static str {
+        match self {
+            Self::Small => "small",
+            Self::Wide => "wide",
+            Self::Hopper if rank <= 16 => "hopper_16",
+            Self::Hopper => "hopper_64",
+        }
+    }
+
+    fn shared_bytes(self) -> usize {
+        let [rows, columns] = self.size();
+        match self {
+            Self::Hopper => 4 * (rows + columns + MAX_RANK) * 128,
+            _ => STAGES * ((rows + columns + MAX_RANK) * STEP_BYTES + rows * columns / 8),
+        }
+    }
+}
 
 #[derive(Debug, Clone)]
 struct Shape {
@@ -32,7 +65,7 @@ struct Shape {
     /// Of y: with and without an adapter in turn, beginning without. Rank 0: none.
     ranges: Vec<(usize, usize)>,
     transposed: bool,
-    wide: bool,
+    tile: Tile,
     dropout: bool,
     bias: bool,
     accumulate: bool,
@@ -231,7 +264,11 @@ fn run<T: Storage>(executor: &Executor, case: &Case) -> Result<Run<T>> {
             .collect::<Vec<_>>()
     });
 
-    let (tile, [tile_rows, tile_columns], threads) = TILES[usize::from(shape.wide)];
+    let [tile_rows, tile_columns] = shape.tile.size();
+    let tile = shape
+        .tile
+        .name(case.factors.iter().map(Factors::rank).max().unwrap_or(0));
+    let threads = if shape.tile == Tile::Small { 128 } else { 256 };
     let row_tiles = match shape.grouped {
         true => rows / tile_rows + groups,
         false => rows.div_ceil(tile_rows),
@@ -293,12 +330,10 @@ fn run<T: Storage>(executor: &Executor, case: &Case) -> Result<Run<T>> {
         } else {
             "transposed_"
         };
-        let stage =
-            (tile_rows + tile_columns + MAX_RANK) * STEP_BYTES + tile_rows * tile_columns / 8;
         executor.launch(
             &format!("lora_linear_{layout}{tile}_{}", T::NAME),
             Launch {
-                shared_bytes: (STAGES * stage) as u32,
+                shared_bytes: shape.tile.shared_bytes() as u32,
                 ..Launch::new([column_tiles as u32, row_tiles as u32, 1], [threads, 1, 1])
             },
             &args,
@@ -499,12 +534,32 @@ fn base() -> Shape {
         inputs: 40,
         ranges: vec![(72, 8)],
         transposed: false,
-        wide: false,
+        tile: Tile::Small,
         dropout: false,
         bias: true,
         accumulate: false,
         splits: 2,
     }
+}
+
+#[test]
+fn every_barrier_for_hopper_is_needed() {
+    // Five steps forward, the last one of ranks where the result is put together; two ranges backward.
+    let shape = Shape {
+        lengths: vec![140, 70],
+        grouped: true,
+        sets: 1,
+        inputs: 256,
+        ranges: vec![(200, 24), (264, 8)],
+        tile: Tile::Hopper,
+        splits: 1,
+        ..base()
+    };
+    let case = Case::draw::<bf16>(&shape, 3);
+    let source = include_str!("../../lora_hopper.cu");
+    assert_every_barrier_is_needed("kernels/lora_hopper.cu", source, |executor| {
+        run::<bf16>(executor, &case).map(drop)
+    });
 }
 
 #[test]
@@ -556,7 +611,8 @@ prop_compose! {
         transposed: bool, wide: bool, dropout: bool, bias: bool, accumulate: bool, splits in 1..4_usize,
     ) -> Shape {
         Shape {
-            lengths, grouped, sets: if grouped { sets } else { 1 }, inputs: 8 * inputs, ranges, transposed, wide,
+            lengths, grouped, sets: if grouped { sets } else { 1 }, inputs: 8 * inputs, ranges, transposed,
+            tile: if wide { Tile::Wide } else { Tile::Small },
             dropout, bias, accumulate, splits,
         }
     }
@@ -581,11 +637,22 @@ proptest! {
     }
 }
 
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(6))]
+
+    #[test]
+    fn products_of_warpgroups_agree_with_the_reference(shape in shape(), inputs in 1..40_usize, seed: u64) {
+        let shape = Shape { inputs: 8 * inputs, tile: Tile::Hopper, dropout: false, ..shape };
+        check::<bf16>(&shape, seed);
+        check::<f16>(&shape, seed);
+    }
+}
+
 #[test]
 fn tiles_end_where_they_should() {
-    // One row or column more than a tile, in both sizes and layouts; and nothing but a tile.
-    for wide in [false, true] {
-        let [rows, columns] = TILES[usize::from(wide)].1;
+    // One row or column more than a tile, in all sizes and layouts; and nothing but a tile.
+    for tile in [Tile::Small, Tile::Wide, Tile::Hopper] {
+        let [rows, columns] = tile.size();
         for transposed in [false, true] {
             for (rows, columns) in [(rows, columns), (rows + 1, columns + 8)] {
                 let shape = Shape {
@@ -593,8 +660,8 @@ fn tiles_end_where_they_should() {
                     ranges: vec![(columns, 16)],
                     inputs: columns,
                     transposed,
-                    wide,
-                    dropout: true,
+                    tile,
+                    dropout: tile != Tile::Hopper,
                     ..base()
                 };
                 check::<bf16>(&shape, rows as u64);

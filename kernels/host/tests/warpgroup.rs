@@ -227,7 +227,7 @@ proptest! {
 
     #[test]
     fn products_read_and_write_what_the_manual_says(
-        columns in prop::sample::select(vec![64_usize, 128]),
+        columns in prop::sample::select(vec![16_usize, 64, 128]),
         [transposed, registers, adds, apart] in any::<[bool; 4]>(),
         depths in prop::array::uniform2(0..4_usize),
         seed: u64,

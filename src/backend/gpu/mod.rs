@@ -43,8 +43,8 @@ use super::{
 };
 use crate::batch::PackedBatch;
 use crate::ops::{
-    self, activation, adamw, attention, convolutions, cross_entropy, elementwise, layer_norm,
-    one_hot, squared_error, tokens,
+    self, Version, activation, adamw, attention, convolutions, cross_entropy, elementwise,
+    layer_norm, one_hot, squared_error, tokens,
 };
 
 /// Most episodes that act at once.
@@ -56,7 +56,7 @@ const UNKNOWN_BYTES: usize = 1 << 30;
 #[derive(Debug)]
 pub struct Gpu<D: Device, T: Compute> {
     device: D,
-    attention: attention::Version,
+    version: Version,
     /// For partial sums.
     floats: Scratch<D, f32>,
     /// For packed keys and values.
@@ -129,7 +129,7 @@ impl<D: Device, T: Compute> Gpu<D, T> {
     pub fn new(device: D) -> Self {
         Self {
             device,
-            attention: attention::Version::default(),
+            version: Version::default(),
             floats: Scratch::default(),
             activations: Scratch::default(),
             indices: Scratch::default(),
@@ -140,9 +140,9 @@ impl<D: Device, T: Compute> Gpu<D, T> {
         }
     }
 
-    /// The same with attention over sequences by this version, where it has a kernel for the shape.
-    pub fn with_attention(self, attention: attention::Version) -> Self {
-        Self { attention, ..self }
+    /// The same with operations by this version, where there is one for the shape.
+    pub fn with_version(self, version: Version) -> Self {
+        Self { version, ..self }
     }
 
     fn counted(&self) -> MutexGuard<'_, Option<usize>> {
@@ -1036,7 +1036,7 @@ impl<D: Device, T: Compute> Backend for Gpu<D, T> {
                 .write_exact(device, 0..batch.tokens * attention.heads)?,
             memory_loss,
         };
-        Ok(shape.forward_by(self.attention, device, tensors)?)
+        Ok(shape.forward_by(self.version, device, tensors)?)
     }
 
     fn attention_backward(

@@ -275,7 +275,7 @@ impl<D: Device, T: Compute> Gpu<D, T> {
             accumulate: false,
             kept: adapted.write(device, 0..rows * map.ranks())?,
         };
-        Ok(shape.forward(device, tensors)?)
+        Ok(shape.forward_by(self.version, device, tensors)?)
     }
 
     fn adapted_backward(
@@ -337,7 +337,7 @@ impl<D: Device, T: Compute> Gpu<D, T> {
             kept_gradient: kept_gradient.output(device)?,
             workspace: workspace.output(device)?,
         };
-        Ok(shape.backward(device, tensors)?)
+        Ok(shape.backward_by(self.version, device, tensors)?)
     }
 }
 

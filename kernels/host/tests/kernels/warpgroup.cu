@@ -9,23 +9,6 @@ namespace {
 
 constexpr int kImage = 32768;  // bytes of shared memory that a test fills
 
-template <int kTransposed, typename A>
-__device__ inline void multiply(float (&d)[8][4], const A& a, uint64_t b, bool adds, bf16) {
-    ptx::wgmma_m64n64k16_bf16<kTransposed>(d, a, b, adds);
-}
-template <int kTransposed, typename A>
-__device__ inline void multiply(float (&d)[16][4], const A& a, uint64_t b, bool adds, bf16) {
-    ptx::wgmma_m64n128k16_bf16<kTransposed>(d, a, b, adds);
-}
-template <int kTransposed, typename A>
-__device__ inline void multiply(float (&d)[8][4], const A& a, uint64_t b, bool adds, f16) {
-    ptx::wgmma_m64n64k16_f16<kTransposed>(d, a, b, adds);
-}
-template <int kTransposed, typename A>
-__device__ inline void multiply(float (&d)[16][4], const A& a, uint64_t b, bool adds, f16) {
-    ptx::wgmma_m64n128k16_f16<kTransposed>(d, a, b, adds);
-}
-
 // d [128 threads, kTiles·4] (+)= a·b, a from the image or (a_descriptor 0) from registers [128, 4]. The descriptors say
 // where in the image the matrices begin.
 template <int kTiles, int kTransposed, typename T>
@@ -42,11 +25,12 @@ __device__ inline void product(const uint16_t* image, const uint32_t* a, float* 
     __syncthreads();
     ptx::wgmma_fence();
     const uint64_t start = ptx::shared_address(shared) >> 4;
+    const T* type = nullptr;
     const uint64_t b = static_cast<uint64_t>(b_descriptor) + start;
     if (a_descriptor != 0) {
-        multiply<kTransposed>(sums, static_cast<uint64_t>(a_descriptor) + start, b, adds != 0, T{});
+        warpgroup::multiply<kTransposed>(sums, static_cast<uint64_t>(a_descriptor) + start, b, adds != 0, type);
     } else {
-        multiply<kTransposed>(sums, registers, b, adds != 0, T{});
+        warpgroup::multiply<kTransposed>(sums, registers, b, adds != 0, type);
     }
     ptx::wgmma_commit();
     ptx::wgmma_wait<0>();
@@ -65,6 +49,8 @@ __device__ inline void product(const uint16_t* image, const uint32_t* a, float* 
             product<N / 8, 0, TYPE>(image, a, d, a_descriptor, b_descriptor, adds);                                    \
         }                                                                                                              \
     }
+TEST_WGMMA(16, bf16)
+TEST_WGMMA(16, f16)
 TEST_WGMMA(64, bf16)
 TEST_WGMMA(128, bf16)
 TEST_WGMMA(64, f16)
