@@ -262,6 +262,15 @@ pub struct LayerNorm {
     pub trainable: bool,
 }
 
+/// What is added to the input of a layer normalisation.
+#[derive(Debug)]
+pub struct Residual<'a, B> {
+    /// The summand.
+    pub summand: &'a B,
+    /// Where the sum is kept.
+    pub sum: &'a mut B,
+}
+
 /// A linear map of one-hot codes.
 #[derive(Debug, Clone, PartialEq)]
 pub struct OneHot {
@@ -736,18 +745,20 @@ pub trait Backend: Send + Sync {
     /// x += y, on the first `len` numbers.
     fn add_assign(&self, len: usize, y: &Self::Buffer, x: &mut Self::Buffer) -> Result<()>;
 
-    /// y = LayerNorm(x); `statistics` [2, rows] keeps mean and rstd.
+    /// y = LayerNorm(x), or with a residual of their sum; `statistics` [2, rows] keeps mean and rstd.
     fn layer_norm(
         &self,
         rows: usize,
         norm: &LayerNorm,
         parameters: &Self::Buffer,
         x: &Self::Buffer,
+        residual: Option<Residual<Self::Buffer>>,
         y: &mut Self::Buffer,
         statistics: &mut Self::Buffer,
     ) -> Result<()>;
 
-    /// Gradients of [`Self::layer_norm`].
+    /// Gradients of [`Self::layer_norm`]; with a residual, `x` is the sum. `grad_x` is overwritten, or
+    /// added to where `accumulate`.
     fn layer_norm_backward(
         &self,
         rows: usize,
@@ -757,6 +768,7 @@ pub trait Backend: Send + Sync {
         statistics: &Self::Buffer,
         grad_y: &Self::Buffer,
         grad_x: &mut Self::Buffer,
+        accumulate: bool,
         gradients: &mut Self::Buffer,
     ) -> Result<()>;
 

@@ -719,10 +719,10 @@ fn layer_norm<'a, B: Backend<Element = f32>>(
     let x = random(backend, Kind::Activation, rows * width, 1.0)?;
     let mut y = backend.buffer(rows * width, Kind::Activation)?;
     let mut statistics = backend.buffer(2 * rows, Kind::Exact)?;
-    backend.layer_norm(rows, &norm, &parameters, &x, &mut y, &mut statistics)?;
+    backend.layer_norm(rows, &norm, &parameters, &x, None, &mut y, &mut statistics)?;
     if !backward {
         return Ok(Box::new(move || {
-            Ok(backend.layer_norm(rows, &norm, &parameters, &x, &mut y, &mut statistics)?)
+            Ok(backend.layer_norm(rows, &norm, &parameters, &x, None, &mut y, &mut statistics)?)
         }));
     }
     let mut grad_x = backend.buffer(rows * width, Kind::Activation)?;
@@ -736,6 +736,7 @@ fn layer_norm<'a, B: Backend<Element = f32>>(
             &statistics,
             &y,
             &mut grad_x,
+            false,
             &mut gradients,
         )?)
     }))

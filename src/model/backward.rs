@@ -69,6 +69,7 @@ impl<B: Backend> Model<B> {
                 &acts.last_statistics,
                 &grads.side,
                 &mut grads.stream,
+                false,
                 gradients,
             )?;
         }
@@ -98,6 +99,7 @@ impl<B: Backend> Model<B> {
                     &acts.statistics,
                     &grads.stream,
                     &mut grads.side,
+                    false,
                     gradients,
                 )?;
                 &grads.side
@@ -275,6 +277,7 @@ impl<B: Backend> Model<B> {
             &acts.feed_forward_statistics,
             &grads.stream,
             &mut grads.side,
+            false,
             gradients,
         )?;
         std::mem::swap(&mut grads.stream, &mut grads.side);
@@ -292,6 +295,7 @@ impl<B: Backend> Model<B> {
             &acts.attention_statistics,
             &grads.stream,
             &mut grads.side,
+            false,
             gradients,
         )?;
         std::mem::swap(&mut grads.stream, &mut grads.side);
@@ -314,7 +318,6 @@ impl<B: Backend> Model<B> {
     ) -> Result<(), ModelError> {
         let rows = pass.counts.tokens;
         let backend = &*self.backend;
-        let width = self.config.width;
         let stream = acts
             .memory
             .as_ref()
@@ -328,10 +331,10 @@ impl<B: Backend> Model<B> {
             stream,
             &acts.feed_forward_statistics,
             &grads.side,
-            &mut grads.branch,
+            &mut grads.stream,
+            true,
             gradients,
         )?;
-        backend.add_assign(rows * width, &grads.branch, &mut grads.stream)?;
         if let (Some(memory), Some(acts_memory)) = (&block.memory, &acts.memory) {
             let x = &acts.middle;
             self.memory_backward(index, memory, pass, x, acts_memory, none, grads, gradients)?;
@@ -345,10 +348,10 @@ impl<B: Backend> Model<B> {
             x,
             &acts.attention_statistics,
             &grads.side,
-            &mut grads.branch,
+            &mut grads.stream,
+            true,
             gradients,
         )?;
-        backend.add_assign(rows * width, &grads.branch, &mut grads.stream)?;
         Ok(())
     }
 
@@ -566,10 +569,10 @@ impl<B: Backend> Model<B> {
             x,
             &acts.statistics,
             &grads.side,
-            &mut grads.branch,
+            &mut grads.stream,
+            true,
             gradients,
         )?;
-        backend.add_assign(rows * width, &grads.branch, &mut grads.stream)?;
         Ok(())
     }
 

@@ -10,7 +10,7 @@ use super::network::{
 use super::{Model, ModelError};
 use crate::backend::{
     Activation, Backend, Codes, Dropped, In, KeyValueCache, Linear, MemoryInputs, MemoryStart, Out,
-    Positions, Reals,
+    Positions, Reals, Residual,
 };
 use crate::batch::{FamilyRows, PackedBatch};
 
@@ -155,6 +155,7 @@ impl<B: Backend> Model<B> {
                 norm,
                 &self.values,
                 &acts.assembled,
+                None,
                 &mut acts.residual[0],
                 &mut acts.statistics,
             )?;
@@ -173,6 +174,7 @@ impl<B: Backend> Model<B> {
                     norm,
                     &self.values,
                     stream,
+                    None,
                     &mut acts.last,
                     &mut acts.last_statistics,
                 )?;
@@ -327,6 +329,7 @@ impl<B: Backend> Model<B> {
                 &block.attention_norm,
                 &self.values,
                 x,
+                None,
                 &mut acts.attention_side,
                 &mut acts.attention_statistics,
             )?;
@@ -371,12 +374,15 @@ impl<B: Backend> Model<B> {
         if pre {
             backend.add(len, x, branch, &mut acts.middle)?;
         } else {
-            backend.add(len, x, branch, &mut acts.attention_side)?;
             backend.layer_norm(
                 rows,
                 &block.attention_norm,
                 &self.values,
-                &acts.attention_side,
+                x,
+                Some(Residual {
+                    summand: branch,
+                    sum: &mut acts.attention_side,
+                }),
                 &mut acts.middle,
                 &mut acts.attention_statistics,
             )?;
@@ -407,6 +413,7 @@ impl<B: Backend> Model<B> {
                 &block.feed_forward_norm,
                 &self.values,
                 stream,
+                None,
                 &mut acts.feed_forward_side,
                 &mut acts.feed_forward_statistics,
             )?;
@@ -436,12 +443,15 @@ impl<B: Backend> Model<B> {
         if pre {
             backend.add(len, stream, branch, y)?;
         } else {
-            backend.add(len, stream, branch, &mut acts.feed_forward_side)?;
             backend.layer_norm(
                 rows,
                 &block.feed_forward_norm,
                 &self.values,
-                &acts.feed_forward_side,
+                stream,
+                Some(Residual {
+                    summand: branch,
+                    sum: &mut acts.feed_forward_side,
+                }),
                 y,
                 &mut acts.feed_forward_statistics,
             )?;
@@ -470,6 +480,7 @@ impl<B: Backend> Model<B> {
             &network.norm,
             &self.values,
             x,
+            None,
             &mut acts.normed,
             &mut acts.statistics,
         )?;

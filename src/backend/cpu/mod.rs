@@ -11,6 +11,7 @@ mod memory;
 mod partials;
 mod views;
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -34,7 +35,7 @@ use views::{
 use super::{
     Activation, AdamW, Attention, Backend, BackendError, Bytes, Codes, Convolutions, Dropped, In,
     KeyValueCache, Kind, LayerNorm, Linear, METRICS, Memory, MemoryGradients, MemoryInputs,
-    MemoryStart, Metric, OneHot, Out, Positions, Rank, Reals, Result, Span, Trained,
+    MemoryStart, Metric, OneHot, Out, Positions, Rank, Reals, Residual, Result, Span, Trained,
 };
 use crate::batch::{PackedBatch, TokenKind};
 
@@ -772,10 +773,18 @@ impl<T: Scalar> Backend for Cpu<T> {
         norm: &LayerNorm,
         parameters: &Vec<T>,
         x: &Vec<T>,
+        residual: Option<Residual<Vec<T>>>,
         y: &mut Vec<T>,
         statistics: &mut Vec<T>,
     ) -> Result<()> {
         const NAME: &str = "layer_norm";
+        let x = match residual {
+            Some(Residual { summand, sum }) => {
+                self.add(rows * norm.width, x, summand, sum)?;
+                sum
+            }
+            None => x,
+        };
         let weight = ArrayView1::from(part(NAME, parameters, norm.weight)?);
         let bias = ArrayView1::from(part(NAME, parameters, norm.bias)?);
         let (mean, rstd) = front_mut(NAME, statistics, 2 * rows)?.split_at_mut(rows);
@@ -802,13 +811,15 @@ impl<T: Scalar> Backend for Cpu<T> {
         statistics: &Vec<T>,
         grad_y: &Vec<T>,
         grad_x: &mut Vec<T>,
+        accumulate: bool,
         gradients: &mut Vec<T>,
     ) -> Result<()> {
         const NAME: &str = "layer_norm_backward";
         let width = norm.width;
         let weight = ArrayView1::from(part(NAME, parameters, norm.weight)?);
         let (mean, rstd) = front(NAME, statistics, 2 * rows)?.split_at(rows);
-        let mut partials = self.partials(2 * width);
+        // The third part is a row's gradient before it is added.
+        let mut partials = self.partials(3 * width);
         let piece = partials.piece(rows);
         partials
             .pieces()
@@ -817,14 +828,26 @@ impl<T: Scalar> Backend for Cpu<T> {
             .zip(matrix(NAME, grad_y, rows, width)?.axis_chunks_iter(Axis(0), piece))
             .zip(mean.par_chunks(piece))
             .zip(rstd.par_chunks(piece))
-            .try_for_each(|(((((partial, dx), x), dy), mean), rstd)| {
-                let (mean, rstd) = (ArrayView1::from(mean), ArrayView1::from(rstd));
-                let (dweight, dbias) = partial.split_at_mut(width);
-                let (dweight, dbias) = (ArrayViewMut1::from(dweight), ArrayViewMut1::from(dbias));
-                named(
-                    NAME,
-                    layer_norm::backward(x, weight, mean, rstd, dy, dx, dweight, dbias),
-                )
+            .try_for_each(|(((((partial, mut dx), x), dy), mean), rstd)| {
+                let (dweight, rest) = partial.split_at_mut(width);
+                let (dbias, scratch) = rest.split_at_mut(width);
+                let mut backward = |rows: Range<usize>, dx: ArrayViewMut2<T>| {
+                    let [mean, rstd] = [mean, rstd].map(|x| ArrayView1::from(&x[rows.clone()]));
+                    let [x, dy] = [x, dy].map(|x| x.slice_move(s![rows.clone(), ..]));
+                    let [dweight, dbias] = [&mut *dweight, &mut *dbias].map(ArrayViewMut1::from);
+                    named(
+                        NAME,
+                        layer_norm::backward(x, weight, mean, rstd, dy, dx, dweight, dbias),
+                    )
+                };
+                if !accumulate {
+                    return backward(0..mean.len(), dx);
+                }
+                for (row, mut dx) in dx.rows_mut().into_iter().enumerate() {
+                    backward(row..row + 1, matrix_mut(NAME, scratch, 1, width)?)?;
+                    dx += &ArrayView1::from(&*scratch);
+                }
+                Ok(())
             })?;
         if norm.trainable {
             partials.add_to(NAME, gradients, &[norm.weight, norm.bias])?;

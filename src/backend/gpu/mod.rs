@@ -38,8 +38,8 @@ use memory::Scratch;
 use super::{
     Activation, Attention, Backend, BackendError, Bytes, Codes, Convolutions, Dropped, In,
     KeyValueCache, Kind, LayerNorm, Linear, METRICS, Memory, MemoryGradients, MemoryInputs,
-    MemoryStart, Metric, OneHot, Out, Positions, Rank, Reals, Result, Span, Supervised, Trained,
-    is_heard, range,
+    MemoryStart, Metric, OneHot, Out, Positions, Rank, Reals, Residual, Result, Span, Supervised,
+    Trained, is_heard, range,
 };
 use crate::batch::PackedBatch;
 use crate::ops::{
@@ -870,6 +870,7 @@ impl<D: Device, T: Compute> Backend for Gpu<D, T> {
         norm: &LayerNorm,
         parameters: &Self::Buffer,
         x: &Self::Buffer,
+        residual: Option<Residual<Self::Buffer>>,
         y: &mut Self::Buffer,
         statistics: &mut Self::Buffer,
     ) -> Result<()> {
@@ -881,7 +882,13 @@ impl<D: Device, T: Compute> Backend for Gpu<D, T> {
             .parts([0..rows, rows..2 * rows])?;
         let tensors = layer_norm::Forward {
             x: x.read(device, all.clone())?,
-            residual: None,
+            residual: match residual {
+                Some(Residual { summand, sum }) => Some(layer_norm::Residual {
+                    residual: summand.read(device, all.clone())?,
+                    sum: sum.write(device, all.clone())?,
+                }),
+                None => None,
+            },
             weight: parameters.read(device, norm.weight.range())?,
             bias: parameters.read(device, norm.bias.range())?,
             y: y.write(device, all)?,
@@ -905,6 +912,7 @@ impl<D: Device, T: Compute> Backend for Gpu<D, T> {
         statistics: &Self::Buffer,
         grad_y: &Self::Buffer,
         grad_x: &mut Self::Buffer,
+        accumulate: bool,
         gradients: &mut Self::Buffer,
     ) -> Result<()> {
         let _range = range("layer_norm_backward");
@@ -931,14 +939,15 @@ impl<D: Device, T: Compute> Backend for Gpu<D, T> {
                 .parts([norm.weight.range(), norm.bias.range()])?,
             false => [weight_unused, bias_unused],
         };
+        let ds = grad_x.write(device, all.clone())?;
         let tensors = layer_norm::Backward {
             s: x.read(device, all.clone())?,
             weight: parameters.read(device, norm.weight.range())?,
             mean: statistics.read_exact(device, 0..rows)?,
             rstd: statistics.read_exact(device, rows..2 * rows)?,
-            dy: grad_y.read(device, all.clone())?,
-            dsum: None,
-            ds: grad_x.write(device, all)?,
+            dy: grad_y.read(device, all)?,
+            dsum: accumulate.then(|| ds.as_input()),
+            ds,
             dweight,
             dbias,
             workspace,
