@@ -150,6 +150,11 @@ part_train-recall() {
     need_gpu
     "$dtmem" train configs/recall-quick.toml --device cuda:0 --out "$out/train-recall" --overwrite
 }
+# The memory loss on the memory.
+part_train-memory() {
+    need_gpu
+    "$dtmem" train configs/hallway-memory-quick.toml --device cuda:0 --out "$out/train-memory" --overwrite
+}
 # Data parallel, through NCCL.
 part_train-ranks() {
     need_gpu
@@ -223,7 +228,7 @@ run train-quick "$(quick_or 90 300)"
 run train-recall "$(quick_or 60 300)"
 run train-ranks 60
 run peers "$(quick_or 120 1500)"
-[[ $mode == full ]] && run train-paper 1200
+[[ $mode == full ]] && run train-memory 600 && run train-paper 1200
 run sanitize "$(quick_or 60 1500)"
 declare -F part_deliberate > /dev/null && run deliberate 6
 
