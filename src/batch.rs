@@ -319,10 +319,11 @@ impl PackedBatch {
         self.token_time.resize(size.tokens, last_step);
         self.pair_offsets.resize(size.tokens + 1, pairs);
         // From the family and not from its rows: a batch may have none.
-        let fields = last.observation.fields();
-        let (codes, reals) = match last.observation.content {
-            Content::Codes(_) | Content::Pixels => (fields, 0),
-            Content::Reals => (0, fields),
+        let space = &last.observation;
+        let (codes, reals) = match (&space.content, space.patches()) {
+            (_, Some(cut)) => (0, cut.count() * cut.size()),
+            (Content::Reals, None) => (0, space.fields()),
+            (Content::Codes(_) | Content::Pixels, None) => (space.fields(), 0),
         };
         let of_action = match last.action {
             ActionSpace::Discrete(_) => 0,
