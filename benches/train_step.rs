@@ -141,13 +141,7 @@ fn train_step(criterion: &mut Criterion) {
             .expect("a valid configuration");
         model.initialise(0).expect("initial values");
         let batch = pack(&model, &case.lengths);
-        let capacity = Capacity {
-            tokens: batch.tokens(),
-            observations: batch.observation_tokens.len(),
-            sequences: batch.sequences(),
-            segments: batch.segments(),
-        };
-        let mut training = Training::new(&model, capacity, SHARDS).expect("buffers");
+        let mut training = Training::new(&model, Capacity::of(&batch), SHARDS).expect("buffers");
         let optimiser = OptimiserStep {
             learning_rate: 1e-4,
             beta1: 0.9,

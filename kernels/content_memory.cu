@@ -9,7 +9,9 @@
 // M, M′ [B, N, V] and y [tokens, V] contiguous in the storage type; a, s rows of D ≤ V and v rows of V, each with a stride of
 // its own; κ [tokens] in the storage type, b [1] in f32. Keys meet the first D columns of M (M_i·a_t, M_i·s_t and |M_i| are
 // theirs alone); the V − D behind them are only carried along, written and read. In the code D is `key_width`, V `width`.
-// `offsets` [B + 1]: sequence j has the tokens offsets[j] … offsets[j+1]. N ≤ 4096. Pointers need no alignment beyond their type's; rows that are aligned to 16 bytes are copied faster.
+// `offsets` [B + 1]: sequence j has the tokens offsets[j] … offsets[j+1]; where that falls it takes no part, and tokens of no
+// sequence stay as they are. N ≤ 4096. Pointers need no alignment beyond their type's; rows that are aligned to 16 bytes are
+// copied faster.
 //
 // Workspace, f32: w and β [tokens, N] each, and squares [B, N]: 4·N·(2·tokens + B) bytes.
 //
@@ -299,6 +301,7 @@ __device__ inline void write(const T* memory, const float* w, const float* beta,
     __shared__ float factors[kGroups][kTile];
     const Sequence sequence(offsets, blockIdx.z);
     const int tokens = sequence.tokens;
+    if (tokens < 0) return;
     const int first_slot = blockIdx.x * kTile, first_column = blockIdx.y * kTile;
     memory += static_cast<int64_t>(blockIdx.z) * slots * width;
     memory_next += static_cast<int64_t>(blockIdx.z) * slots * width;

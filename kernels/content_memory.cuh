@@ -21,7 +21,7 @@ constexpr int kFetches = kTile * kDepth / kThreads;
 // Four groups of threads share the tokens of a sum or product over tokens, one slot of the tile per thread.
 constexpr int kGroups = kThreads / kTile;
 
-// The tokens of one sequence of a pack.
+// The tokens of one sequence of a pack. If its end lies before its start it takes no part.
 struct Sequence {
     int64_t first;
     int tokens;

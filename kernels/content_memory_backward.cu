@@ -17,7 +17,7 @@
 //   coefficients         (tiles(N) + tiles(longest)²*, B)   through softmax, sigmoid and norms: the factors of all
 //                                                           further products; (w·β)·wᵀ*
 //   gradients            (tiles(V) or ⌈V/32⌉, splits·tiles(longest), B)  dM, and shares of da, ds, dv
-//   sums                 (tokens + 1)                       da, ds, dv, dκ from their shares, and db
+//   sums                 (longest + 1, B)                   da, ds, dv, dκ from their shares, and db
 // scores and gradients have 72 KiB of dynamic shared memory, and registers for two blocks on a multiprocessor.
 //
 // Workspace: `Shape::backward_pieces` of src/ops/content_memory.rs; most of it are nine planes [tokens, N] of f32.
@@ -136,14 +136,15 @@ struct Slopes {
 // divided by it, and shares of dκ, of the slope of |a| and of db.
 template <typename T>
 __device__ inline void coefficients(const Slopes& x, const T* kappa, const float* bias, const int32_t* offsets,
-                                    float* planes, float* slopes, float* token_shares, float* bias_shares, int slots,
-                                    int pitch, bool write_then_read, float scale, float epsilon) {
+                                    float* planes, float* slopes, float* token_shares, float* bias_shares,
+                                    int64_t all_tokens, int slots, int pitch, bool write_then_read, float scale,
+                                    float epsilon) {
     __shared__ float means[2][kThreads];
     __shared__ float exchange[kWarps];
     __shared__ float slope_shares[kGroups][kTile];
     const Sequence sequence(offsets, blockIdx.y);
     const SlotOwner owner(slots);
-    const int64_t all_tokens = offsets[gridDim.y], of_slot = static_cast<int64_t>(blockIdx.y) * slots + owner.slot;
+    const int64_t of_slot = static_cast<int64_t>(blockIdx.y) * slots + owner.slot;
     const int shares = (slots + kTile - 1) / kTile * kShares;
     Coefficients<T> of[kPlanes];
 #pragma unroll
@@ -298,13 +299,14 @@ struct GradientTiles {
 template <typename T>
 __device__ inline void gradients(const T* memory, const T* g, const Rows<T> (&rows)[kGate], const float* planes,
                                  Coefficients<T> gates, const float* keep, const float* slopes, const int32_t* offsets,
-                                 T* d_memory, float* shares, unsigned char* shared, int slots, int width,
-                                 int key_width, int pitch, int splits) {
+                                 T* d_memory, float* shares, unsigned char* shared, int64_t all_tokens, int slots,
+                                 int width, int key_width, int pitch, int splits) {
     using Tiles = GradientTiles<T>;
     constexpr int kColumns = Tiles::kColumns, kFragments = kColumns / 2 / 8;
     auto& tiles = *reinterpret_cast<Tiles*>(shared);
     const Sequence sequence(offsets, blockIdx.z);
-    const int64_t all_tokens = offsets[gridDim.z], of_sequence = static_cast<int64_t>(blockIdx.z) * slots;
+    if (sequence.tokens < 0) return;
+    const int64_t of_sequence = static_cast<int64_t>(blockIdx.z) * slots;
     const int split = blockIdx.y % splits, chunk = blockIdx.y / splits;
     const int chunks = max(1, (sequence.tokens + kTile - 1) / kTile);
     if (chunk >= chunks) return;
@@ -477,24 +479,27 @@ __device__ inline void gradients(const T* memory, const T* g, const Rows<T> (&ro
     keep_share(2, d_value);
 }
 
-// The gradients of one token, from their shares: blocks of slots, and tiles of slots for dκ and the slope of |a|. The block
-// behind the last token does it for db.
+// The gradients of one token, from their shares: blocks of slots, and tiles of slots for dκ and the slope of |a|. One block
+// behind all tokens does it for db.
 template <typename T>
 __device__ inline void sums(const float* shares, const float* token_shares, const float* bias_shares,
-                            const float* norms, Rows<T> keys, T* d_kappa, T* d_keys, T* d_strength_keys, T* d_value,
-                            float* d_bias, int tokens, int slots, int sequences, int width, int key_width, int pitch,
-                            int splits, int d_stride, int d_strength_stride, int d_value_stride) {
+                            const float* norms, const int32_t* offsets, Rows<T> keys, T* d_kappa, T* d_keys,
+                            T* d_strength_keys, T* d_value, float* d_bias, int tokens, int slots, int sequences,
+                            int width, int key_width, int pitch, int splits, int d_stride, int d_strength_stride,
+                            int d_value_stride) {
     __shared__ float exchange[kWarps];
-    const int64_t token = blockIdx.x;
     const int tiles = (slots + kTile - 1) / kTile;
-    if (token == tokens) {
-        if (d_bias == nullptr) return;
+    if (d_bias != nullptr && blockIdx.x + 1 == gridDim.x) {
+        if (blockIdx.y != 0) return;
         float sum = 0.0f;
         for (int n = threadIdx.x; n < sequences * tiles; n += kThreads) sum += bias_shares[n];
         sum = sum_again(sum, exchange);
         if (threadIdx.x == 0) *d_bias += sum;
         return;
     }
+    const Sequence sequence(offsets, blockIdx.y);
+    if (static_cast<int>(blockIdx.x) >= sequence.tokens) return;
+    const int64_t token = sequence.first + blockIdx.x;
     float slope = 0.0f;
     if (d_kappa != nullptr) {
         float sum[2] = {};
@@ -530,14 +535,16 @@ __device__ inline void sums(const float* shares, const float* token_shares, cons
 //   dw_ti = keep_i·dw_ti + Σ_u cross_ut·w_ui·β_ui,  d_gate_ti += Σ_u cross_tu·w_ui,  and wᵀ·R·M joins G·M
 extern "C" __global__ void __launch_bounds__(kThreads) content_memory_slots(
     const float* w, const float* beta, const float* dots, const float* cross, const int32_t* offsets, float* before,
-    float* keep, float* dw, float* d_gate, float* means, int32_t slots, int32_t pitch, int32_t paper) {
+    float* keep, float* dw, float* d_gate, float* means, int32_t all_tokens, int32_t slots, int32_t pitch,
+    int32_t paper) {
     __shared__ Product<float>::Panels panels;
     __shared__ float products[kGroups][kTile];
     __shared__ float seen[kGroups][kTile];
     const Sequence sequence(offsets, blockIdx.y);
     const SlotOwner owner(slots);
     const int tokens = sequence.tokens, first_slot = blockIdx.x * kTile, mine = owner.mine;
-    const int64_t all_tokens = offsets[gridDim.y], of_slot = static_cast<int64_t>(blockIdx.y) * slots + owner.slot;
+    if (tokens < 0) return;
+    const int64_t of_slot = static_cast<int64_t>(blockIdx.y) * slots + owner.slot;
     const int each = (tokens + kGroups - 1) / kGroups, begin = min(owner.group * each, tokens);
     const int end = min(begin + each, tokens);
     const auto place = [&](int t) { return (sequence.first + t) * slots + owner.slot; };
@@ -626,7 +633,9 @@ extern "C" __global__ void __launch_bounds__(kThreads) content_memory_slots(
         }
         sums[0] = warp_sum(sums[0]);
         sums[1] = warp_sum(sums[1]);
-        if (threadIdx.x % kWarpSize == 0) store(sums, means + (owner.share * all_tokens + sequence.first + t) * 2);
+        if (threadIdx.x % kWarpSize == 0) {
+            store(sums, means + (static_cast<int64_t>(owner.share) * all_tokens + sequence.first + t) * 2);
+        }
     }
 }
 
@@ -635,35 +644,35 @@ extern "C" __global__ void __launch_bounds__(kThreads) content_memory_slots(
         const float* w, const float* beta, const float* similarity, const float* dw, const float* d_beta,              \
         const float* keep, const float* squares, const float* norms, const float* means, const T* kappa,               \
         const float* bias, const int32_t* offsets, float* planes, float* gates, float* slopes, float* token_shares,    \
-        float* bias_shares, int32_t slots, int32_t longest, int32_t pitch, int32_t gate_pitch, float scale,            \
-        float epsilon) {                                                                                               \
+        float* bias_shares, int32_t tokens, int32_t slots, int32_t longest, int32_t pitch, int32_t gate_pitch,         \
+        float scale, float epsilon) {                                                                                  \
         __shared__ Product<float>::Panels panels;                                                                      \
         const int tiles = (slots + kTile - 1) / kTile, tile = static_cast<int>(blockIdx.x) - tiles;                    \
         if (tile >= 0) {                                                                                               \
-            const Coefficients<T> to = plane_of<T>(gates, 0, offsets[gridDim.y], gate_pitch);                          \
+            const Coefficients<T> to = plane_of<T>(gates, 0, tokens, gate_pitch);                                      \
             gate_products(w, beta, Sequence(offsets, blockIdx.y), to, panels, tile, slots, longest);                   \
         } else {                                                                                                       \
             coefficients({w, beta, similarity, dw, d_beta, keep, squares, norms, means}, kappa, bias, offsets, planes, \
-                         slopes, token_shares, bias_shares, slots, pitch, gates != nullptr, scale, epsilon);           \
+                         slopes, token_shares, bias_shares, tokens, slots, pitch, gates != nullptr, scale, epsilon);   \
         }                                                                                                              \
     }                                                                                                                  \
     extern "C" __global__ void __launch_bounds__(kThreads, 2) content_memory_gradients_##NAME(                         \
         const T* memory, const T* g, const T* keys, const T* strength_keys, const T* r, const float* planes, const float* gates,  \
-        const float* keep, const float* slopes, const int32_t* offsets, T* d_memory, float* shares, int32_t slots,     \
-        int32_t width, int32_t key_width, int32_t stride, int32_t strength_stride, int32_t pitch, int32_t gate_pitch,  \
-        int32_t splits) {                                                                                              \
+        const float* keep, const float* slopes, const int32_t* offsets, T* d_memory, float* shares, int32_t tokens,    \
+        int32_t slots, int32_t width, int32_t key_width, int32_t stride, int32_t strength_stride, int32_t pitch,       \
+        int32_t gate_pitch, int32_t splits) {                                                                          \
         extern __shared__ __align__(16) unsigned char shared[];                                                        \
         gradients<T>(memory, g, {{keys, stride}, {strength_keys, strength_stride}, {r, width}}, planes,                \
-                     plane_of<T>(gates, 0, offsets[gridDim.z], gate_pitch), keep, slopes, offsets, d_memory, shares,   \
-                     shared, slots, width, key_width, pitch, splits);                                                  \
+                     plane_of<T>(gates, 0, tokens, gate_pitch), keep, slopes, offsets, d_memory, shares,               \
+                     shared, tokens, slots, width, key_width, pitch, splits);                                          \
     }                                                                                                                  \
     extern "C" __global__ void __launch_bounds__(kThreads) content_memory_sums_##NAME(                                 \
-        const float* shares, const float* token_shares, const float* bias_shares, const float* norms, const T* keys,   \
-        T* d_kappa, T* d_keys, T* d_strength_keys, T* d_value, float* d_bias, int32_t tokens, int32_t slots,           \
-        int32_t sequences, int32_t width, int32_t key_width, int32_t pitch, int32_t splits, int32_t stride,            \
-        int32_t d_stride, int32_t d_strength_stride, int32_t d_value_stride) {                                         \
-        sums<T>(shares, token_shares, bias_shares, norms, {keys, stride}, d_kappa, d_keys, d_strength_keys, d_value,   \
-                d_bias, tokens, slots, sequences, width, key_width, pitch, splits, d_stride, d_strength_stride,        \
+        const float* shares, const float* token_shares, const float* bias_shares, const float* norms,                  \
+        const int32_t* offsets, const T* keys, T* d_kappa, T* d_keys, T* d_strength_keys, T* d_value, float* d_bias,   \
+        int32_t tokens, int32_t slots, int32_t sequences, int32_t width, int32_t key_width, int32_t pitch,             \
+        int32_t splits, int32_t stride, int32_t d_stride, int32_t d_strength_stride, int32_t d_value_stride) {         \
+        sums<T>(shares, token_shares, bias_shares, norms, offsets, {keys, stride}, d_kappa, d_keys, d_strength_keys,   \
+                d_value, d_bias, tokens, slots, sequences, width, key_width, pitch, splits, d_stride, d_strength_stride,\
                 d_value_stride);                                                                                       \
     }
 

@@ -20,7 +20,7 @@
 // Elsewhere they are three, tiles = ⌈N/tile⌉:
 //   short_scores   (tiles, B)  scores, stats → workspace; the tile is a ring of three steps
 //   short_update   (tiles, B)  weights, columns; y of this tile's slots → workspace
-//   short_read     (⌈tokens·D/1024⌉)  y = Σ over tiles, first to last
+//   short_read     (⌈longest·D/1024⌉, B)  y = Σ over tiles, first to last
 // All with 256 threads. Dynamic shared memory in bytes, with rows = ⌈longest/16⌉·16 and D₆₄ = ⌈D/64⌉·64:
 //   short_scores   padded·400 + rows·864
 //   short_update   padded·(2·D₆₄ + 48 + 4·rows) + rows·384
@@ -529,6 +529,7 @@ __device__ inline void short_scores(const T* memory, Rows<T> keys, Rows<T> stren
     __shared__ Norms norms;
     __shared__ Exchange exchange;
     const Place place(offsets, slots, tile_slots);
+    if (place.tokens < 0) return;
     const Owner owner(place);
     const Tile<T> tile{reinterpret_cast<T*>(shared), kStages};
     Products x = {};
@@ -552,11 +553,12 @@ __device__ inline void short_scores(const T* memory, Rows<T> keys, Rows<T> stren
 template <typename T>
 __device__ inline void short_update(const T* memory, const float* products, const Stats* stats_of_tiles,
                                     Rows<T> values, const int32_t* offsets, T* memory_next, float* shares,
-                                    unsigned char* shared, int slots, int width, int tile_slots, int most_rows,
-                                    bool sigmoid, bool paper, bool write_then_read) {
+                                    unsigned char* shared, int64_t all_tokens, int slots, int width, int tile_slots,
+                                    int most_rows, bool sigmoid, bool paper, bool write_then_read) {
     __shared__ StatsOfTokens all;
     __shared__ float keep[kHalves][kMostTile];
     const Place place(offsets, slots, tile_slots);
+    if (place.tokens < 0) return;
     const Owner owner(place);
     const int steps = (width + kStep - 1) / kStep;
     const Tile<T> tile{reinterpret_cast<T*>(shared), steps};
@@ -578,7 +580,7 @@ __device__ inline void short_update(const T* memory, const float* products, cons
 #pragma unroll
         for (int p = 0; p < kParts; ++p) load(products + 4 * place_of(owner, place, most_rows, j, i, p), x[p]);
     });
-    const int64_t first = static_cast<int64_t>(blockIdx.x) * offsets[gridDim.y] + place.first_token;
+    const int64_t first = blockIdx.x * all_tokens + place.first_token;
     columns(
         place, tile, weights, value, memory_next, width, write_then_read,
         [&](int token, int column, float y0, float y1) {
@@ -589,10 +591,13 @@ __device__ inline void short_update(const T* memory, const float* products, cons
 
 // y = Σ over tiles, four columns per thread.
 template <typename T>
-__device__ inline void short_read(const float* shares, T* y, int tiles, int tokens, int width) {
-    const int64_t size = static_cast<int64_t>(tokens) * width;
-    const int64_t at = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * 4;
-    if (at >= size) return;
+__device__ inline void short_read(const float* shares, const int32_t* offsets, T* y, int tiles, int all_tokens,
+                                  int width) {
+    const Sequence sequence(offsets, blockIdx.y);
+    const int64_t size = static_cast<int64_t>(all_tokens) * width;
+    const int in_sequence = static_cast<int>(blockIdx.x * kThreads + threadIdx.x) * 4;
+    if (in_sequence >= sequence.tokens * width) return;
+    const int64_t at = sequence.first * width + in_sequence;
     float sum[4] = {};
 #pragma unroll 4
     for (int n = 0; n < tiles; ++n) {
@@ -618,6 +623,7 @@ __device__ inline void short_cluster(const T* memory, Rows<T> keys, Rows<T> stre
     __shared__ StatsOfTokens all;
     __shared__ float keep[kHalves][kMostTile];
     const Place place(offsets, slots, tile_slots);
+    if (place.tokens < 0) return;
     const Tile<T> tile{reinterpret_cast<T*>(shared), (width + kStep - 1) / kStep};
     const int weight_pitch = most_rows + kGap;
     T* address = tile.end(place);
@@ -692,16 +698,16 @@ __device__ inline void short_cluster(const T* memory, Rows<T> keys, Rows<T> stre
     }                                                                                                                  \
     extern "C" __global__ void __launch_bounds__(kThreads, 2) content_memory_short_update_##NAME(                         \
         const T* memory, const float* products, const float* stats, const T* value, const int32_t* offsets,            \
-        T* memory_next, float* shares, int32_t slots, int32_t width, int32_t stride, int32_t tile, int32_t rows,       \
-        int32_t sigmoid, int32_t paper, int32_t write_then_read) {                                                     \
+        T* memory_next, float* shares, int32_t tokens, int32_t slots, int32_t width, int32_t stride, int32_t tile,     \
+        int32_t rows, int32_t sigmoid, int32_t paper, int32_t write_then_read) {                                                     \
         extern __shared__ __align__(16) unsigned char shared[];                                                        \
         short_update<T>(memory, products, reinterpret_cast<const Stats*>(stats), {value, stride}, offsets,             \
-                        memory_next, shares, shared, slots, width, tile, rows, sigmoid != 0, paper != 0,               \
+                        memory_next, shares, shared, tokens, slots, width, tile, rows, sigmoid != 0, paper != 0,               \
                         write_then_read != 0);                                                                         \
     }                                                                                                                  \
     extern "C" __global__ void __launch_bounds__(kThreads) content_memory_short_read_##NAME(                           \
-        const float* shares, T* y, int32_t tiles, int32_t tokens, int32_t width) {                                     \
-        short_read(shares, y, tiles, tokens, width);                                                                   \
+        const float* shares, const int32_t* offsets, T* y, int32_t tiles, int32_t tokens, int32_t width) {             \
+        short_read(shares, offsets, y, tiles, tokens, width);                                                                   \
     }                                                                                                                  \
     extern "C" __global__ void __launch_bounds__(kThreads, 1) content_memory_short_cluster_##NAME(                     \
         const T* memory, const T* keys, const T* strength_keys, const T* value, const T* kappa, const float* bias,     \

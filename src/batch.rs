@@ -97,6 +97,8 @@ pub struct PackedBatch {
     /// First token of each sequence in the batch that it was selected from ([`Self::select`]), so
     /// that dropout draws the same mask for it; its own first token otherwise.
     pub origins: Vec<i32>,
+    /// What it was filled up to ([`Self::fill_up`]).
+    pub filled: Option<BatchSize>,
     /// What changes from step to step of a training.
     pub training: TrainingStep,
 }
@@ -147,17 +149,23 @@ pub struct LossWeights {
     pub pair: f64,
 }
 
-/// What [`PackedBatch::fill_up`] fills a batch up to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// What [`PackedBatch::fill_up`] fills a batch up to: no batch has more.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BatchSize {
     /// Tokens.
     pub tokens: usize,
-    /// Rows of each kind of tokens.
-    pub rows: usize,
-    /// Sequences: at least one more than the batch has.
+    /// Observations of each family, and as many actions.
+    pub rows: Vec<usize>,
+    /// Returns to go.
+    pub returns: usize,
+    /// Sequences.
     pub sequences: usize,
-    /// Segments: as many more as sequences, at least.
+    /// Segments of all sequences.
     pub segments: usize,
+    /// Segments of one sequence.
+    pub links: usize,
+    /// Tokens of one segment.
+    pub segment_tokens: usize,
     /// Time steps that tokens may have.
     pub steps: usize,
 }
@@ -176,6 +184,12 @@ impl PackedBatch {
     /// Number of segments of all sequences.
     pub fn segments(&self) -> usize {
         self.segment_offsets.len().saturating_sub(1)
+    }
+
+    /// Most segments of one sequence.
+    pub fn links(&self) -> usize {
+        let all = (0..self.sequences()).map(|sequence| self.segments_of(sequence).len());
+        all.max().unwrap_or(0)
     }
 
     /// Tokens of one sequence.
@@ -306,11 +320,17 @@ impl PackedBatch {
         self.return_tokens.len() as i32 - 1
     }
 
-    /// Fills the batch up, so that batches have one size: tokens of no kind in a sequence of their
-    /// own, empty sequences, and rows without a token, of the `last` family. They take no part in
-    /// any loss.
-    pub fn fill_up(&mut self, size: BatchSize, last: &Family) {
+    /// Fills the batch up, so that batches have one size: tokens of no kind in a sequence and a
+    /// segment of their own, empty sequences and segments, and rows without a token. They take no
+    /// part in any loss, and of those segments no sequence knows.
+    pub fn fill_up(&mut self, size: &BatchSize, families: &[Family]) {
         const NO_KIND: u8 = u8::MAX;
+        let mut before = FamilyRows::default();
+        for (number, (family, &rows)) in families.iter().zip(&size.rows).enumerate() {
+            before = self.fill_up_family(number, family, rows, &before);
+        }
+        self.returns.resize(size.returns, 0.0);
+        self.return_tokens.resize(size.returns, -1);
         let (first, end) = (self.tokens() as i32, size.tokens as i32);
         let pairs = self.pair_keys.len() as i32;
         self.token_kind.resize(size.tokens, NO_KIND);
@@ -318,51 +338,101 @@ impl PackedBatch {
         let last_step = size.steps.saturating_sub(1) as i32;
         self.token_time.resize(size.tokens, last_step);
         self.pair_offsets.resize(size.tokens + 1, pairs);
-        // From the family and not from its rows: a batch may have none.
-        let space = &last.observation;
-        let (codes, reals) = match (&space.content, space.patches()) {
-            (_, Some(cut)) => (0, cut.count() * cut.size()),
-            (Content::Reals, None) => (0, space.fields()),
-            (Content::Codes(_) | Content::Pixels, None) => (space.fields(), 0),
-        };
-        let of_action = match last.action {
-            ActionSpace::Discrete(_) => 0,
-            ActionSpace::Continuous(count) => count,
-        };
-        if let Some(rows) = self.families.last_mut() {
-            let more = size.rows.saturating_sub(self.observation_tokens.len());
-            fill(&mut rows.codes, more * codes, &mut self.observations);
-            let (range, all) = (&mut rows.real_observations, &mut self.real_observations);
-            fill(range, more * reals, all);
-            let (range, all) = (&mut rows.real_targets, &mut self.real_targets);
-            fill(range, more * of_action, all);
-            grow(&mut rows.observations, self.observation_tokens.len(), more);
-            let more = size.rows.saturating_sub(self.action_tokens.len());
-            let (range, all) = (&mut rows.real_actions, &mut self.real_actions);
-            fill(range, more * of_action, all);
-            grow(&mut rows.actions, self.action_tokens.len(), more);
-        }
-        self.targets.resize(size.rows, -1);
-        self.actions.resize(size.rows, 0);
-        self.observation_tokens.resize(size.rows, -1);
-        self.action_tokens.resize(size.rows, -1);
-        if !self.returns.is_empty() {
-            self.returns.resize(size.rows, 0.0);
-            self.return_tokens.resize(size.rows, -1);
-        }
-        for _ in self.sequences()..size.sequences {
+        let segments = self.segments() as i32;
+        for _ in self.sequences()..=size.sequences {
             self.cu_seqlens.push(end);
-            self.segment_offsets.push(end);
-            self.sequence_segments.push(self.segments() as i32);
+            self.sequence_segments.push(segments);
             self.sequence_family
                 .push(self.families.len().saturating_sub(1));
             self.annotated.push(0);
             self.origins.push(first);
         }
-        self.segment_offsets.resize(size.segments + 1, end);
-        if let Some(last) = self.sequence_segments.last_mut() {
-            *last = size.segments as i32;
+        self.segment_offsets.resize(size.segments + 2, end);
+        self.filled = Some(size.clone());
+    }
+
+    /// Gives a family so many rows, behind those of the family before it. Returns where they are.
+    fn fill_up_family(
+        &mut self,
+        number: usize,
+        family: &Family,
+        count: usize,
+        before: &FamilyRows,
+    ) -> FamilyRows {
+        // From the family and not from its rows: a batch may have none.
+        let space = &family.observation;
+        let (codes, reals) = match (&space.content, space.patches()) {
+            (_, Some(cut)) => (0, cut.count() * cut.size()),
+            (Content::Reals, None) => (0, space.fields()),
+            (Content::Codes(_) | Content::Pixels, None) => (space.fields(), 0),
+        };
+        let of_action = match family.action {
+            ActionSpace::Discrete(_) => 0,
+            ActionSpace::Continuous(numbers) => numbers,
+        };
+        let own = std::mem::take(&mut self.families[number]);
+        let fill_reals = |all: &mut Vec<f32>, own, before: &Range<usize>, numbers| {
+            fill(all, own, before.end, count * numbers, 0.0)
+        };
+        let [observations, actions] = [before.observations.end, before.actions.end];
+        fill(
+            &mut self.observation_tokens,
+            &own.observations,
+            observations,
+            count,
+            -1,
+        );
+        fill(&mut self.action_tokens, &own.actions, actions, count, -1);
+        let rows = FamilyRows {
+            observations: fill(
+                &mut self.targets,
+                &own.observations,
+                observations,
+                count,
+                -1,
+            ),
+            actions: fill(&mut self.actions, &own.actions, actions, count, 0),
+            codes: fill(
+                &mut self.observations,
+                &own.codes,
+                before.codes.end,
+                count * codes,
+                0,
+            ),
+            real_observations: fill_reals(
+                &mut self.real_observations,
+                &own.real_observations,
+                &before.real_observations,
+                reals,
+            ),
+            real_targets: fill_reals(
+                &mut self.real_targets,
+                &own.real_targets,
+                &before.real_targets,
+                of_action,
+            ),
+            real_actions: fill_reals(
+                &mut self.real_actions,
+                &own.real_actions,
+                &before.real_actions,
+                of_action,
+            ),
+        };
+        let moved = |now: &Range<usize>, then: &Range<usize>| now.start as i32 - then.start as i32;
+        let moved = [
+            moved(&rows.observations, &own.observations),
+            moved(&rows.actions, &own.actions),
+            0,
+        ];
+        for sequence in 0..self.sequences() {
+            if self.sequence_family[sequence] == number {
+                for token in self.tokens_of(sequence) {
+                    self.token_row[token] += moved[usize::from(self.token_kind[token])];
+                }
+            }
         }
+        self.families[number] = rows.clone();
+        rows
     }
 
     /// Back to no sequences, of so many families.
@@ -390,8 +460,10 @@ impl PackedBatch {
             pair_keys,
             annotated,
             origins,
+            filled,
             training,
         } = self;
+        *filled = None;
         *training = TrainingStep::default();
         families.clear();
         families.resize(of_families, FamilyRows::default());
@@ -435,10 +507,21 @@ fn append<T: Copy>(range: &mut Range<usize>, all: &mut Vec<T>, row: &[T]) {
     all.extend_from_slice(row);
 }
 
-/// Appends so many zeros to the numbers of a family.
-fn fill<T: Copy + Default>(range: &mut Range<usize>, numbers: usize, all: &mut Vec<T>) {
-    grow(range, all.len(), numbers);
-    all.resize(all.len() + numbers, T::default());
+/// Makes a family's part of an array `len` long, and returns where it is: from `start`, where the
+/// family's numbers stand since those before it have been filled up.
+fn fill<T: Copy>(
+    all: &mut Vec<T>,
+    own: &Range<usize>,
+    start: usize,
+    len: usize,
+    with: T,
+) -> Range<usize> {
+    let end = start + own.len();
+    all.splice(
+        end..end,
+        std::iter::repeat_n(with, len.saturating_sub(own.len())),
+    );
+    start..start + len
 }
 
 /// Where the numbers of one of a family's rows stand.

@@ -214,6 +214,55 @@ fn a_lost_device_is_an_error_and_its_checkpoint_goes_on_elsewhere() {
     assert_follows(&lines(folder.path()), &straight(&config));
 }
 
+/// A configuration of the repository, as small as a test can be.
+fn small(file: &Path) -> Config {
+    let mut config = Config::load(file, &[]).unwrap();
+    if config.tasks.is_empty() {
+        config.data.episodes = Some(40);
+    }
+    for task in &mut config.tasks {
+        task.data.episodes = Some(40);
+    }
+    config.model.width = 32;
+    config.model.feed_forward = 16;
+    config.train.batch_tokens = 150;
+    config.train.log_every = 1;
+    config
+}
+
+#[test]
+fn steps_of_the_quick_configurations_are_one_recording_from_the_third_on() {
+    const STEPS: usize = 9;
+    let configs = Path::new(env!("CARGO_MANIFEST_DIR")).join("configs");
+    let mut names = Vec::new();
+    for entry in std::fs::read_dir(configs).unwrap() {
+        let path = entry.unwrap().path();
+        let name = path.file_name().unwrap().to_str().unwrap().to_owned();
+        if !name.ends_with("-quick.toml") {
+            continue;
+        }
+        let device = HostDevice::default();
+        let graphs = device.graphs();
+        let folder = TempDir::new().unwrap();
+        let backend = Gpu::<_, bf16>::new(device);
+        let stop_after = Some(STEPS as u64);
+        run(
+            backend,
+            &small(&path),
+            folder.path(),
+            Start::Fresh,
+            stop_after,
+        )
+        .unwrap();
+        let [recorded, replayed] =
+            [&graphs.recorded, &graphs.replayed].map(|count| count.load(Ordering::Relaxed));
+        // The first lets memory grow, and the second is the first of its shape.
+        assert_eq!((recorded, replayed), (1, STEPS - 2), "{name}");
+        names.push(name);
+    }
+    assert!(names.len() >= 4, "{names:?}");
+}
+
 /// A model on a device of that much memory, and its training.
 fn with_memory(bytes: usize) -> Result<Result<(), ModelError>, ModelError> {
     let config = ModelConfig {

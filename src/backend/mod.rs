@@ -554,9 +554,8 @@ pub trait Backend: Send + Sync {
     /// Whether batches should be filled up to one size, so that a step can be recorded.
     fn wants_one_size(&self) -> bool;
 
-    /// A number that tells staged batches of different sizes, or in different memory, apart: for a
-    /// model `with_memory`, also by their segments.
-    fn shape(&self, batch: &Self::Batch, with_memory: bool) -> u64;
+    /// A number that tells staged batches of different sizes, or in different memory, apart.
+    fn shape(&self, batch: &Self::Batch) -> u64;
 
     /// Does `work`: operations on always the same buffers and staged batches, the same ones whenever
     /// `shape` is. A backend may record them, and then repeat what it has recorded.
@@ -817,12 +816,13 @@ pub trait Backend: Send + Sync {
         state: &mut Self::AttentionState,
     ) -> Result<()>;
 
-    /// A state for up to so many sequences, and segments of all.
+    /// A state for up to so many sequences, segments of all of them, and `links`: segments of one.
     fn memory_state(
         &self,
         memory: &Memory,
         sequences: usize,
         segments: usize,
+        links: usize,
     ) -> Result<Self::MemoryState>;
 
     /// The chain over the segments of each sequence; `read` [tokens, D].

@@ -560,7 +560,13 @@ fn memory<'a, B: Backend<Element = f32>>(
     let mut strength = backend.buffer(tokens, Kind::Activation)?;
     let positive: Vec<f32> = numbers(tokens, 1.0).iter().map(|x| 1.0 + x.abs()).collect();
     backend.upload(&positive, &mut strength, 0)?;
-    let mut state = backend.memory_state(&memory, scale.sequences(), scale.segments())?;
+    let longest = scale.lengths.iter().copied().max().unwrap_or(0);
+    let mut state = backend.memory_state(
+        &memory,
+        scale.sequences(),
+        scale.segments(),
+        longest.div_ceil(scale.segment_steps),
+    )?;
     let mut metrics = backend.buffer(METRICS, Kind::Exact)?;
     let mut read = backend.buffer(tokens * width, Kind::Activation)?;
     let (start, inputs) = (

@@ -74,13 +74,7 @@ impl<B: Backend<Element = f32>> Step<B> {
         let mut model = Model::new(backend, config, spaces, supervision)?;
         model.initialise(0)?;
         let batch = batch(scale, model.packer())?;
-        let capacity = Capacity {
-            tokens: batch.tokens(),
-            observations: batch.observation_tokens.len(),
-            sequences: batch.sequences(),
-            segments: batch.segments(),
-        };
-        let training = Training::new(&model, capacity, shards)?;
+        let training = Training::new(&model, Capacity::of(&batch), shards)?;
         Ok(Self {
             model,
             training,

@@ -131,11 +131,14 @@ impl<B: Backend> Actor<B> {
             cached,
         } = Sizes::new(config, model.spaces.steps);
         // A window may also hold the last action before it.
+        let mut observations = vec![0; model.spaces.families.len()];
+        observations[family] = episodes * window + episodes;
         let capacity = Capacity {
             tokens: episodes * window * per_step.max(2) + episodes,
-            observations: episodes * window + episodes,
+            observations,
             sequences: episodes,
             segments: 2 * episodes,
+            links: 2,
         };
         let len = episodes * cached * config.width;
         let purpose = || format!("acting in {episodes} episodes at once");
@@ -148,7 +151,7 @@ impl<B: Backend> Actor<B> {
                 })
             };
             let caches: Result<Vec<_>, BackendError> = (0..config.layers).map(cache).collect();
-            let activations = Activations::new(backend, &model.network, config, capacity)?;
+            let activations = Activations::new(backend, &model.network, config, &capacity)?;
             Ok((caches?, activations))
         })?;
         let mut memories = Vec::new();
@@ -306,7 +309,7 @@ impl<B: Backend> Actor<B> {
             self.packer.end_sequence(false);
         }
         let batch = self.packer.batch();
-        model.check(batch, self.capacity)?;
+        model.check(batch, &self.capacity)?;
         model.backend.stage(batch, &mut self.batch)?;
         let state = ActingState {
             caches: &mut self.caches,

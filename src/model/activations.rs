@@ -5,18 +5,40 @@ use super::network::{
     ActionEmbedding, BlockNetwork, FamilyNetwork, MemoryNetwork, Network, ObservationEmbedding,
 };
 use crate::backend::{Backend, Kind, METRICS, Result};
+use crate::batch::PackedBatch;
 
 /// Upper bounds of the batches that buffers are made for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Capacity {
     /// Packed tokens.
     pub tokens: usize,
-    /// Observations (and at most as many actions and returns).
-    pub observations: usize,
+    /// Observations of each family (and at most as many actions, and returns of all).
+    pub observations: Vec<usize>,
     /// Sequences.
     pub sequences: usize,
     /// Segments of all sequences.
     pub segments: usize,
+    /// Segments of one sequence.
+    pub links: usize,
+}
+
+impl Capacity {
+    /// That of a batch.
+    pub fn of(batch: &PackedBatch) -> Self {
+        let families = batch.families.iter();
+        Self {
+            tokens: batch.tokens(),
+            observations: families.map(|rows| rows.observations.len()).collect(),
+            sequences: batch.sequences(),
+            segments: batch.segments(),
+            links: batch.links(),
+        }
+    }
+
+    /// Observations of all families.
+    pub(super) fn all_observations(&self) -> usize {
+        self.observations.iter().sum()
+    }
 }
 
 /// Results of every operation that a later one reads again.
@@ -104,13 +126,9 @@ impl<B: Backend> Activations<B> {
         backend: &B,
         network: &Network,
         config: &ModelConfig,
-        capacity: Capacity,
+        capacity: &Capacity,
     ) -> Result<Self> {
-        let Capacity {
-            tokens,
-            observations,
-            ..
-        } = capacity;
+        let (tokens, observations) = (capacity.tokens, capacity.all_observations());
         let rows = tokens * config.width;
         let steps = observations * config.width;
         let with_returns = usize::from(network.return_to_go.is_some());
@@ -118,7 +136,10 @@ impl<B: Backend> Activations<B> {
             families: network
                 .families
                 .iter()
-                .map(|family| FamilyActivations::new(backend, family, observations))
+                .zip(&capacity.observations)
+                .map(|(family, &observations)| {
+                    FamilyActivations::new(backend, family, observations)
+                })
                 .collect::<Result<_>>()?,
             observation_in: backend.buffer(steps, Kind::Activation)?,
             observation: backend.buffer(steps, Kind::Activation)?,
@@ -165,7 +186,7 @@ impl<B: Backend> BlockActivations<B> {
         backend: &B,
         block: &BlockNetwork,
         config: &ModelConfig,
-        capacity: Capacity,
+        capacity: &Capacity,
     ) -> Result<Self> {
         let tokens = capacity.tokens;
         let rows = tokens * config.width;
@@ -189,7 +210,7 @@ impl<B: Backend> BlockActivations<B> {
 }
 
 impl<B: Backend> MemoryActivations<B> {
-    fn new(backend: &B, network: &MemoryNetwork, capacity: Capacity) -> Result<Self> {
+    fn new(backend: &B, network: &MemoryNetwork, capacity: &Capacity) -> Result<Self> {
         let tokens = capacity.tokens;
         let rows = tokens * network.memory.width;
         Ok(Self {
@@ -204,7 +225,12 @@ impl<B: Backend> MemoryActivations<B> {
                 .buffer(tokens * network.strength_query.ranks(), Kind::Activation)?,
             key_strength_in: backend.buffer(tokens, Kind::Activation)?,
             key_strength: backend.buffer(tokens, Kind::Activation)?,
-            state: backend.memory_state(&network.memory, capacity.sequences, capacity.segments)?,
+            state: backend.memory_state(
+                &network.memory,
+                capacity.sequences,
+                capacity.segments,
+                capacity.links,
+            )?,
             read: backend.buffer(rows, Kind::Activation)?,
             out: backend.buffer(rows, Kind::Activation)?,
         })
@@ -247,19 +273,14 @@ impl<B: Backend> Backward<B> {
         backend: &B,
         network: &Network,
         config: &ModelConfig,
-        capacity: Capacity,
+        capacity: &Capacity,
     ) -> Result<Self> {
-        let Capacity {
-            tokens,
-            observations,
-            sequences,
-            ..
-        } = capacity;
+        let (tokens, sequences) = (capacity.tokens, capacity.sequences);
         let rows = tokens * config.width;
-        let steps = observations * config.width;
+        let steps = capacity.all_observations() * config.width;
         let with_memory = usize::from(config.memory.is_some());
         let slots = config.memory.as_ref().map_or(0, |memory| memory.slots);
-        let of_family = |family: &FamilyNetwork| {
+        let of_family = |(family, &observations): (&FamilyNetwork, &usize)| {
             let lens = FrontEndLens::new(family, observations);
             Ok(FamilyBackward {
                 middle: backend.buffer(lens.middle, Kind::Activation)?,
@@ -280,6 +301,7 @@ impl<B: Backend> Backward<B> {
             families: network
                 .families
                 .iter()
+                .zip(&capacity.observations)
                 .map(of_family)
                 .collect::<Result<_>>()?,
             observation: backend.buffer(steps, Kind::Activation)?,

@@ -300,14 +300,9 @@ impl<B: Backend> Model<B> {
     /// A forward pass without dropout, in buffers of its own.
     fn evaluate(&self, batch: &PackedBatch) -> Result<Activations<B>, ModelError> {
         let counts = Counts::from(batch);
-        let capacity = Capacity {
-            tokens: counts.tokens,
-            observations: counts.observations,
-            sequences: batch.sequences(),
-            segments: batch.segments(),
-        };
-        self.check(batch, capacity)?;
-        let mut acts = Activations::new(&*self.backend, &self.network, &self.config, capacity)?;
+        let capacity = Capacity::of(batch);
+        self.check(batch, &capacity)?;
+        let mut acts = Activations::new(&*self.backend, &self.network, &self.config, &capacity)?;
         let mut staged = B::Batch::default();
         self.backend.stage(batch, &mut staged)?;
         let pass = Pass {
@@ -321,18 +316,28 @@ impl<B: Backend> Model<B> {
     }
 
     /// Checks a batch against buffers and spaces before it is computed on.
-    fn check(&self, batch: &PackedBatch, capacity: Capacity) -> Result<(), ModelError> {
+    fn check(&self, batch: &PackedBatch, capacity: &Capacity) -> Result<(), ModelError> {
+        let families = batch.families.iter().zip(&capacity.observations);
+        let of_families = families.flat_map(|(rows, &capacity)| {
+            [
+                (
+                    "observations of a family",
+                    rows.observations.len(),
+                    capacity,
+                ),
+                ("actions of a family", rows.actions.len(), capacity),
+            ]
+        });
         for (what, found, capacity) in [
             ("tokens", batch.tokens(), capacity.tokens),
             (
-                "observations",
-                batch.observation_tokens.len(),
-                capacity.observations,
+                "returns",
+                batch.return_tokens.len(),
+                capacity.all_observations(),
             ),
-            ("actions", batch.action_tokens.len(), capacity.observations),
-            ("returns", batch.return_tokens.len(), capacity.observations),
             ("sequences", batch.sequences(), capacity.sequences),
             ("segments", batch.segments(), capacity.segments),
+            ("segments in one sequence", batch.links(), capacity.links),
             ("families", batch.families.len(), self.spaces.families.len()),
             (
                 "time steps",
@@ -343,7 +348,10 @@ impl<B: Backend> Model<B> {
                     .map_or(0, |&time| time as usize + 1),
                 self.spaces.steps,
             ),
-        ] {
+        ]
+        .into_iter()
+        .chain(of_families)
+        {
             if found > capacity {
                 return Err(ModelError::Capacity {
                     what,

@@ -11,7 +11,7 @@ use super::{Capacity, Model, ModelError, allocate};
 use crate::backend::{
     AdamW, Backend, BackendError, FIRST_LOSS_SCALE, Kind, METRICS, Metric, Span, Trained, range,
 };
-use crate::batch::{BatchSize, LossWeights, PackedBatch, TrainingStep};
+use crate::batch::{BatchSize, LossWeights, PackedBatch, TokenLayout, TrainingStep};
 
 /// What makes a training need less memory on a device.
 const LOWER: &str = "train.batch_tokens, model.width, model.layers or model.feed_forward, or compute \
@@ -161,15 +161,24 @@ struct Shard<B: Backend> {
 }
 
 impl<B: Backend> Shard<B> {
-    fn new(model: &Model<B>, capacity: Capacity, number: usize) -> Result<Self, BackendError> {
+    fn new(model: &Model<B>, capacity: &Capacity, number: usize) -> Result<Self, BackendError> {
         let (backend, network, config) = (&*model.backend, &model.network, &model.config);
         Ok(Self {
             number,
             size: BatchSize {
                 tokens: capacity.tokens,
-                rows: capacity.observations,
-                sequences: capacity.sequences + 1,
-                segments: capacity.segments + capacity.sequences + 1,
+                rows: capacity.observations.clone(),
+                returns: match config.layout {
+                    TokenLayout::ObsAction => 0,
+                    TokenLayout::ReturnObsAction => capacity.all_observations(),
+                },
+                sequences: capacity.sequences,
+                segments: capacity.segments,
+                links: capacity.links,
+                segment_tokens: match config.segment_steps {
+                    0 => model.spaces.steps,
+                    steps => steps,
+                } * config.layout.tokens_per_step(),
                 steps: model.spaces.steps,
             },
             part: PackedBatch::default(),
@@ -190,12 +199,8 @@ impl<B: Backend> Shard<B> {
         let backend = &*model.backend;
         batch.select(&parts[self.number].sequences, &mut self.part);
         self.part.training = training;
-        // The kernels of the memory are launched for the segments that a batch really has, and those
-        // of a family's embeddings and head for its rows.
-        if let ([family], None) = (&model.spaces.families[..], &model.config.memory)
-            && backend.wants_one_size()
-        {
-            self.part.fill_up(self.size, family);
+        if backend.wants_one_size() {
+            self.part.fill_up(&self.size, &model.spaces.families);
         }
         Ok(backend.stage(&self.part, &mut self.batch)?)
     }
@@ -250,9 +255,10 @@ impl<B: Backend> Training<B> {
         let tokens = capacity
             .tokens
             .min(capacity.tokens.div_ceil(parts) + longest);
+        let families = capacity.observations.iter();
         let of_shard = Capacity {
             tokens,
-            observations: capacity.observations.min(tokens),
+            observations: families.map(|&rows| rows.min(tokens)).collect(),
             segments: capacity.segments.min(tokens),
             ..capacity
         };
@@ -261,12 +267,13 @@ impl<B: Backend> Training<B> {
         let (shards, [first_moment, second_moment]) = allocate(backend, purpose, LOWER, || {
             let numbers = rank.number * shards..(rank.number + 1) * shards;
             let shards: Result<Vec<_>, _> = numbers
-                .map(|number| Shard::new(model, of_shard, number))
+                .map(|number| Shard::new(model, &of_shard, number))
                 .collect();
             let moment = || backend.buffer(trained, Kind::Exact);
             Ok((shards?, [moment()?, moment()?]))
         })?;
         let mut training = Self {
+            order: Vec::with_capacity(capacity.sequences),
             capacity,
             shards,
             first_moment,
@@ -277,7 +284,6 @@ impl<B: Backend> Training<B> {
             waiting: Vec::with_capacity(WAITING),
             flag: backend.buffer(1, Kind::Exact)?,
             collected: Vec::new(),
-            order: Vec::with_capacity(capacity.sequences),
             parts: vec![Part::default(); parts],
         };
         backend.zero(&mut training.first_moment, model.trained_span())?;
@@ -334,7 +340,7 @@ impl<B: Backend> Training<B> {
         step: u64,
         optimiser: Option<AdamW>,
     ) -> Result<(), ModelError> {
-        model.check(batch, self.capacity)?;
+        model.check(batch, &self.capacity)?;
         self.divide(batch);
         let training = TrainingStep {
             number: step as u32,
@@ -448,8 +454,7 @@ impl<B: Backend> Training<B> {
             step,
         };
         self.stage(model, batch, step, Some(hyper))?;
-        let with_memory = model.config.memory.is_some();
-        let shape = model.backend.shape(&self.shards[0].batch, with_memory);
+        let shape = model.backend.shape(&self.shards[0].batch);
         let backend = Arc::clone(&model.backend);
         let [mut first, mut second] = std::mem::take(&mut self.recordings);
         // What several ranks do together cannot be recorded: each would have to do so at once.

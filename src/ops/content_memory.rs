@@ -42,7 +42,7 @@ const MAX_WIDTH: usize = 1 << 16;
 pub struct Shape {
     /// B, up to 65535.
     pub sequences: usize,
-    /// Of all sequences, up to 2³⁰.
+    /// Rows of the tensors of tokens, up to 2³⁰. Those of no sequence are neither read nor written.
     pub tokens: usize,
     /// No sequence has more tokens; up to 65536.
     pub longest: usize,
@@ -71,7 +71,8 @@ pub struct Inputs<'a, T> {
     pub key_strength: Option<Input<'a, T>>,
     /// b \[1\], with sigmoid strength and only then.
     pub strength_bias: Option<Input<'a, f32>>,
-    /// Offsets of the sequences [B + 1], from 0 to `tokens`: see [`Shape::validate_offsets`].
+    /// Offsets of the sequences [B + 1]: see [`Shape::validate_offsets`]. They may also begin and end between 0 and
+    /// `tokens`, and where they fall a sequence takes no part: its memory is neither read nor written.
     pub cu_seqlens: Input<'a, i32>,
 }
 
@@ -205,7 +206,7 @@ impl Shape {
         Ok(())
     }
 
-    /// Checks on the host what [`Inputs::cu_seqlens`] is to hold: offsets from 0 to `tokens` that do not decrease, and no
+    /// Checks on the host what [`Inputs::cu_seqlens`] holds for a whole pack: offsets from 0 to `tokens` that do not decrease, and no
     /// sequence with more tokens than `longest`.
     pub fn validate_offsets(&self, cu_seqlens: &[i32]) -> Result<()> {
         const NAME: &str = "cu_seqlens";
@@ -462,6 +463,7 @@ impl Shape {
                 on.offsets(),
                 Arg::Output(tensors.memory_next.span()),
                 Arg::Output(shares),
+                self.all_tokens(),
                 slots,
                 width,
                 inputs.value.stride(),
@@ -477,12 +479,17 @@ impl Shape {
                 SHORT,
                 kernel_for::<T>(for_each_type!("content_memory_short_read")),
             ),
-            [self.of_rows().div_ceil(1024), 1, 1],
+            [
+                (self.longest * self.width).div_ceil(1024),
+                self.sequences,
+                1,
+            ],
             [
                 Arg::Input(shares),
+                on.offsets(),
                 Arg::Output(tensors.read.span()),
                 tiles,
-                Arg::I32(self.tokens as i32),
+                self.all_tokens(),
                 width,
             ],
         );
@@ -606,6 +613,7 @@ impl Shape {
                 Arg::Output(dw),
                 Arg::Output(d_strength),
                 Arg::Output(means),
+                self.all_tokens(),
                 slots,
                 pair_pitch,
                 self.paper(),
@@ -635,6 +643,7 @@ impl Shape {
                 Arg::Output(slopes),
                 Arg::Output(token_shares),
                 Arg::Output(bias_shares),
+                self.all_tokens(),
                 slots,
                 longest,
                 pitch,
@@ -669,6 +678,7 @@ impl Shape {
                 offsets,
                 Arg::Output(tensors.d_memory.span()),
                 Arg::Output(shares),
+                self.all_tokens(),
                 slots,
                 width,
                 key_width,
@@ -684,19 +694,24 @@ impl Shape {
                 BACKWARD,
                 kernel_for::<T>(for_each_type!("content_memory_sums")),
             ),
-            [self.tokens + usize::from(self.sigmoid()), 1, 1],
+            [
+                self.longest + usize::from(self.sigmoid()),
+                self.sequences,
+                1,
+            ],
             [
                 Arg::Input(shares),
                 Arg::Input(token_shares),
                 Arg::Input(bias_shares),
                 Arg::Input(norms),
+                offsets,
                 key,
                 Arg::Output(d_key_strength.map_or(Span::NULL, Output::span)),
                 Arg::Output(tensors.d_address_key.span(key_rows)),
                 Arg::Output(tensors.d_strength_key.span(key_rows)),
                 Arg::Output(tensors.d_value.span(rows)),
                 Arg::Output(d_strength_bias.map_or(Span::NULL, Output::span)),
-                Arg::I32(self.tokens as i32),
+                self.all_tokens(),
                 slots,
                 sequences,
                 width,
@@ -876,6 +891,10 @@ impl Shape {
     /// N, V and D.
     fn sizes(&self) -> [Arg; 3] {
         [self.slots, self.width, self.key_width].map(|n| Arg::I32(n as i32))
+    }
+
+    fn all_tokens(&self) -> Arg {
+        Arg::I32(self.tokens as i32)
     }
 
     fn scale(&self) -> Arg {

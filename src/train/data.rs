@@ -101,6 +101,7 @@ impl Mixture {
         let streams = self.parts.iter().map(|part| Stream {
             label: part.label.clone(),
             share: part.share,
+            family: part.family,
             token_counts: part.data.token_counts(layout),
         });
         let streams: Vec<Stream> = streams.collect();
@@ -356,6 +357,8 @@ pub struct Stream {
     pub label: String,
     /// Its share of the tokens; 0: none of its episodes is used.
     pub share: f64,
+    /// Number of its family in the model.
+    pub family: usize,
     /// Tokens of each of its episodes.
     pub token_counts: Vec<usize>,
 }
@@ -537,14 +540,33 @@ impl BatchOrder {
         steps
     }
 
-    /// Upper bounds of every batch.
-    pub fn capacity(&self, model: &ModelConfig) -> Capacity {
+    /// Most tokens that a batch has of each of so many families. A task has never more tokens than
+    /// its share of all and its longest episode, and never less than its share without the longest
+    /// episode of each other task.
+    fn most_of(&self, families: usize) -> Vec<usize> {
+        let streams = || self.lanes.iter().map(|lane| &lane.stream);
+        let shares: f64 = streams().map(|stream| stream.share).sum();
+        let used = || streams().filter(|stream| stream.share > 0.0);
+        let longest = |stream: &Stream| stream.token_counts.iter().copied().max().unwrap_or(0);
+        let slack: usize = used().map(longest).sum();
+        let mut most = vec![0; families];
+        for stream in used() {
+            let share = (self.budget as f64 * stream.share / shares).ceil() as usize;
+            most[stream.family] = self.budget.min(most[stream.family] + share + slack);
+        }
+        most
+    }
+
+    /// Upper bounds of every batch, for a model of so many families.
+    pub fn capacity(&self, model: &ModelConfig, families: usize) -> Capacity {
         let per_step = model.layout.tokens_per_step();
         let lanes = self.lanes.iter().filter(|lane| lane.stream.share > 0.0);
         let counts = lanes.flat_map(|lane| lane.stream.token_counts.iter().copied());
-        let shortest = counts.min().unwrap_or(1).max(1);
+        let shortest = counts.clone().min().unwrap_or(1).max(1);
+        let longest = counts.max().unwrap_or(0) / per_step;
         let observations = self.budget / per_step;
         let sequences = self.budget / shortest;
+        let of_families = self.most_of(families);
         let segments = match model.segment_steps {
             0 => sequences,
             // Every segment but the last of a sequence is full.
@@ -552,9 +574,13 @@ impl BatchOrder {
         };
         Capacity {
             tokens: self.budget,
-            observations,
+            observations: of_families.iter().map(|most| most / per_step).collect(),
             sequences,
             segments,
+            links: match model.segment_steps {
+                0 => 1,
+                steps => longest.div_ceil(steps),
+            },
         }
     }
 }
@@ -628,6 +654,7 @@ mod tests {
         Stream {
             label: format!("share {share}"),
             share,
+            family: 0,
             token_counts,
         }
     }
@@ -698,6 +725,9 @@ mod tests {
                 // Longer than any batch, and still no hindrance.
                 streams.insert(0, stream(0.0, vec![1000]));
             }
+            for (family, stream) in streams.iter_mut().enumerate() {
+                stream.family = family;
+            }
             let shares: f64 = streams.iter().map(|stream| stream.share).sum();
             let budget = 9;
             let Ok(mut order) = BatchOrder::new(streams.clone(), budget, seed) else {
@@ -707,6 +737,16 @@ mod tests {
             let mut resumed = BatchOrder::new(streams.clone(), budget, seed).unwrap();
             prop_assert!(resumed.seek(&order.position()));
             prop_assert_eq!(take_of_all(&mut order, 20), take_of_all(&mut resumed, 20));
+            let most = order.most_of(streams.len());
+            let mut batch = Vec::new();
+            for _ in 0..20 {
+                order.next_batch(&mut batch);
+                for (task, (stream, &most)) in streams.iter().zip(&most).enumerate() {
+                    let own = batch.iter().filter(|chosen| chosen.task == task);
+                    let tokens: usize = own.map(|chosen| stream.token_counts[chosen.episode]).sum();
+                    prop_assert!(tokens <= most, "{tokens} of at most {most}");
+                }
+            }
             let all: u64 = order.lanes.iter().map(|lane| lane.place.tokens).sum();
             for lane in &order.lanes {
                 // Never further from its share than the longest episode of each task.

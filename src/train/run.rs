@@ -328,7 +328,7 @@ pub fn train<B: Backend<Element = f32>>(
     }
     validate_spaces(&config.model, data.spaces())?;
     let order = data.order(config)?;
-    let capacity = order.capacity(&config.model);
+    let capacity = order.capacity(&config.model, data.spaces().families.len());
     let method = base.as_ref().map(Base::method);
     let part = method.map_or(TrainedPart::All, Method::part);
     let steps = match (config.train.steps, config.train.epochs) {

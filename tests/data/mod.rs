@@ -156,11 +156,10 @@ fn reals(seed: u32, len: usize) -> Numbers {
     Numbers::Reals((0..len).map(number).collect())
 }
 
+/// That of a batch, of whichever family its observations may be.
 pub fn capacity(batch: &PackedBatch) -> Capacity {
     Capacity {
-        tokens: batch.tokens(),
-        observations: batch.observation_tokens.len(),
-        sequences: batch.sequences(),
-        segments: batch.segments(),
+        observations: vec![batch.observation_tokens.len(); batch.families.len()],
+        ..Capacity::of(batch)
     }
 }

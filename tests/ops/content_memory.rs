@@ -4,7 +4,7 @@ use dtmem::ops::content_memory::{
 use dtmem::ops::{Error, Result};
 use dtmem_reference::content_memory as reference;
 use half::{bf16, f16};
-use ndarray::{Array1, Array2, Array3, Axis, s};
+use ndarray::{Array1, Array2, Array3, Axis, concatenate, s};
 use proptest::prelude::*;
 use rand::{SeedableRng as _, rngs::ChaCha8Rng};
 
@@ -409,7 +409,7 @@ fn short_segments_of_narrow_types_have_kernels_of_their_own() {
         (update.grid(), update.shared_bytes()),
         ([2, 3, 1], 96 * (128 + 16 + 64 + 32) + 16 * 384)
     );
-    assert_eq!(read.grid(), [1, 1, 1]);
+    assert_eq!(read.grid(), [1, 3, 1]);
 
     let tensors = forward::<f32>();
     assert_eq!(
@@ -504,8 +504,8 @@ fn the_plan_of_the_backward_pass_has_what_the_variant_needs() {
             ("content_memory_coefficients_bf16", [2, 3, 1]),
             // Both tiles of the slots to themselves: there are few blocks.
             ("content_memory_gradients_bf16", [1, 2, 3]),
-            // A block for each token, and one for the bias.
-            ("content_memory_sums_bf16", [21, 1, 1]),
+            // A block for each token of a sequence, and one for the bias.
+            ("content_memory_sums_bf16", [11, 3, 1]),
         ]
     );
     let shape = Shape {
@@ -532,7 +532,7 @@ fn the_plan_of_the_backward_pass_has_what_the_variant_needs() {
             [2, 3, 1],
             [3, 3, 1],
             [1, 2, 3],
-            [20, 1, 1]
+            [10, 3, 1]
         ]
     );
 }
@@ -712,5 +712,176 @@ fn offsets_that_the_kernels_cannot_work_with_are_refused_on_the_host() {
         (vec![0, i32::MAX, i32::MIN, 20], "cu_seqlens is"),
     ] {
         assert_refused(SHAPE.validate_offsets(&offsets), &[part]);
+    }
+}
+
+/// What both passes read.
+struct Pack {
+    offsets: Vec<i32>,
+    /// M and dM′
+    memories: [Array3<f64>; 2],
+    /// a, s, v and dy
+    tokens: [Array2<f64>; 4],
+    key_strength: Array1<f64>,
+}
+
+impl Pack {
+    /// Every output of a pass of each kind. The forward pass is the `best` that the machine can, or
+    /// that of every GPU.
+    fn outputs<T: Number>(
+        &self,
+        machine: &impl Machine,
+        variant: &ContentMemory,
+        best: bool,
+    ) -> Passed<T> {
+        let [memory, grad_memory_next] =
+            self.memories.each_ref().map(|x| machine.numbers::<T, _>(x));
+        let (sequences, slots, width) = self.memories[0].dim();
+        let [address_key, strength_key, value, grad_read] =
+            self.tokens.each_ref().map(|x| machine.numbers::<T, _>(x));
+        let key_strength = machine.numbers::<T, _>(&self.key_strength);
+        let (bias, cu_seqlens) = (machine.upload(&[0.5_f32]), machine.upload(&self.offsets));
+        let shape = Shape {
+            sequences,
+            tokens: self.key_strength.len(),
+            longest: 6,
+            slots,
+            key_width: width,
+            width,
+            variant: *variant,
+        };
+        let [cosine, sigmoid] = [
+            variant.addressing == Addressing::Cosine,
+            variant.strength == Strength::Sigmoid,
+        ];
+        let inputs = || Inputs {
+            memory: machine.input(&memory),
+            address_key: machine.input(&address_key).rows(width),
+            strength_key: machine.input(&strength_key).rows(width),
+            value: machine.input(&value).rows(width),
+            key_strength: cosine.then(|| machine.input(&key_strength)),
+            strength_bias: sigmoid.then(|| machine.input(&bias)),
+            cu_seqlens: machine.input(&cu_seqlens),
+        };
+        let [mut memory_next, mut d_memory] =
+            [(); 2].map(|()| machine.scratch::<T>(self.memories[0].len()));
+        let [mut read, mut d_address_key, mut d_strength_key, mut d_value] =
+            [(); 4].map(|()| machine.scratch::<T>(self.tokens[0].len()));
+        let mut d_key_strength = machine.scratch::<T>(shape.tokens);
+        let mut d_bias = machine.upload(&[0.25_f32]);
+        let mut workspace = machine.scratch(shape.forward_workspace::<T>().unwrap());
+        let forward = Forward {
+            inputs: inputs(),
+            memory_next: machine.output(&mut memory_next),
+            read: machine.output(&mut read),
+            workspace: machine.output(&mut workspace),
+        };
+        match best {
+            true => shape.forward(machine, forward).unwrap(),
+            false => portable(&shape, machine, forward).unwrap(),
+        }
+        let mut workspace = machine.scratch(shape.backward_workspace().unwrap());
+        let backward = Backward {
+            inputs: inputs(),
+            grad_memory_next: machine.input(&grad_memory_next),
+            grad_read: machine.input(&grad_read),
+            d_memory: machine.output(&mut d_memory),
+            d_address_key: machine.output(&mut d_address_key).rows(width),
+            d_strength_key: machine.output(&mut d_strength_key).rows(width),
+            d_value: machine.output(&mut d_value).rows(width),
+            d_key_strength: cosine.then(|| machine.output(&mut d_key_strength)),
+            d_strength_bias: sigmoid.then(|| machine.output(&mut d_bias)),
+            workspace: machine.output(&mut workspace),
+        };
+        shape.backward(machine, backward).unwrap();
+        Passed {
+            memories: [&memory_next, &d_memory].map(|x| machine.download(x)),
+            tokens: [&read, &d_address_key, &d_strength_key, &d_value].map(|x| machine.download(x)),
+            key_strength: machine.download(&d_key_strength),
+            bias: machine.download(&d_bias),
+        }
+    }
+}
+
+/// What both passes write.
+struct Passed<T> {
+    /// M′ and dM
+    memories: [Vec<T>; 2],
+    /// y, da, ds, dv
+    tokens: [Vec<T>; 4],
+    key_strength: Vec<T>,
+    bias: Vec<f32>,
+}
+
+/// A pack between tokens of no sequence, before sequences that take no part: what they would read is
+/// NaN.
+fn check_that_only_some_take_part<T: Number>(
+    machine: &impl Machine,
+    variant: &ContentMemory,
+    seed: u64,
+) {
+    const SLOTS: usize = 20;
+    const WIDTH: usize = 16;
+    const BEFORE: usize = 2;
+    const BEHIND: usize = 3;
+    let mut random = ChaCha8Rng::seed_from_u64(seed);
+    let alone = Pack {
+        offsets: vec![0, 3, 3, 8],
+        memories: [(); 2].map(|()| draw::<T, _>(&mut random, (3, SLOTS, WIDTH))),
+        tokens: [(); 4].map(|()| draw::<T, _>(&mut random, (8, WIDTH))),
+        key_strength: draw::<T, _>(&mut random, 8).map(|x| T::round(1.0 + x.abs()).widen()),
+    };
+    let nan = |rows, columns| Array2::from_elem((rows, columns), f64::NAN);
+    let among = Pack {
+        offsets: vec![2, 5, 5, 10, 9, 8],
+        memories: alone.memories.each_ref().map(|x| {
+            let none = Array3::from_elem((2, SLOTS, WIDTH), f64::NAN);
+            concatenate![Axis(0), x.view(), none]
+        }),
+        tokens: alone
+            .tokens
+            .each_ref()
+            .map(|x| concatenate![Axis(0), nan(BEFORE, WIDTH), x.view(), nan(BEHIND, WIDTH)]),
+        key_strength: concatenate![
+            Axis(0),
+            Array1::from_elem(BEFORE, f64::NAN),
+            alone.key_strength.view(),
+            Array1::from_elem(BEHIND, f64::NAN)
+        ],
+    };
+    let same = |found: &[T], expected: &[T], first: usize| {
+        let end = first + expected.len();
+        for (index, &found) in found.iter().enumerate() {
+            match (first..end).contains(&index) {
+                true => {
+                    assert!(found.widen().to_bits() == expected[index - first].widen().to_bits())
+                }
+                false => assert!(found.widen().is_nan(), "{index} was written"),
+            }
+        }
+    };
+    for best in [true, false] {
+        let expected = alone.outputs::<T>(machine, variant, best);
+        let found = among.outputs::<T>(machine, variant, best);
+        for (found, expected) in found.memories.iter().zip(&expected.memories) {
+            same(found, expected, 0);
+        }
+        for (found, expected) in found.tokens.iter().zip(&expected.tokens) {
+            same(found, expected, BEFORE * WIDTH);
+        }
+        if variant.addressing == Addressing::Cosine {
+            same(&found.key_strength, &expected.key_strength, BEFORE);
+        }
+        assert_eq!(found.bias, expected.bias);
+    }
+}
+
+#[test]
+fn sequences_that_take_no_part_are_neither_read_nor_written() {
+    for bits in 0..16 {
+        let (machine, variant) = (host(bits), variant(bits as usize, 16, None));
+        check_that_only_some_take_part::<f32>(&machine, &variant, bits);
+        check_that_only_some_take_part::<bf16>(&machine, &variant, bits);
+        check_that_only_some_take_part::<f16>(&machine, &variant, bits);
     }
 }

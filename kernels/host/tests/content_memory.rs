@@ -560,16 +560,23 @@ impl<'a, T: Storage> Run<'a, T> {
         ];
         let (sigmoid, paper) = (self.bias.is_some(), self.variant.erase == Erase::Paper);
         let choices = [sigmoid, paper, self.write_then_read()].map(usize::from);
-        args.extend(numbers(&[self.slots, width, value.stride, tile, rows]));
+        args.extend(numbers(&[
+            self.tokens,
+            self.slots,
+            width,
+            value.stride,
+            tile,
+            rows,
+        ]));
         args.extend(numbers(&choices));
         let shared_bytes =
             padded * (2 * width.next_multiple_of(64) + 16 + 4 * rows + 32) + rows * 384;
         launch("update", grid, shared_bytes, &args)?;
 
-        let mut args = vec![Arg::Input(shares), Arg::Output(read.view())];
+        let mut args = vec![Arg::Input(shares), offsets, Arg::Output(read.view())];
         args.extend(numbers(&[tiles, self.tokens, width]));
-        let blocks = (self.tokens * width).div_ceil(1024);
-        launch("read", [blocks, 1, 1], 0, &args)?;
+        let blocks = (self.longest * width).div_ceil(1024);
+        launch("read", [blocks, self.sequences, 1], 0, &args)?;
         Ok((memory_next, read))
     }
 
@@ -725,6 +732,7 @@ impl<'a, T: Storage> Run<'a, T> {
                 Arg::Output(dw),
                 Arg::Output(d_strength),
                 Arg::Output(means),
+                number(self.tokens),
                 slots,
                 self.pair_pitch(),
                 self.paper(),
@@ -751,6 +759,7 @@ impl<'a, T: Storage> Run<'a, T> {
                 Arg::Output(slopes),
                 Arg::Output(token_shares),
                 Arg::Output(bias_shares),
+                number(self.tokens),
                 slots,
                 number(self.longest),
                 number(pitch),
@@ -779,6 +788,7 @@ impl<'a, T: Storage> Run<'a, T> {
                 offsets,
                 Arg::Output(gradients.memory.view()),
                 Arg::Output(shares),
+                number(self.tokens),
                 slots,
                 width,
                 self.key_width_arg(),
@@ -799,12 +809,17 @@ impl<'a, T: Storage> Run<'a, T> {
             .map_or(View::NULL, |_| gradients.strength_bias.view());
         self.launch_typed(
             "sums",
-            [self.tokens + usize::from(self.bias.is_some()), 1, 1],
+            [
+                self.longest + usize::from(self.bias.is_some()),
+                self.sequences,
+                1,
+            ],
             &[
                 Arg::Input(shares),
                 Arg::Input(token_shares),
                 Arg::Input(bias_shares),
                 Arg::Input(norms),
+                offsets,
                 Arg::Input(key.view()),
                 Arg::Output(d_kappa),
                 Arg::Output(d_keys.view()),

@@ -196,7 +196,7 @@ impl<T: Scalar> Backend for Cpu<T> {
         false
     }
 
-    fn shape(&self, _batch: &PackedBatch, _with_memory: bool) -> u64 {
+    fn shape(&self, _batch: &PackedBatch) -> u64 {
         0
     }
 
@@ -959,6 +959,7 @@ impl<T: Scalar> Backend for Cpu<T> {
         memory: &Memory,
         sequences: usize,
         segments: usize,
+        _links: usize,
     ) -> Result<MemoryState<T>> {
         Ok(MemoryState {
             states: self.buffer(segments * memory.slots * memory.width, Kind::Exact)?,

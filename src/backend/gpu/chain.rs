@@ -3,6 +3,9 @@
 //! The kernels take one segment of several sequences that lie one after another. So tokens are
 //! brought into the order of their segments, sequences with more segments first: then those that
 //! go on after a segment are the first of those that had it, and so are their memories.
+//!
+//! Of a batch that was filled up, launches are those of the largest batch: offsets, which lie in
+//! the device's memory, say which sequences have come to their end.
 
 use std::cmp::Reverse;
 use std::ops::Range;
@@ -15,6 +18,7 @@ use crate::backend::{
     BackendError, In, Kind, Memory, MemoryGradients, MemoryInputs, MemoryStart, Metric, Out,
     Result, Span,
 };
+use crate::batch::PackedBatch;
 use crate::ops::content_memory::{Backward, Forward, Inputs, Shape};
 use crate::ops::elementwise::BiasGradient;
 use crate::ops::recall::{Columns, Loss, LossShape, Widen, WidenShape};
@@ -28,9 +32,13 @@ use crate::ops::{Input, Output};
 pub(super) struct Chain {
     /// Sequences, those with more segments first.
     order: Vec<usize>,
-    /// Tokens in the order of their segments.
+    /// Memories that sequences start with.
+    starts: usize,
+    /// Tokens in the order of their segments; behind them those of no sequence.
     pub tokens: Vec<i32>,
-    links: Vec<Link>,
+    /// Whether there may be such.
+    filled: bool,
+    pub links: Vec<Link>,
     /// First memory of each group [links + 1].
     groups: Vec<usize>,
     /// Offsets of the sequences in each link, one link after another.
@@ -38,61 +46,84 @@ pub(super) struct Chain {
 }
 
 /// One segment of those sequences that have so many.
-#[derive(Debug)]
-struct Link {
+#[derive(Debug, PartialEq, Eq, Hash)]
+pub(super) struct Link {
+    /// At most so many.
     sequences: usize,
-    tokens: Range<usize>,
+    /// Tokens of a segment, at most.
     longest: usize,
     /// Among the chain's offsets.
     offsets: Range<usize>,
 }
 
+/// Most sequences that have more than `index` segments, if there are so many of both.
+fn most(sequences: usize, segments: usize, index: usize) -> usize {
+    sequences.min(segments / (index + 1))
+}
+
+/// Memories before and after all segments, at most.
+pub(super) fn memories(sequences: usize, segments: usize, links: usize) -> usize {
+    let after = (0..links).map(|index| most(sequences, segments, index));
+    sequences + after.sum::<usize>()
+}
+
 impl Chain {
     /// From the segments of each sequence and the tokens of each segment.
-    pub fn new(sequence_segments: &[i32], segment_offsets: &[i32]) -> Self {
-        let count = |sequence: usize| {
-            (sequence_segments[sequence + 1] - sequence_segments[sequence]) as usize
-        };
+    pub fn new(batch: &PackedBatch) -> Self {
+        let count = |sequence: usize| batch.segments_of(sequence).len();
+        let mut order: Vec<usize> = (0..batch.sequences()).collect();
+        order.sort_by_key(|&sequence| Reverse(count(sequence)));
+        let having = |index: usize| order.partition_point(|&sequence| count(sequence) > index);
+        let size = batch.filled.as_ref();
+        let starts = size.map_or(order.len(), |size| size.sequences);
         let mut chain = Self {
-            order: (0..sequence_segments.len().saturating_sub(1)).collect(),
+            starts,
+            filled: size.is_some(),
             groups: vec![0],
             ..Self::default()
         };
-        chain
-            .order
-            .sort_by_key(|&sequence| Reverse(count(sequence)));
-        let most = chain.order.first().map_or(0, |&sequence| count(sequence));
-        let mut memories = chain.order.len();
-        for index in 0..most {
-            let having = chain
-                .order
-                .partition_point(|&sequence| count(sequence) > index);
-            let (first, first_offset) = (chain.tokens.len(), chain.offsets.len());
+        let mut memories = starts;
+        for index in 0..size.map_or(batch.links(), |size| size.links) {
+            let (first_offset, having) = (chain.offsets.len(), having(index));
             let mut longest = 0;
-            chain.offsets.push(0);
-            for &sequence in &chain.order[..having] {
-                let segment = sequence_segments[sequence] as usize + index;
-                let tokens = segment_offsets[segment]..segment_offsets[segment + 1];
+            chain.offsets.push(chain.tokens.len() as i32);
+            for &sequence in &order[..having] {
+                let segment = batch.segments_of(sequence).start + index;
+                let tokens = batch.tokens_of_segment(segment);
                 longest = longest.max(tokens.len());
-                chain.tokens.extend(tokens);
-                chain.offsets.push((chain.tokens.len() - first) as i32);
+                chain.tokens.extend(tokens.map(|token| token as i32));
+                chain.offsets.push(chain.tokens.len() as i32);
             }
+            let (sequences, longest) = match size {
+                Some(size) => (
+                    most(size.sequences, size.segments, index),
+                    size.segment_tokens,
+                ),
+                None => (having, longest),
+            };
+            // For the others they fall.
+            let end = chain.tokens.len() as i32;
+            let ended = 1..=sequences.saturating_sub(having) as i32;
+            chain.offsets.extend(ended.map(|place| end - place));
             chain.links.push(Link {
-                sequences: having,
-                tokens: first..chain.tokens.len(),
+                sequences,
                 longest,
                 offsets: first_offset..chain.offsets.len(),
             });
             chain.groups.push(memories);
-            memories += having;
+            memories += sequences;
         }
+        // What fills a batch up stands behind all else.
         chain
+            .tokens
+            .extend(chain.tokens.len() as i32..batch.tokens() as i32);
+        Self { order, ..chain }
     }
 
     /// Number of memories of all groups.
     fn memories(&self) -> usize {
         let after: usize = self.links.iter().map(|link| link.sequences).sum();
-        self.order.len() + after
+        self.starts + after
     }
 
     /// The last memory of each sequence, in the order of the batch.
@@ -151,10 +182,16 @@ impl<D: Device, T: Compute> Gpu<D, T> {
         }
     }
 
-    fn link_shape(&self, link: &Link, memory: &Memory, widths: Widths) -> Shape {
+    fn link_shape(
+        &self,
+        batch: &Batch<D, T>,
+        link: &Link,
+        memory: &Memory,
+        widths: Widths,
+    ) -> Shape {
         Shape {
             sequences: link.sequences,
-            tokens: link.tokens.len(),
+            tokens: batch.tokens,
             longest: link.longest,
             slots: memory.slots,
             key_width: widths.model,
@@ -320,8 +357,8 @@ impl<D: Device, T: Compute> Gpu<D, T> {
     ) -> Result<Inputs<'a, T>> {
         let device = &self.device;
         let rows = |x: &Input<'a, T>, width: usize| {
-            let part = x.part(link.tokens.start * width..link.tokens.end * width)?;
-            Ok::<_, BackendError>(part.rows(width))
+            let all = x.part(0..batch.tokens * width)?;
+            Ok::<_, BackendError>(all.rows(width))
         };
         let offsets = batch.int.chain_offsets.start + link.offsets.start;
         Ok(Inputs {
@@ -330,7 +367,7 @@ impl<D: Device, T: Compute> Gpu<D, T> {
             strength_key: rows(&packed.strength_key, widths.model)?,
             value: rows(&packed.value, widths.slot())?,
             key_strength: match &packed.key_strength {
-                Some(strength) => Some(strength.part(link.tokens.clone())?),
+                Some(strength) => Some(strength.part(0..batch.tokens)?),
                 None => None,
             },
             strength_bias: match memory.strength_bias {
@@ -364,10 +401,13 @@ impl<D: Device, T: Compute> Gpu<D, T> {
         let [.., inputs_end] = widths.of_inputs(tokens);
         let places = in_turn([inputs_end.end, tokens * slot]);
         let mut packed = self.activations.lock(device, places[1].end)?;
+        if chain.filled {
+            packed.zero(device, places[1].clone())?;
+        }
         let [packed, mut packed_read] = packed.output(device)?.parts(places)?;
         let packed = self.gather_inputs(batch, widths, &inputs, packed)?;
         for (index, link) in chain.links.iter().enumerate() {
-            let shape = self.link_shape(link, memory, widths);
+            let shape = self.link_shape(batch, link, memory, widths);
             let [before, after] = [0, 1].map(|next| chain.groups[index + next] * state);
             let len = link.sequences * state;
             let [before, after] = kept
@@ -380,9 +420,7 @@ impl<D: Device, T: Compute> Gpu<D, T> {
                 inputs: self
                     .link_inputs(batch, link, memory, widths, parameters, &packed, before)?,
                 memory_next: after,
-                read: packed_read
-                    .reborrow()
-                    .slice(link.tokens.start * slot..link.tokens.end * slot)?,
+                read: packed_read.reborrow(),
                 workspace: workspace.output(device)?,
             };
             shape.forward(device, tensors)?;
@@ -428,13 +466,13 @@ impl<D: Device, T: Compute> Gpu<D, T> {
     ) -> Result<()> {
         let device = &self.device;
         let order = &batch.chain.order;
-        let (sequences, state) = (order.len(), memory.slots * memory.width);
+        let (sequences, state) = (batch.chain.starts, memory.slots * memory.width);
         let uploaded;
         let (x, sources, from) = match start {
             MemoryStart::Learned => (
                 parameters.read(device, memory.initial.range())?,
                 1,
-                batch.ints(device, &batch.int.zeros)?,
+                batch.ints(device, &batch.int.zeros)?.slice(0..sequences)?,
             ),
             MemoryStart::State(buffer, slots) => {
                 let slots: Vec<i32> = order.iter().map(|&at| slots[at] as i32).collect();
@@ -480,11 +518,15 @@ impl<D: Device, T: Compute> Gpu<D, T> {
         let chain = &batch.chain;
         let widths = self.widths(batch, memory);
         let (width, slot, state) = (widths.model, widths.slot(), widths.state(memory));
-        let (tokens, sequences) = (batch.tokens, chain.order.len());
+        let tokens = batch.tokens;
+        let sequences = chain.links.first().map_or(0, |link| link.sequences);
         self.grow(grad_states, 2 * sequences * state)?;
         let [.., inputs_end] = widths.of_inputs(tokens);
         let places = in_turn([inputs_end.end, tokens * slot, inputs_end.end]);
         let mut packed = self.activations.lock(device, places[2].end)?;
+        if chain.filled {
+            packed.zero(device, places[2].clone())?;
+        }
         let [packed, mut packed_grad_read, packed_gradients] =
             packed.output(device)?.parts(places)?;
         let packed = self.gather_inputs(batch, widths, &inputs, packed)?;
@@ -504,19 +546,20 @@ impl<D: Device, T: Compute> Gpu<D, T> {
             mut strength_gradient,
         ] = packed_gradients.parts(widths.of_inputs(tokens))?;
 
-        // The gradients of the memories after and before a link change places from link to link.
+        // The gradients of the memories after and before a link change places from link to link. They
+        // stay 0 for memories that no later segment has read.
         let places = [0, sequences * state];
+        self.clear(
+            grad_states,
+            Span {
+                offset: 0,
+                len: 2 * sequences * state,
+            },
+        )?;
         let mut after = 0;
-        let mut known = 0;
         for (index, link) in chain.links.iter().enumerate().rev() {
-            let shape = self.link_shape(link, memory, widths);
+            let shape = self.link_shape(batch, link, memory, widths);
             let len = link.sequences * state;
-            // Of memories that no later segment has read.
-            let fresh = Span {
-                offset: places[after] + known * state,
-                len: (link.sequences - known) * state,
-            };
-            self.clear(grad_states, fresh)?;
             let [grad_after, d_memory] = grad_states
                 .write(device, 0..2 * sequences * state)?
                 .parts([places[after], places[1 - after]].map(|start| start..start + len))?;
@@ -526,28 +569,21 @@ impl<D: Device, T: Compute> Gpu<D, T> {
             let [workspace, unused] = workspace
                 .output(device)?
                 .parts([0..partial, partial..partial + 1])?;
-            let of_link = |width: usize| link.tokens.start * width..link.tokens.end * width;
             let before = chain.groups[index] * state;
             let before = kept.memories.read(device, before..before + len)?;
             let tensors = Backward {
                 inputs: self
                     .link_inputs(batch, link, memory, widths, parameters, &packed, before)?,
                 grad_memory_next: grad_after.as_input(),
-                grad_read: packed_grad_read.part(of_link(slot))?,
+                grad_read: packed_grad_read.part(0..tokens * slot)?,
                 d_memory,
-                d_address_key: address_gradient
-                    .reborrow()
-                    .slice(of_link(width))?
-                    .rows(width),
-                d_strength_key: strength_key_gradient
-                    .reborrow()
-                    .slice(of_link(width))?
-                    .rows(width),
-                d_value: value_gradient.reborrow().slice(of_link(slot))?.rows(slot),
-                d_key_strength: match packed.key_strength {
-                    Some(_) => Some(strength_gradient.reborrow().slice(of_link(1))?),
-                    None => None,
-                },
+                d_address_key: address_gradient.reborrow().rows(width),
+                d_strength_key: strength_key_gradient.reborrow().rows(width),
+                d_value: value_gradient.reborrow().rows(slot),
+                d_key_strength: packed
+                    .key_strength
+                    .as_ref()
+                    .map(|_| strength_gradient.reborrow()),
                 d_strength_bias: match memory.strength_bias {
                     Some(span) if memory.trainable => {
                         Some(gradients.write_exact(device, span.range())?)
@@ -558,7 +594,6 @@ impl<D: Device, T: Compute> Gpu<D, T> {
                 workspace,
             };
             shape.backward(device, tensors)?;
-            known = link.sequences;
             after = 1 - after;
         }
         let MemoryGradients {
@@ -575,17 +610,17 @@ impl<D: Device, T: Compute> Gpu<D, T> {
             let to = Out::rows(out, 1);
             self.scatter(batch, (strength_gradient.as_input(), 1), 1, to)?;
         }
-        if !memory.trainable || known == 0 {
+        if !memory.trainable || sequences == 0 {
             return Ok(());
         }
         // Σ over the sequences of what has reached their first memories.
-        let ends = [places[after], places[1 - after]].map(|start| start..start + known * state);
+        let ends = [places[after], places[1 - after]].map(|start| start..start + sequences * state);
         let [mut first, free] = grad_states
             .write(device, 0..2 * sequences * state)?
             .parts(ends)?;
         if widths.columns > 0 {
             // Without what was carried along, of which there is no parameter.
-            let rows = known * memory.slots;
+            let rows = sequences * memory.slots;
             let mut narrow = free.slice(0..rows * width)?;
             self.copy_rows(
                 [rows; 3],
@@ -598,7 +633,7 @@ impl<D: Device, T: Compute> Gpu<D, T> {
             first = narrow;
         }
         let shape = elementwise::Shape {
-            rows: known,
+            rows: sequences,
             width: memory.slots * width,
         };
         let mut workspace = self.floats.lock(device, shape.workspace()?)?;

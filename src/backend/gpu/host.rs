@@ -3,7 +3,7 @@
 use std::fmt;
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use dtmem_host::{Buffer, Executor, View};
 use ndarray::linalg::general_mat_mul;
@@ -29,6 +29,16 @@ pub struct HostDevice {
     /// It is lost after so many commands.
     lifetime: Option<usize>,
     done: AtomicUsize,
+    graphs: Arc<Graphs>,
+}
+
+/// How often something was recorded, and how often a recording was repeated.
+#[derive(Debug, Default)]
+pub struct Graphs {
+    /// Recordings.
+    pub recorded: AtomicUsize,
+    /// Repetitions.
+    pub replayed: AtomicUsize,
 }
 
 /// What the device was asked for.
@@ -74,6 +84,11 @@ impl HostDevice {
             lifetime: Some(commands),
             ..self
         }
+    }
+
+    /// What is counted of its recordings, from here on too.
+    pub fn graphs(&self) -> Arc<Graphs> {
+        Arc::clone(&self.graphs)
     }
 
     /// Counts a command.
@@ -194,10 +209,12 @@ impl Device for HostDevice {
         let done = work();
         let recording = self.recording().take();
         done?;
+        self.graphs.recorded.fetch_add(1, Ordering::Relaxed);
         Ok(recording.unwrap_or_default())
     }
 
     fn replay(&self, recording: &Recording) -> Result<()> {
+        self.graphs.replayed.fetch_add(1, Ordering::Relaxed);
         recording.0.iter().try_for_each(|command| {
             self.live()?;
             command(self)

@@ -266,9 +266,12 @@ impl<D: Device, T: Compute> Batch<D, T> {
         self.returns = batch.return_tokens.len();
         self.families.clone_from(&batch.families);
         let last = batch.token_time.iter().max();
-        self.steps = last.map_or(0, |&time| usize::try_from(time).unwrap_or(0) + 1);
+        self.steps = match &batch.filled {
+            Some(size) => size.steps,
+            None => last.map_or(0, |&time| usize::try_from(time).unwrap_or(0) + 1),
+        };
         self.cu_seqlens.clone_from(&batch.cu_seqlens);
-        self.chain = Chain::new(&batch.sequence_segments, &batch.segment_offsets);
+        self.chain = Chain::new(batch);
         self.recalled = Recalled::new(batch, &self.chain.tokens);
         let origins: Vec<i32> = (0..batch.sequences())
             .flat_map(|sequence| {
@@ -350,6 +353,7 @@ impl<D: Device, T: Compute> Batch<D, T> {
         ]
         .hash(&mut hash);
         self.families.hash(&mut hash);
+        self.chain.links.hash(&mut hash);
         self.int.pair_keys.start.hash(&mut hash);
         let grown = [self.ints.grown, self.bytes.grown, self.floats.grown];
         (grown, self.numbers.grown, self.step.grown).hash(&mut hash);

@@ -30,7 +30,7 @@ pub use blas::Multiply;
 pub use cuda::CudaDevice;
 pub use device::{Compute, Device, Element, Factor, Product};
 #[cfg(feature = "host")]
-pub use host::HostDevice;
+pub use host::{Graphs, HostDevice};
 pub use memory::{Batch, Buffer};
 
 use memory::Scratch;
@@ -365,13 +365,10 @@ impl<D: Device, T: Compute> Backend for Gpu<D, T> {
         true
     }
 
-    fn shape(&self, batch: &Self::Batch, with_memory: bool) -> u64 {
+    fn shape(&self, batch: &Self::Batch) -> u64 {
         let mut hash = DefaultHasher::new();
         batch.shape().hash(&mut hash);
-        if with_memory {
-            batch.chain.offsets.hash(&mut hash);
-            batch.recalled.columns.hash(&mut hash);
-        }
+        batch.recalled.columns.hash(&mut hash);
         let of_scratch = [
             self.grown.load(Ordering::Relaxed),
             self.floats.grown(),
@@ -1125,8 +1122,10 @@ impl<D: Device, T: Compute> Backend for Gpu<D, T> {
         memory: &Memory,
         sequences: usize,
         segments: usize,
+        links: usize,
     ) -> Result<Self::MemoryState> {
-        let numbers = (sequences + segments) * memory.slots * memory.width;
+        let memories = chain::memories(sequences, segments, links);
+        let numbers = memories * memory.slots * memory.width;
         Ok(MemoryState {
             memories: self.buffer(numbers, Kind::Activation)?,
             recall: self.buffer(0, Kind::Activation)?,
