@@ -364,6 +364,14 @@ impl<D: Device, T: Compute> Batch<D, T> {
         self.ints.input(device, at)
     }
 
+    /// To the end of the memory: the next batch, for which this one's launches are repeated, may have
+    /// more.
+    pub(super) fn pair_keys<'a>(&'a self, device: &'a D) -> Result<Input<'a, i32>> {
+        let memory = self.ints.memory.as_ref().ok_or(BackendError::NotStaged)?;
+        let all = self.int.pair_keys.start..device.len(memory);
+        Ok(device.input(memory, all)?)
+    }
+
     pub(super) fn bytes<'a>(&'a self, device: &'a D, at: &Range<usize>) -> Result<Input<'a, u8>> {
         self.bytes.input(device, at)
     }

@@ -276,7 +276,7 @@ impl<D: Device, T: Compute> Gpu<D, T> {
             slots: device.input(state, 0..device.len(state))?,
             annotated: batch.bytes(device, &batch.byte.annotated)?,
             pair_offsets: batch.ints(device, &batch.int.pair_offsets)?,
-            pair_keys: batch.ints(device, &batch.int.pair_keys)?,
+            pair_keys: batch.pair_keys(device)?,
         })
     }
 }
