@@ -25,17 +25,21 @@ const FULL_ATTENTION: [&str; 3] = [
 
 fn grid(size: Size) -> Grid {
     let mut grid = Grid::new(OF_TRAINING, 3);
-    // Length of the episodes, numbers of slots, steps of training.
-    let (delayed, associative, hallways): (&[Lengths], &[Lengths], &[&str]) = match size {
+    // Length of the episodes, numbers of slots, steps of training; a hallway's length and steps.
+    let (delayed, associative, hallways): (&[Lengths], &[Lengths], &[[&str; 2]]) = match size {
         Size::Quick => (
-            &[("30", &["16"], "800")],
-            &[("12", &["32"], "1600")],
-            &["2"],
+            &[("30", &["16"], "600")],
+            &[("12", &["32"], "1000")],
+            &[["2", "3000"]],
         ),
         Size::Full => (
             &[("30", &["16", "64"], "1600"), ("62", &["16", "64"], "1600")],
-            &[("12", &["32", "64"], "1600"), ("24", &["32", "64"], "3600")],
-            &["2", "3"],
+            &[
+                ("12", &["32"], "1600"),
+                ("24", &["16", "32"], "3600"),
+                ("48", &["64"], "3600"),
+            ],
+            &[["2", "4500"], ["3", "4500"]],
         ),
     };
     for (kind, group, lengths) in [
@@ -63,15 +67,19 @@ fn grid(size: Size) -> Grid {
             grid.cell(group, name, RECALL, &[&common[..], &OFF].concat());
         }
     }
-    for length in hallways {
-        let set = format!("task.length={length}");
+    for [length, steps] in hallways {
+        let common = [
+            format!("task.length={length}"),
+            format!("train.steps={steps}"),
+        ];
+        let common: Vec<&str> = common.iter().map(String::as_str).collect();
         for (name, with) in [
             ("memory on", &[][..]),
             ("memory off", &OFF),
             ("no memory, attention to the episode", &FULL_ATTENTION),
         ] {
             let name = format!("Hallway({length}), {name}");
-            grid.cell("Hallway", name, HALLWAY, &[&[set.as_str()], with].concat());
+            grid.cell("Hallway", name, HALLWAY, &[&common[..], with].concat());
         }
     }
     grid

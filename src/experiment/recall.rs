@@ -6,7 +6,7 @@ use super::{Experiment, Size};
 pub(super) const RECALL: Experiment = Experiment {
     name: "recall",
     about: "patterns written into the memory alone and read back, before and after training (CPU)",
-    takes: ["3 minutes", "hours, on a CPU"],
+    takes: ["2 minutes", "hours, on a CPU"],
     grid,
 };
 
@@ -20,7 +20,7 @@ const MEASURES: &[Measure] = &[
 
 fn grid(size: Size) -> Grid {
     let (common, seeds): (&[&str], u64) = match size {
-        Size::Quick => (&[], 3),
+        Size::Quick => (&["train.steps=1500"], 3),
         Size::Full => {
             let set: &[&str] = &[
                 "patterns=64",

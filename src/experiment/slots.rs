@@ -12,11 +12,13 @@ pub(super) const SLOTS: Experiment = Experiment {
 
 fn grid(size: Size) -> Grid {
     let base = shipped!("recall-quick.toml");
-    // Few steps, so that forms that learn slowly show it; the full size is a wider model that has to
-    // keep twice the pairs for three times as long.
+    // With the memory loss, few steps show which forms learn slowly; the full size is a wider model
+    // that has to keep twice the pairs for three times as long.
     let common: &[&str] = match size {
-        Size::Quick => &["train.steps=500"],
+        Size::Quick => &["loss.supervise=memory", "loss.lambda=10", "train.steps=600"],
         Size::Full => &[
+            "loss.supervise=memory",
+            "loss.lambda=10",
             "task.pairs=8",
             "task.steps=40",
             "model.width=512",
@@ -35,12 +37,12 @@ fn grid(size: Size) -> Grid {
         Size::Full => &["16", "256", "1290", "1800"],
     };
     let mut grid = Grid::new(OF_TRAINING, 3);
-    let mut add = |group, name: &str, set: &str| {
-        grid.cell(group, name, base, &[common, &[set]].concat());
+    let mut add = |group, name: &str, set: &[&str]| {
+        grid.cell(group, name, base, &[common, set].concat());
     };
     for slots in sizes {
         let set = format!("model.memory.slots={slots}");
-        add("slots", &format!("{slots} slots"), &set);
+        add("slots", &format!("{slots} slots"), &[&set]);
     }
     for (group, setting, value) in [
         ("addressing", "addressing", "dot"),
@@ -51,8 +53,12 @@ fn grid(size: Size) -> Grid {
         ("order", "order", "write_then_read"),
     ] {
         let set = format!("model.memory.{setting}={value}");
-        add(group, &format!("{setting} {value}"), &set);
+        add(group, &format!("{setting} {value}"), &[&set]);
     }
-    add("no memory", "memory off", "model.memory=");
+    add(
+        "no memory",
+        "memory off",
+        &["model.memory=", "loss.lambda=0"],
+    );
     grid
 }
