@@ -23,9 +23,8 @@
 // bound by the matrix units (width 128), or by them and the powers (width 64).
 //
 // History (not measured: no GPU has run it yet; the executor of kernels/host has, with a model of the products)
-//   1  as above. The first session on an H100 runs `cargo test --release --test ops attention` and
-//      `dtmem bench --filter attention`; where this is right and faster, it becomes the default (Shape::forward in
-//      src/ops/attention.rs)
+//   1  as above. Where `cargo test --release --test ops attention` finds it right on an H100 and
+//      `dtmem bench --filter attention` finds it faster, it becomes the default (Shape::forward in src/ops/attention.rs)
 
 #include "attention_forward.cuh"
 #include "warpgroup.cuh"
