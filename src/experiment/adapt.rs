@@ -6,7 +6,7 @@ use super::{Experiment, Size};
 pub(super) const ADAPT: Experiment = Experiment {
     name: "adapt",
     about: "LoRA's rank, alpha and dropout against full, memory-only, scratch and none; forgetting",
-    takes: ["5 minutes", "hours"],
+    takes: ["3 minutes", "hours"],
     grid,
 };
 

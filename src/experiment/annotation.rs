@@ -6,7 +6,7 @@ use super::{Experiment, Size};
 pub(super) const ANNOTATION: Experiment = Experiment {
     name: "annotation",
     about: "share of annotated demonstrations, and noise in the annotation (Hallway)",
-    takes: ["14 minutes", "days"],
+    takes: ["8 minutes", "days"],
     grid,
 };
 

@@ -6,7 +6,7 @@ use super::{Experiment, Size};
 pub(super) const RECALL: Experiment = Experiment {
     name: "recall",
     about: "patterns written into the memory alone and read back, before and after training (CPU)",
-    takes: ["2 minutes", "hours, on a CPU"],
+    takes: ["1 minute", "hours, on a CPU"],
     grid,
 };
 

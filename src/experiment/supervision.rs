@@ -6,7 +6,7 @@ use super::{Experiment, Size};
 pub(super) const SUPERVISION: Experiment = Experiment {
     name: "supervision",
     about: "which layer and heads the memory loss teaches, or the memory; its weight λ (Hallway)",
-    takes: ["11 minutes", "days"],
+    takes: ["6 minutes", "days"],
     grid,
 };
 
