@@ -6,7 +6,7 @@ use super::{Experiment, Size};
 pub(super) const SLOTS: Experiment = Experiment {
     name: "slots",
     about: "memory size, addressing, top_k, strength, erase, order, memory off (associative recall)",
-    takes: ["11 minutes", "hours"],
+    takes: ["6 minutes", "hours"],
     grid,
 };
 
