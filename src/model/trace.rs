@@ -173,31 +173,28 @@ impl<B: Backend> Model<B> {
         let tokens = batch.tokens_of(0).len();
         let offsets = |query: usize| batch.pair_offsets[query] as usize;
         let wanted = |query: usize| &batch.pair_keys[offsets(query)..offsets(query + 1)];
-        // Which keys of a query count: all that it may attend to, or those that some later segment
-        // recalls and that were written before.
-        let of_memory = supervision.part == SupervisedPart::Memory;
+        // The keys that may count, of which a query has those before an end: all that it may attend
+        // to, or those that some later segment recalls and that were written before its own.
         let segments = batch.segments_of_first();
-        let first = |query: usize| {
-            let bounds = segments.iter().take_while(|&&start| start <= query);
-            bounds.last().copied().unwrap_or_default()
-        };
-        let mut recalled = vec![false; tokens];
-        for query in 0..tokens {
-            let keys = wanted(query).iter().map(|&key| key as usize);
-            for key in keys.filter(|&key| key < first(query)) {
-                recalled[key] = true;
-            }
+        let mut keys = Vec::new();
+        match &supervision.part {
+            SupervisedPart::Heads(_) => keys.extend(0..tokens as i32),
+            SupervisedPart::Memory => batch.recalled_tokens(0, &mut keys),
         }
+        let end = |query: usize| match &supervision.part {
+            SupervisedPart::Heads(_) => query + 1,
+            SupervisedPart::Memory => {
+                let bounds = segments.iter().take_while(|&&start| start <= query);
+                bounds.last().copied().unwrap_or_default()
+            }
+        };
         let mut loss = 0.0;
         for map in self.supervised_maps(batch)? {
             for query in 0..tokens {
-                let keys = match of_memory {
-                    true => 0..first(query),
-                    false => 0..query + 1,
-                };
-                for key in keys.filter(|&key| !of_memory || recalled[key]) {
-                    let share = map[[query, key]].clamp(0.0, 1.0);
-                    let right = match wanted(query).contains(&(key as i32)) {
+                let end = end(query) as i32;
+                for key in keys.iter().take_while(|&&key| key < end) {
+                    let share = map[[query, *key as usize]].clamp(0.0, 1.0);
+                    let right = match wanted(query).contains(key) {
                         true => share,
                         false => 1.0 - share,
                     };
