@@ -10,9 +10,9 @@ use dtmem_reference::dropout::{Mask, philox};
 use super::place::Place;
 use super::{Ceilings, Cost, Result, Scale};
 use crate::backend::{
-    Activation, AdamW, Adapter, Attention, Backend, Codes, Convolutions, Dropped, Extent,
-    FIRST_LOSS_SCALE, In, Kind, LayerNorm, Linear, METRICS, Memory, MemoryGradients, MemoryInputs,
-    MemoryStart, OneHot, Out, Positions, Span, Supervised, Trained,
+    Activation, AdamW, Adapter, Attention, Backend, Buffers, Codes, Convolutions, Dropped, Extent,
+    FIRST_LOSS_SCALE, In, Kind, LayerNorm, Linear, LinearOps, METRICS, Memory, MemoryGradients,
+    MemoryInputs, MemoryStart, OneHot, Out, Positions, Span, Supervised, Trained,
 };
 use crate::batch::{LossWeights, PackedBatch, Packer, TokenLayout, TrainingStep, Trajectory};
 use crate::spaces::{ActionSpace, Family, ObservationSpace};

@@ -5,8 +5,11 @@ use dtmem_reference::Scalar;
 use ndarray::{ArrayView2, ArrayViewMut2, Axis, s};
 
 use super::Cpu;
-use super::views::{matrix, named};
-use crate::backend::{Attention, BackendError, Extent, KeyValueCache, Result};
+use super::views::{front_mut, matrix, matrix_mut, named, part_mut};
+use crate::backend::{
+    Attention, AttentionOps, BackendError, Buffers, Extent, KeyValueCache, Kind, METRICS, Metric,
+    Result, Span,
+};
 use crate::batch::PackedBatch;
 
 /// Sequences `first ..` of an attention call with the rows and heads that belong to them; halved
@@ -331,5 +334,109 @@ impl<T> HeadGradients<'_, T> {
                 v: v_right,
             },
         )
+    }
+}
+
+impl<T: Scalar> AttentionOps for Cpu<T> {
+    /// The log-sum-exp [tokens, heads].
+    type AttentionState = Vec<T>;
+
+    fn attention_state(&self, attention: &Attention, tokens: usize) -> Result<Vec<T>> {
+        self.buffer(tokens * attention.heads, Kind::Exact)
+    }
+
+    fn log_sum_exp<'a>(&self, state: &'a Vec<T>) -> &'a Vec<T> {
+        state
+    }
+
+    fn attention(
+        &self,
+        batch: &PackedBatch,
+        attention: &Attention,
+        qkv: &Vec<T>,
+        out: &mut Vec<T>,
+        lse: &mut Vec<T>,
+        metrics: &mut Vec<T>,
+    ) -> Result<()> {
+        const NAME: &str = "attention";
+        let heads = Heads::new(self, attention, batch, qkv)?;
+        heads.check()?;
+        let out = matrix_mut(NAME, out, batch.tokens(), attention.width())?;
+        let lse = matrix_mut(NAME, lse, batch.tokens(), attention.heads)?;
+        let numerator = heads.forward(heads.task(), out, lse)?;
+        if attention.supervised.is_some() {
+            let metrics = front_mut(NAME, metrics, METRICS)?;
+            metrics[Metric::MemoryLoss as usize] = T::from_f64(numerator);
+        }
+        Ok(())
+    }
+
+    fn attention_backward(
+        &self,
+        batch: &PackedBatch,
+        attention: &Attention,
+        qkv: &Vec<T>,
+        _out: &Vec<T>,
+        lse: &Vec<T>,
+        grad_out: &Vec<T>,
+        grad_qkv: &mut Vec<T>,
+    ) -> Result<()> {
+        const NAME: &str = "attention_backward";
+        let (tokens, width) = (batch.tokens(), attention.width());
+        let heads = Heads::new(self, attention, batch, qkv)?;
+        heads.check()?;
+        let saved = HeadSaved {
+            lse: matrix(NAME, lse, tokens, attention.heads)?,
+            grad_out: matrix(NAME, grad_out, tokens, width)?,
+            pair_gradient: batch.training.weights.pair,
+        };
+        let (q, rest) = matrix_mut(NAME, grad_qkv, tokens, 3 * width)?.split_at(Axis(1), width);
+        let (k, v) = rest.split_at(Axis(1), width);
+        heads.backward(heads.task(), saved, HeadGradients { q, k, v })
+    }
+
+    fn attention_cached(
+        &self,
+        batch: &PackedBatch,
+        attention: &Attention,
+        qkv: &Vec<T>,
+        cache: &mut KeyValueCache<Vec<T>>,
+        rows: &[usize],
+        prefix: usize,
+        out: &mut Vec<T>,
+        lse: &mut Vec<T>,
+    ) -> Result<()> {
+        const NAME: &str = "attention_cached";
+        let width = attention.width();
+        let heads = Heads::new(self, attention, batch, qkv)?;
+        for (sequence, &row) in rows.iter().enumerate() {
+            let [first, end] = [0, 1].map(|next| batch.cu_seqlens[sequence + next] as usize);
+            if prefix + (end - first) > cache.capacity {
+                return Err(BackendError::Buffer {
+                    operation: NAME,
+                    found: cache.capacity,
+                    expected: prefix + (end - first),
+                });
+            }
+            let span = Span {
+                offset: (row * cache.capacity + prefix) * width,
+                len: (end - first) * width,
+            };
+            let [keys, values] = heads.keys_and_values();
+            for (source, target) in [(keys, &mut cache.keys), (values, &mut cache.values)] {
+                let target = part_mut(NAME, target, span)?;
+                matrix_mut(NAME, target, end - first, width)?
+                    .assign(&source.slice(s![first..end, ..]));
+            }
+        }
+        let heads = heads.with_cache(Cached {
+            cache,
+            rows,
+            prefix,
+        });
+        let out = matrix_mut(NAME, out, batch.tokens(), width)?;
+        let lse = matrix_mut(NAME, lse, batch.tokens(), attention.heads)?;
+        heads.forward(heads.task(), out, lse)?;
+        Ok(())
     }
 }

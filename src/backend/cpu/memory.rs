@@ -6,10 +6,16 @@ use dtmem_reference::attention::Pairs;
 use dtmem_reference::content_memory::{Gradients, Inputs};
 use dtmem_reference::recall::recall_loss;
 use ndarray::{Array2, ArrayView1, ArrayView2, ArrayViewMut1, ArrayViewMut2, Axis, concatenate, s};
+use rayon::prelude::*;
 
-use super::Cpu;
-use super::views::{columns, front, part};
-use crate::backend::{Memory, MemoryInputs, Result};
+use super::views::{
+    columns, columns_mut, front, front_mut, matrix, matrix_mut, named, part, part_mut,
+};
+use super::{Cpu, ELEMENTS};
+use crate::backend::{
+    Buffers, Kind, METRICS, Memory, MemoryGradients, MemoryInputs, MemoryOps, MemoryStart, Metric,
+    Result, Span,
+};
 use crate::batch::PackedBatch;
 
 /// The rows of a memory call, and the chain over the segments of each sequence.
@@ -405,5 +411,146 @@ impl<T> ChainGradients<'_, T> {
                 states: states_right,
             },
         )
+    }
+}
+
+impl<T: Scalar> MemoryOps for Cpu<T> {
+    type MemoryState = MemoryState<T>;
+
+    fn memory_state(
+        &self,
+        memory: &Memory,
+        sequences: usize,
+        segments: usize,
+        _links: usize,
+    ) -> Result<MemoryState<T>> {
+        Ok(MemoryState {
+            states: self.buffer(segments * memory.slots * memory.width, Kind::Exact)?,
+            recalls: vec![Recall::default(); sequences],
+        })
+    }
+
+    fn memory(
+        &self,
+        batch: &PackedBatch,
+        memory: &Memory,
+        parameters: &Vec<T>,
+        start: MemoryStart<Vec<T>>,
+        inputs: MemoryInputs<Vec<T>>,
+        kept: &mut MemoryState<T>,
+        read: &mut Vec<T>,
+        metrics: &mut Vec<T>,
+    ) -> Result<()> {
+        const NAME: &str = "memory";
+        let chains = Chains::new(self, memory, batch, parameters, inputs)?;
+        let state = memory.slots * memory.width;
+        let states = front_mut(NAME, &mut kept.states, batch.segments() * state)?;
+        let read = matrix_mut(NAME, read, batch.tokens(), memory.width)?;
+        let sequences = batch.sequences();
+        let recalls = &mut kept.recalls[..sequences];
+        let forward = match start {
+            MemoryStart::Learned => {
+                let initial = part(NAME, parameters, memory.initial)?;
+                chains.forward(0, sequences, &|_| initial, states, recalls, read)
+            }
+            MemoryStart::State(buffer, slots) => {
+                let rows = slots.iter().max().map_or(0, |&slot| slot + 1);
+                let buffer = front(NAME, buffer, rows * state)?;
+                let start = |sequence: usize| &buffer[slots[sequence] * state..][..state];
+                chains.forward(0, sequences, &start, states, recalls, read)
+            }
+        };
+        named(NAME, forward)?;
+        if memory.supervised {
+            let metrics = front_mut(NAME, metrics, METRICS)?;
+            let loss = kept.recalls[..sequences].iter().map(|x| x.loss).sum();
+            metrics[Metric::MemoryLoss as usize] = T::from_f64(loss);
+        }
+        Ok(())
+    }
+
+    fn memory_backward(
+        &self,
+        batch: &PackedBatch,
+        memory: &Memory,
+        parameters: &Vec<T>,
+        inputs: MemoryInputs<Vec<T>>,
+        kept: &MemoryState<T>,
+        grad_read: &Vec<T>,
+        input_gradients: MemoryGradients<Vec<T>>,
+        grad_states: &mut Vec<T>,
+        gradients: &mut Vec<T>,
+    ) -> Result<()> {
+        const NAME: &str = "memory_backward";
+        let (tokens, width, sequences) = (batch.tokens(), memory.width, batch.sequences());
+        let state = memory.slots * width;
+        let chains = Chains::new(self, memory, batch, parameters, inputs)?;
+        let keys = matrix_mut(NAME, input_gradients.keys, tokens, 2 * width)?;
+        let (address_key, strength_key) = keys.split_at(Axis(1), width);
+        let value = columns_mut(NAME, input_gradients.value, tokens, width)?;
+        let key_strength = match input_gradients.key_strength {
+            Some(buffer) => Some(ArrayViewMut1::from(front_mut(NAME, buffer, tokens)?)),
+            None => None,
+        };
+        let grad_states = front_mut(NAME, grad_states, 2 * sequences * state)?;
+        let initial = part(NAME, parameters, memory.initial)?;
+        let kept = Kept {
+            states: front(NAME, &kept.states, batch.segments() * state)?,
+            recalls: &kept.recalls[..sequences],
+        };
+        let grad_read = matrix(NAME, grad_read, tokens, width)?;
+        let chain_gradients = ChainGradients {
+            address_key,
+            strength_key,
+            value,
+            key_strength,
+            states: &mut *grad_states,
+        };
+        let bias = named(
+            NAME,
+            chains.backward(0, sequences, initial, kept, grad_read, chain_gradients),
+        )?;
+        if !memory.trainable {
+            return Ok(());
+        }
+        if let Some(span) = memory.strength_bias {
+            part_mut(NAME, gradients, span)?[0] += bias;
+        }
+        part_mut(NAME, gradients, memory.initial)?
+            .par_chunks_mut(ELEMENTS)
+            .enumerate()
+            .for_each(|(index, sum)| {
+                for of_sequence in grad_states.chunks(2 * state) {
+                    let piece = &of_sequence[index * ELEMENTS..][..sum.len()];
+                    for (sum, &x) in sum.iter_mut().zip(piece) {
+                        *sum += x;
+                    }
+                }
+            });
+        Ok(())
+    }
+
+    fn commit_memory(
+        &self,
+        batch: &PackedBatch,
+        memory: &Memory,
+        kept: &MemoryState<T>,
+        slots: &[usize],
+        to: &mut Vec<T>,
+    ) -> Result<()> {
+        const NAME: &str = "commit_memory";
+        let len = memory.slots * memory.width;
+        for (sequence, &slot) in slots.iter().enumerate() {
+            let [first, end] = [0, 1].map(|next| batch.sequence_segments[sequence + next] as usize);
+            if first == end {
+                continue;
+            }
+            let row = |index: usize| Span {
+                offset: index * len,
+                len,
+            };
+            part_mut(NAME, to, row(slot))?.copy_from_slice(part(NAME, &kept.states, row(end - 1))?);
+        }
+        Ok(())
     }
 }

@@ -1,505 +1,603 @@
-//! Buffers, batches and scratch memory of the GPU backend.
+//! The memory over the segments of each sequence, one after another: see [`Chain`](chain::Chain).
 
-use std::any::Any;
-use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::ops::Range;
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::Ordering;
 
 use super::Gpu;
-use super::chain::Chain;
-use super::device::{Compute, Device, Element};
-use super::recall::Recalled;
-use crate::backend::{BackendError, Kind, Reals, Result};
-use crate::batch::{FamilyRows, PackedBatch};
-use crate::ops::adamw;
-use crate::ops::tokens::by_time_step;
-use crate::ops::{self, Input, Output};
+use super::batch::Batch;
+use super::buffers::Buffer;
+use super::chain::{self, Link};
+use super::device::{Compute, Device};
+use super::linear::extent;
+use crate::backend::{
+    BackendError, Buffers, In, Kind, Memory, MemoryGradients, MemoryInputs, MemoryOps, MemoryStart,
+    Metric, Out, Result, Span, range,
+};
+use crate::ops::content_memory::{Backward, Forward, Inputs, Shape};
+use crate::ops::elementwise::{self, BiasGradient};
+use crate::ops::recall::{Columns, Loss, LossShape, Widen, WidenShape};
+use crate::ops::{Input, Output, tokens};
 
-/// Numbers of one [`Kind`]: activations in `T`, what is exact in f32, parameters in both.
+/// What a memory layer keeps for its backward pass. Both grow to what a batch needs whose recalled
+/// tokens have columns in the memory.
 #[derive(Debug)]
-pub struct Buffer<D: Device, T: Compute> {
-    pub(super) len: usize,
-    pub(super) compute: Option<D::Memory<T>>,
-    pub(super) exact: Option<D::Memory<f32>>,
+pub struct MemoryState<D: Device, T: Compute> {
+    /// See [`Chain`](chain::Chain).
+    memories: Buffer<D, T>,
+    /// Gradient of the recall, in the order of segments.
+    recall: Buffer<D, T>,
 }
 
-impl<D: Device, T: Compute> Buffer<D, T> {
-    pub(super) fn new(gpu: &Gpu<D, T>, len: usize, kind: Kind) -> ops::Result<Self> {
-        let wide = size_of::<T>() == size_of::<f32>();
-        Ok(Self {
-            len,
-            // Parameters in f32 are exact already.
-            compute: match kind {
-                Kind::Exact => None,
-                Kind::Parameter if wide => None,
-                Kind::Parameter | Kind::Activation => Some(gpu.allocate(len)?),
-            },
-            exact: match kind {
-                Kind::Activation => None,
-                Kind::Parameter | Kind::Exact => Some(gpu.allocate(len)?),
-            },
+/// How wide the rows of a memory are in a batch.
+#[derive(Debug, Clone, Copy)]
+struct Widths {
+    /// D, of keys and of what the model reads.
+    model: usize,
+    /// C, carried along for the recalled tokens of the batch: 0 where there are none.
+    columns: usize,
+}
+
+impl Widths {
+    /// D + C, of slots and values.
+    fn slot(self) -> usize {
+        self.model + self.columns
+    }
+
+    /// Numbers of a memory.
+    fn state(self, memory: &Memory) -> usize {
+        memory.slots * self.slot()
+    }
+
+    /// Places of a, s, v and κ of so many tokens.
+    fn of_inputs(self, tokens: usize) -> [Range<usize>; 4] {
+        in_turn([self.model, self.model, self.slot(), 1].map(|width| tokens * width))
+    }
+}
+
+/// The inputs of a memory, in the order of segments.
+struct Packed<'a, T> {
+    address_key: Input<'a, T>,
+    strength_key: Input<'a, T>,
+    value: Input<'a, T>,
+    key_strength: Option<Input<'a, T>>,
+}
+
+impl<D: Device, T: Compute> MemoryOps for Gpu<D, T> {
+    type MemoryState = MemoryState<D, T>;
+
+    fn memory_state(
+        &self,
+        memory: &Memory,
+        sequences: usize,
+        segments: usize,
+        links: usize,
+    ) -> Result<Self::MemoryState> {
+        let memories = chain::memories(sequences, segments, links);
+        let numbers = memories * memory.slots * memory.width;
+        Ok(MemoryState {
+            memories: self.buffer(numbers, Kind::Activation)?,
+            recall: self.buffer(0, Kind::Activation)?,
         })
     }
 
-    fn compute(&self) -> Option<&D::Memory<T>> {
-        match (&self.compute, &self.exact) {
-            (Some(memory), _) => Some(memory),
-            (None, Some(exact)) => (exact as &dyn Any).downcast_ref(),
-            (None, None) => None,
+    fn memory(
+        &self,
+        batch: &Self::Batch,
+        memory: &Memory,
+        parameters: &Self::Buffer,
+        start: MemoryStart<Self::Buffer>,
+        inputs: MemoryInputs<Self::Buffer>,
+        kept: &mut Self::MemoryState,
+        read: &mut Self::Buffer,
+        metrics: &mut Self::Buffer,
+    ) -> Result<()> {
+        let _range = range("memory");
+        let device = &self.device;
+        let chain = &batch.chain;
+        let widths = self.widths(batch, memory);
+        let (tokens, state) = (batch.tokens, widths.state(memory));
+        self.grow(&mut kept.memories, chain.memories() * state)?;
+        self.start_chain(batch, memory, parameters, start, widths, &mut kept.memories)?;
+
+        let slot = widths.slot();
+        let [.., inputs_end] = widths.of_inputs(tokens);
+        let places = in_turn([inputs_end.end, tokens * slot]);
+        let mut packed = self.activations.lock(device, places[1].end)?;
+        if chain.filled {
+            packed.zero(device, places[1].clone())?;
         }
+        let [packed, mut packed_read] = packed.output(device)?.parts(places)?;
+        let packed = self.gather_inputs(batch, widths, &inputs, packed)?;
+        for (index, link) in chain.links.iter().enumerate() {
+            let shape = self.link_shape(batch, link, memory, widths);
+            let [before, after] = [0, 1].map(|next| chain.groups[index + next] * state);
+            let len = link.sequences * state;
+            let [before, after] = kept
+                .memories
+                .write(device, 0..chain.memories() * state)?
+                .parts([before..before + len, after..after + len])?;
+            let before = before.as_input();
+            let mut workspace = self.floats.lock(device, shape.forward_workspace::<T>()?)?;
+            let tensors = Forward {
+                inputs: self
+                    .link_inputs(batch, link, memory, widths, parameters, &packed, before)?,
+                memory_next: after,
+                read: packed_read.reborrow(),
+                workspace: workspace.output(device)?,
+            };
+            shape.forward(device, tensors)?;
+        }
+        if widths.columns == 0 {
+            let read = Out::rows(read, widths.model);
+            return self.scatter(batch, (packed_read.as_input(), slot), widths.model, read);
+        }
+        self.grow(&mut kept.recall, tokens * widths.columns)?;
+        let shape = LossShape {
+            tokens,
+            width: widths.model,
+            columns: widths.columns,
+        };
+        let mut workspace = self.floats.lock(device, shape.workspace()?)?;
+        let [_, weight] = batch.weights(device)?;
+        let loss = Metric::MemoryLoss as usize;
+        let tensors = Loss {
+            y: packed_read.as_input(),
+            to: batch.ints(device, &batch.int.chain_tokens)?,
+            earlier: batch.ints(device, &batch.int.recall_earlier)?,
+            wanted: batch.ints(device, &batch.int.recall_wanted)?,
+            weight,
+            read: read
+                .write(device, 0..tokens * widths.model)?
+                .rows(widths.model),
+            gradient: kept.recall.write(device, 0..tokens * widths.columns)?,
+            loss: metrics.write_exact(device, loss..loss + 1)?,
+            workspace: workspace.output(device)?,
+        };
+        Ok(shape.loss_and_gradient(device, tensors)?)
     }
 
-    /// Elements as operations read them.
-    pub(super) fn read<'a>(&'a self, device: &'a D, range: Range<usize>) -> Result<Input<'a, T>> {
-        let memory = self.compute().ok_or(WRONG_KIND)?;
-        Ok(device.input(memory, range)?)
+    fn memory_backward(
+        &self,
+        batch: &Self::Batch,
+        memory: &Memory,
+        parameters: &Self::Buffer,
+        inputs: MemoryInputs<Self::Buffer>,
+        kept: &Self::MemoryState,
+        grad_read: &Self::Buffer,
+        input_gradients: MemoryGradients<Self::Buffer>,
+        grad_states: &mut Self::Buffer,
+        gradients: &mut Self::Buffer,
+    ) -> Result<()> {
+        let _range = range("memory_backward");
+        let device = &self.device;
+        let chain = &batch.chain;
+        let widths = self.widths(batch, memory);
+        let (width, slot, state) = (widths.model, widths.slot(), widths.state(memory));
+        let tokens = batch.tokens;
+        let sequences = chain.links.first().map_or(0, |link| link.sequences);
+        self.grow(grad_states, 2 * sequences * state)?;
+        let [.., inputs_end] = widths.of_inputs(tokens);
+        let places = in_turn([inputs_end.end, tokens * slot, inputs_end.end]);
+        let mut packed = self.activations.lock(device, places[2].end)?;
+        if chain.filled {
+            packed.zero(device, places[2].clone())?;
+        }
+        let [packed, mut packed_grad_read, packed_gradients] =
+            packed.output(device)?.parts(places)?;
+        let packed = self.gather_inputs(batch, widths, &inputs, packed)?;
+        let of_recall = kept.recall.read(device, 0..tokens * widths.columns)?;
+        self.gather_wide(
+            batch,
+            In::rows(grad_read, width),
+            widths,
+            Columns::Given(of_recall),
+            packed_grad_read.reborrow(),
+        )?;
+        let packed_grad_read = packed_grad_read.as_input();
+        let [
+            mut address_gradient,
+            mut strength_key_gradient,
+            mut value_gradient,
+            mut strength_gradient,
+        ] = packed_gradients.parts(widths.of_inputs(tokens))?;
+
+        // The gradients of the memories after and before a link change places from link to link. They
+        // stay 0 for memories that no later segment has read.
+        let places = [0, sequences * state];
+        self.zero(
+            grad_states,
+            Span {
+                offset: 0,
+                len: 2 * sequences * state,
+            },
+        )?;
+        let mut after = 0;
+        for (index, link) in chain.links.iter().enumerate().rev() {
+            let shape = self.link_shape(batch, link, memory, widths);
+            let len = link.sequences * state;
+            let [grad_after, d_memory] = grad_states
+                .write(device, 0..2 * sequences * state)?
+                .parts([places[after], places[1 - after]].map(|start| start..start + len))?;
+            let partial = shape.backward_workspace()?;
+            let mut workspace = self.floats.lock(device, partial + 1)?;
+            workspace.zero(device, partial..partial + 1)?;
+            let [workspace, unused] = workspace
+                .output(device)?
+                .parts([0..partial, partial..partial + 1])?;
+            let before = chain.groups[index] * state;
+            let before = kept.memories.read(device, before..before + len)?;
+            let tensors = Backward {
+                inputs: self
+                    .link_inputs(batch, link, memory, widths, parameters, &packed, before)?,
+                grad_memory_next: grad_after.as_input(),
+                grad_read: packed_grad_read.part(0..tokens * slot)?,
+                d_memory,
+                d_address_key: address_gradient.reborrow().rows(width),
+                d_strength_key: strength_key_gradient.reborrow().rows(width),
+                d_value: value_gradient.reborrow().rows(slot),
+                d_key_strength: packed
+                    .key_strength
+                    .as_ref()
+                    .map(|_| strength_gradient.reborrow()),
+                d_strength_bias: match memory.strength_bias {
+                    Some(span) if memory.trainable => {
+                        Some(gradients.write_exact(device, span.range())?)
+                    }
+                    Some(_) => Some(unused),
+                    None => None,
+                },
+                workspace,
+            };
+            shape.backward(device, tensors)?;
+            after = 1 - after;
+        }
+        let MemoryGradients {
+            keys,
+            value,
+            key_strength,
+        } = input_gradients;
+        for (x, start) in [(address_gradient, 0), (strength_key_gradient, width)] {
+            let to = Out::columns(&mut *keys, 2 * width, start);
+            self.scatter(batch, (x.as_input(), width), width, to)?;
+        }
+        self.scatter(batch, (value_gradient.as_input(), slot), width, value)?;
+        if let Some(out) = key_strength {
+            let to = Out::rows(out, 1);
+            self.scatter(batch, (strength_gradient.as_input(), 1), 1, to)?;
+        }
+        if !memory.trainable || sequences == 0 {
+            return Ok(());
+        }
+        // Σ over the sequences of what has reached their first memories.
+        let ends = [places[after], places[1 - after]].map(|start| start..start + sequences * state);
+        let [mut first, free] = grad_states
+            .write(device, 0..2 * sequences * state)?
+            .parts(ends)?;
+        if widths.columns > 0 {
+            // Without what was carried along, of which there is no parameter.
+            let rows = sequences * memory.slots;
+            let mut narrow = free.slice(0..rows * width)?;
+            self.copy_rows(
+                [rows; 3],
+                width,
+                (first.as_input(), slot),
+                None,
+                None,
+                (narrow.reborrow(), width),
+            )?;
+            first = narrow;
+        }
+        let shape = elementwise::Shape {
+            rows: sequences,
+            width: memory.slots * width,
+        };
+        let mut workspace = self.floats.lock(device, shape.workspace()?)?;
+        let tensors = elementwise::Backward {
+            activation: None,
+            dropout: None,
+            dy: first.as_input().rows(memory.slots * width),
+            dx: None,
+            bias: Some(BiasGradient {
+                dbias: gradients.write_exact(device, memory.initial.range())?,
+                workspace: workspace.output(device)?,
+            }),
+        };
+        Ok(shape.backward(device, tensors)?)
     }
 
-    /// Elements of an activation, to write.
-    pub(super) fn write<'a>(
-        &'a mut self,
-        device: &'a D,
-        range: Range<usize>,
-    ) -> Result<Output<'a, T>> {
-        let memory = self.compute.as_mut().ok_or(WRONG_KIND)?;
-        Ok(device.output(memory, range)?)
-    }
-
-    /// Elements that are kept in f32.
-    pub(super) fn read_exact<'a>(
-        &'a self,
-        device: &'a D,
-        range: Range<usize>,
-    ) -> Result<Input<'a, f32>> {
-        let memory = self.exact.as_ref().ok_or(WRONG_KIND)?;
-        Ok(device.input(memory, range)?)
-    }
-
-    /// As [`Self::read_exact`], to write.
-    pub(super) fn write_exact<'a>(
-        &'a mut self,
-        device: &'a D,
-        range: Range<usize>,
-    ) -> Result<Output<'a, f32>> {
-        let memory = self.exact.as_mut().ok_or(WRONG_KIND)?;
-        Ok(device.output(memory, range)?)
+    fn commit_memory(
+        &self,
+        batch: &Self::Batch,
+        memory: &Memory,
+        kept: &Self::MemoryState,
+        slots: &[usize],
+        to: &mut Self::Buffer,
+    ) -> Result<()> {
+        let _range = range("commit_memory");
+        let device = &self.device;
+        let state = memory.slots * memory.width;
+        let count = slots.len();
+        let mut from = batch.chain.last();
+        from.extend(slots.iter().map(|&slot| slot as i32));
+        let mut indices = self.indices.upload(device, &from)?;
+        let [from, slots] = indices
+            .output(device)?
+            .parts([0..count, count..2 * count])?;
+        let (memories, rows) = (batch.chain.memories(), to.len / state);
+        self.copy_rows(
+            [count, memories, rows],
+            state,
+            (kept.memories.read(device, 0..memories * state)?, state),
+            Some(from.as_input()),
+            Some(slots.as_input()),
+            (to.write(device, 0..rows * state)?, state),
+        )
     }
 }
 
-const WRONG_KIND: BackendError = BackendError::Kind;
-
-/// Arrays of one type that travel to the device together.
-#[derive(Debug)]
-struct Upload<D: Device, E: Element> {
-    host: Vec<E>,
-    staging: D::Staging<E>,
-    memory: Option<D::Memory<E>>,
-    /// How often the memory has been another one.
-    grown: u32,
-}
-
-impl<D: Device, E: Element> Default for Upload<D, E> {
-    fn default() -> Self {
-        Self {
-            host: Vec::new(),
-            staging: D::Staging::default(),
-            memory: None,
-            grown: 0,
+impl<D: Device, T: Compute> Gpu<D, T> {
+    fn widths(&self, batch: &Batch<D, T>, memory: &Memory) -> Widths {
+        Widths {
+            model: memory.width,
+            columns: match memory.supervised {
+                true => batch.recalled.columns,
+                false => 0,
+            },
         }
     }
-}
 
-impl<D: Device, E: Element> Upload<D, E> {
-    /// Where the array will stand: at a multiple of 16 elements.
-    fn push(&mut self, array: &[E]) -> Range<usize> {
-        let start = self.host.len().next_multiple_of(16);
-        self.host.resize(start, E::default());
-        self.host.extend_from_slice(array);
-        start..self.host.len()
+    fn link_shape(
+        &self,
+        batch: &Batch<D, T>,
+        link: &Link,
+        memory: &Memory,
+        widths: Widths,
+    ) -> Shape {
+        Shape {
+            sequences: link.sequences,
+            tokens: batch.tokens,
+            longest: link.longest,
+            slots: memory.slots,
+            key_width: widths.model,
+            width: widths.slot(),
+            variant: memory.variant,
+        }
     }
 
-    /// Copies what was pushed, into memory that grows to the largest batch.
-    fn send(&mut self, device: &D) -> ops::Result<()> {
-        let fits = self
-            .memory
-            .as_ref()
-            .is_some_and(|memory| device.len(memory) >= self.host.len());
-        if !fits {
-            self.memory = Some(device.allocate(self.host.len().next_power_of_two())?);
-            self.grown += 1;
+    /// Another buffer in the place of one that is too small; its content is lost.
+    fn grow(&self, buffer: &mut Buffer<D, T>, len: usize) -> Result<()> {
+        if buffer.len < len {
+            *buffer = Buffer::new(self, len.next_power_of_two(), Kind::Activation)?;
+            self.grown.fetch_add(1, Ordering::Relaxed);
         }
-        if let Some(memory) = &mut self.memory {
-            device.send(&self.host, &mut self.staging, memory)?;
-        }
-        self.host.clear();
         Ok(())
     }
 
-    fn input<'a>(&'a self, device: &'a D, range: &Range<usize>) -> Result<Input<'a, E>> {
-        let memory = self.memory.as_ref().ok_or(BackendError::NotStaged)?;
-        Ok(device.input(memory, range.clone())?)
+    /// Rows `from` of x, or rows of x into rows `to` of y.
+    fn copy_rows(
+        &self,
+        [rows, x_rows, y_rows]: [usize; 3],
+        width: usize,
+        x: (Input<'_, T>, usize),
+        from: Option<Input<'_, i32>>,
+        to: Option<Input<'_, i32>>,
+        y: (Output<'_, T>, usize),
+    ) -> Result<()> {
+        let shape = tokens::CopyShape {
+            rows,
+            width,
+            x_rows,
+            y_rows,
+        };
+        let [x] = x.0.rows(x.1).columns([width]);
+        let [y] = y.0.rows(y.1).columns([width]);
+        Ok(shape.copy(&self.device, tokens::Copy { x, from, to, y })?)
     }
-}
 
-/// Places of a batch's arrays of `i32`, as [`PackedBatch`] names them.
-#[derive(Debug, Default)]
-pub(super) struct Ints {
-    pub cu_seqlens: Range<usize>,
-    pub segment_offsets: Range<usize>,
-    pub token_row: Range<usize>,
-    pub token_time: Range<usize>,
-    pub step_offsets: Range<usize>,
-    pub step_tokens: Range<usize>,
-    pub observation_tokens: Range<usize>,
-    pub targets: Range<usize>,
-    pub action_tokens: Range<usize>,
-    pub return_tokens: Range<usize>,
-    pub pair_offsets: Range<usize>,
-    pub pair_keys: Range<usize>,
-    /// Tokens in the order of their segments, and the offsets of each link: see [`Chain`].
-    pub chain_tokens: Range<usize>,
-    pub chain_offsets: Range<usize>,
-    /// See [`Recalled`].
-    pub recall_own: Range<usize>,
-    pub recall_earlier: Range<usize>,
-    pub recall_wanted: Range<usize>,
-    /// As many as sequences.
-    pub zeros: Range<usize>,
-    /// Of each token, in the batch that dropout is drawn for.
-    pub origins: Range<usize>,
-}
+    /// Columns of a buffer, brought into the order of segments.
+    fn gather(
+        &self,
+        batch: &Batch<D, T>,
+        x: In<'_, Buffer<D, T>>,
+        width: usize,
+        y: Output<'_, T>,
+    ) -> Result<()> {
+        let device = &self.device;
+        let tokens = batch.tokens;
+        let range = extent(tokens, width, x.stride, x.start);
+        self.copy_rows(
+            [tokens; 3],
+            width,
+            (x.buffer.read(device, range)?, x.stride),
+            Some(batch.ints(device, &batch.int.chain_tokens)?),
+            None,
+            (y, width),
+        )
+    }
 
-/// Places of a batch's arrays of bytes.
-#[derive(Debug, Default)]
-pub(super) struct Bytes {
-    pub token_kind: Range<usize>,
-    pub observations: Range<usize>,
-    pub actions: Range<usize>,
-    pub annotated: Range<usize>,
-}
-
-/// Places of a batch's arrays of f32.
-#[derive(Debug, Default)]
-pub(super) struct Floats {
-    /// Weights of the losses: of an action, of a pair.
-    pub weights: Range<usize>,
-    /// Continuous actions to predict.
-    pub targets: Range<usize>,
-    /// The number 1.
-    pub one: Range<usize>,
-    /// Of the optimiser's step.
-    pub factors: Option<Range<usize>>,
-}
-
-/// Places of a batch's arrays of real numbers that are computed with.
-#[derive(Debug, Default)]
-struct Narrow {
-    returns: Range<usize>,
-    observations: Range<usize>,
-    actions: Range<usize>,
-}
-
-/// A batch on the device.
-#[derive(Debug)]
-pub struct Batch<D: Device, T: Compute> {
-    ints: Upload<D, i32>,
-    bytes: Upload<D, u8>,
-    floats: Upload<D, f32>,
-    numbers: Upload<D, T>,
-    step: Upload<D, u32>,
-    pub(super) int: Ints,
-    pub(super) byte: Bytes,
-    pub(super) float: Floats,
-    number: Narrow,
-    step_at: Range<usize>,
-    pub(super) tokens: usize,
-    pub(super) sequences: usize,
-    pub(super) segments: usize,
-    pub(super) observations: usize,
-    pub(super) actions: usize,
-    pub(super) returns: usize,
-    families: Vec<FamilyRows>,
-    /// Time steps that tokens have, from 0.
-    pub(super) steps: usize,
-    /// Tokens of each sequence [sequences + 1].
-    pub(super) cu_seqlens: Vec<i32>,
-    pub(super) chain: Chain,
-    pub(super) recalled: Recalled,
-}
-
-impl<D: Device, T: Compute> Default for Batch<D, T> {
-    fn default() -> Self {
-        Self {
-            ints: Upload::default(),
-            bytes: Upload::default(),
-            floats: Upload::default(),
-            numbers: Upload::default(),
-            step: Upload::default(),
-            int: Ints::default(),
-            byte: Bytes::default(),
-            float: Floats::default(),
-            number: Narrow::default(),
-            step_at: 0..0,
-            tokens: 0,
-            sequences: 0,
-            segments: 0,
-            observations: 0,
-            actions: 0,
-            returns: 0,
-            families: Vec::new(),
-            steps: 0,
-            cu_seqlens: Vec::new(),
-            chain: Chain::default(),
-            recalled: Recalled::default(),
+    /// As [`Self::gather`], with the columns that are carried along behind those of the buffer.
+    fn gather_wide(
+        &self,
+        batch: &Batch<D, T>,
+        x: In<'_, Buffer<D, T>>,
+        widths: Widths,
+        columns: Columns<'_, T>,
+        y: Output<'_, T>,
+    ) -> Result<()> {
+        let (device, width) = (&self.device, widths.model);
+        if widths.columns == 0 {
+            return self.gather(batch, x, width, y);
         }
-    }
-}
-
-impl<D: Device, T: Compute> Batch<D, T> {
-    pub(super) fn stage(&mut self, device: &D, batch: &PackedBatch) -> ops::Result<()> {
-        self.tokens = batch.tokens();
-        self.sequences = batch.sequences();
-        self.segments = batch.segments();
-        self.observations = batch.observation_tokens.len();
-        self.actions = batch.action_tokens.len();
-        self.returns = batch.return_tokens.len();
-        self.families.clone_from(&batch.families);
-        let last = batch.token_time.iter().max();
-        self.steps = match &batch.filled {
-            Some(size) => size.steps,
-            None => last.map_or(0, |&time| usize::try_from(time).unwrap_or(0) + 1),
+        let range = extent(batch.tokens, width, x.stride, x.start);
+        let shape = WidenShape {
+            rows: batch.tokens,
+            group: 1,
+            sources: batch.tokens,
+            width,
+            columns: widths.columns,
         };
-        self.cu_seqlens.clone_from(&batch.cu_seqlens);
-        self.chain = Chain::new(batch);
-        self.recalled = Recalled::new(batch, &self.chain.tokens);
-        let origins: Vec<i32> = (0..batch.sequences())
-            .flat_map(|sequence| {
-                let origin = batch.origins[sequence];
-                (0..batch.tokens_of(sequence).len() as i32).map(move |token| origin + token)
-            })
-            .collect();
-        let (step_offsets, step_tokens) = by_time_step(&batch.token_time, self.steps);
-        let ints = &mut self.ints;
-        self.int = Ints {
-            cu_seqlens: ints.push(&batch.cu_seqlens),
-            segment_offsets: ints.push(&batch.segment_offsets),
-            token_row: ints.push(&batch.token_row),
-            token_time: ints.push(&batch.token_time),
-            step_offsets: ints.push(&step_offsets),
-            step_tokens: ints.push(&step_tokens),
-            observation_tokens: ints.push(&batch.observation_tokens),
-            targets: ints.push(&batch.targets),
-            action_tokens: ints.push(&batch.action_tokens),
-            return_tokens: ints.push(&batch.return_tokens),
-            pair_offsets: ints.push(&batch.pair_offsets),
-            chain_tokens: ints.push(&self.chain.tokens),
-            chain_offsets: ints.push(&self.chain.offsets),
-            recall_own: ints.push(&self.recalled.own),
-            recall_earlier: ints.push(&self.recalled.earlier),
-            recall_wanted: ints.push(&self.recalled.wanted),
-            zeros: ints.push(&vec![0; batch.sequences()]),
-            origins: ints.push(&origins),
-            pair_keys: ints.push(&batch.pair_keys),
+        let [x] = x
+            .buffer
+            .read(device, range)?
+            .rows(x.stride)
+            .columns([width]);
+        let from = batch.ints(device, &batch.int.chain_tokens)?;
+        let tensors = Widen {
+            x,
+            from,
+            columns,
+            y,
         };
-        let bytes = &mut self.bytes;
-        self.byte = Bytes {
-            token_kind: bytes.push(&batch.token_kind),
-            observations: bytes.push(&batch.observations),
-            actions: bytes.push(&batch.actions),
-            annotated: bytes.push(&batch.annotated),
-        };
-        let weights = batch.training.weights;
-        let floats = &mut self.floats;
-        self.float = Floats {
-            weights: floats.push(&[weights.action as f32, weights.pair as f32]),
-            targets: floats.push(&batch.real_targets),
-            one: floats.push(&[1.0]),
-            factors: match &batch.training.optimiser {
-                Some(hyper) => Some(floats.push(&adamw::factors(hyper)?)),
-                None => None,
-            },
-        };
-        let numbers = &mut self.numbers;
-        let mut narrow = |values: &[f32]| {
-            let values: Vec<T> = values.iter().map(|&x| T::narrow(x)).collect();
-            numbers.push(&values)
-        };
-        self.number = Narrow {
-            returns: narrow(&batch.returns),
-            observations: narrow(&batch.real_observations),
-            actions: narrow(&batch.real_actions),
-        };
-        self.numbers.send(device)?;
-        self.step_at = self.step.push(&[batch.training.number]);
-        self.ints.send(device)?;
-        self.bytes.send(device)?;
-        self.floats.send(device)?;
-        self.step.send(device)
+        Ok(shape.widen(device, tensors)?)
     }
 
-    /// Tells batches of other sizes, or in other memory, apart. Where the pairs end does not matter:
-    /// they stand last, and no kernel is told.
-    pub(super) fn shape(&self) -> u64 {
-        let mut hash = DefaultHasher::new();
-        [
-            self.tokens,
-            self.sequences,
-            self.segments,
-            self.observations,
-            self.actions,
-            self.returns,
-            self.steps,
-        ]
-        .hash(&mut hash);
-        self.families.hash(&mut hash);
-        self.chain.links.hash(&mut hash);
-        self.int.pair_keys.start.hash(&mut hash);
-        let grown = [self.ints.grown, self.bytes.grown, self.floats.grown];
-        (grown, self.numbers.grown, self.step.grown).hash(&mut hash);
-        hash.finish()
+    /// The inverse of [`Self::gather`], of the first columns of rows every `stride` elements.
+    fn scatter(
+        &self,
+        batch: &Batch<D, T>,
+        (x, stride): (Input<'_, T>, usize),
+        width: usize,
+        y: Out<'_, Buffer<D, T>>,
+    ) -> Result<()> {
+        let device = &self.device;
+        let tokens = batch.tokens;
+        let range = extent(tokens, width, y.stride, y.start);
+        self.copy_rows(
+            [tokens; 3],
+            width,
+            (x, stride),
+            None,
+            Some(batch.ints(device, &batch.int.chain_tokens)?),
+            (y.buffer.write(device, range)?, y.stride),
+        )
     }
 
-    pub(super) fn ints<'a>(&'a self, device: &'a D, at: &Range<usize>) -> Result<Input<'a, i32>> {
-        self.ints.input(device, at)
-    }
-
-    /// To the end of the memory: the next batch, for which this one's launches are repeated, may have
-    /// more.
-    pub(super) fn pair_keys<'a>(&'a self, device: &'a D) -> Result<Input<'a, i32>> {
-        let memory = self.ints.memory.as_ref().ok_or(BackendError::NotStaged)?;
-        let all = self.int.pair_keys.start..device.len(memory);
-        Ok(device.input(memory, all)?)
-    }
-
-    pub(super) fn bytes<'a>(&'a self, device: &'a D, at: &Range<usize>) -> Result<Input<'a, u8>> {
-        self.bytes.input(device, at)
-    }
-
-    pub(super) fn floats<'a>(&'a self, device: &'a D, at: &Range<usize>) -> Result<Input<'a, f32>> {
-        self.floats.input(device, at)
-    }
-
-    /// The rows of a family.
-    pub(super) fn rows_of(&self, family: usize) -> Result<&FamilyRows> {
-        self.families.get(family).ok_or(BackendError::NotStaged)
-    }
-
-    /// Codes of a family's observations.
-    pub(super) fn observation_codes<'a>(
-        &'a self,
-        device: &'a D,
-        family: usize,
-    ) -> Result<Input<'a, u8>> {
-        let all = self.bytes(device, &self.byte.observations)?;
-        Ok(all.slice(self.rows_of(family)?.codes.clone())?)
-    }
-
-    /// Weight of an action's loss, and of a pair's.
-    pub(super) fn weights<'a>(&'a self, device: &'a D) -> Result<[Input<'a, f32>; 2]> {
-        let weights = self.floats(device, &self.float.weights)?;
-        Ok([weights.part(0..1)?, weights.part(1..2)?])
-    }
-
-    /// Both, to write.
-    pub(super) fn weights_mut<'a>(&'a mut self, device: &'a D) -> Result<Output<'a, f32>> {
-        let memory = self.floats.memory.as_mut().ok_or(BackendError::NotStaged)?;
-        Ok(device.output(memory, self.float.weights.clone())?)
-    }
-
-    /// Real numbers of one kind.
-    pub(super) fn reals<'a>(&'a self, device: &'a D, reals: Reals) -> Result<Input<'a, T>> {
-        let (all, own) = match reals {
-            Reals::Returns => (&self.number.returns, None),
-            Reals::Observations(family) => {
-                let own = &self.rows_of(family)?.real_observations;
-                (&self.number.observations, Some(own))
-            }
-            Reals::Actions(family) => {
-                let own = &self.rows_of(family)?.real_actions;
-                (&self.number.actions, Some(own))
-            }
-        };
-        let all = self.numbers.input(device, all)?;
-        Ok(match own {
-            Some(own) => all.slice(own.clone())?,
-            None => all,
+    /// a, s, v and κ in the order of segments, where [`Widths::of_inputs`] says. In the columns that are carried along,
+    /// the value of a recalled token is 1 in its own.
+    fn gather_inputs<'a>(
+        &self,
+        batch: &Batch<D, T>,
+        widths: Widths,
+        inputs: &MemoryInputs<'_, Buffer<D, T>>,
+        packed: Output<'a, T>,
+    ) -> Result<Packed<'a, T>> {
+        let width = widths.model;
+        let [
+            mut address_key,
+            mut strength_key,
+            mut value,
+            mut key_strength,
+        ] = packed.parts(widths.of_inputs(batch.tokens))?;
+        self.gather(batch, inputs.address_key, width, address_key.reborrow())?;
+        self.gather(batch, inputs.strength_key, width, strength_key.reborrow())?;
+        let own = batch.ints(&self.device, &batch.int.recall_own)?;
+        let columns = Columns::OneHot(own);
+        self.gather_wide(batch, inputs.value, widths, columns, value.reborrow())?;
+        if let Some(strength) = inputs.key_strength {
+            let to = key_strength.reborrow();
+            self.gather(batch, In::rows(strength, 1), 1, to)?;
+        }
+        Ok(Packed {
+            address_key: address_key.into_input(),
+            strength_key: strength_key.into_input(),
+            value: value.into_input(),
+            key_strength: inputs
+                .key_strength
+                .is_some()
+                .then(|| key_strength.into_input()),
         })
     }
 
-    /// Number of the optimiser step.
-    pub(super) fn step<'a>(&'a self, device: &'a D) -> Result<Input<'a, u32>> {
-        self.step.input(device, &self.step_at)
+    /// What the kernels read of one link.
+    fn link_inputs<'a>(
+        &'a self,
+        batch: &'a Batch<D, T>,
+        link: &Link,
+        memory: &Memory,
+        widths: Widths,
+        parameters: &'a Buffer<D, T>,
+        packed: &Packed<'a, T>,
+        before: Input<'a, T>,
+    ) -> Result<Inputs<'a, T>> {
+        let device = &self.device;
+        let rows = |x: &Input<'a, T>, width: usize| {
+            let all = x.part(0..batch.tokens * width)?;
+            Ok::<_, BackendError>(all.rows(width))
+        };
+        let offsets = batch.int.chain_offsets.start + link.offsets.start;
+        Ok(Inputs {
+            memory: before,
+            address_key: rows(&packed.address_key, widths.model)?,
+            strength_key: rows(&packed.strength_key, widths.model)?,
+            value: rows(&packed.value, widths.slot())?,
+            key_strength: match &packed.key_strength {
+                Some(strength) => Some(strength.part(0..batch.tokens)?),
+                None => None,
+            },
+            strength_bias: match memory.strength_bias {
+                Some(span) => Some(parameters.read_exact(device, span.range())?),
+                None => None,
+            },
+            cu_seqlens: batch.ints(device, &(offsets..offsets + link.offsets.len()))?,
+        })
     }
-}
 
-/// Memory for what kernels keep between two launches. It grows to what the largest shape needs and
-/// stays; one operation uses it at a time.
-#[derive(Debug)]
-pub(super) struct Scratch<D: Device, E: Element> {
-    memory: Mutex<Option<D::Memory<E>>>,
-    /// How often it has been another one.
-    grown: AtomicU32,
-}
-
-impl<D: Device, E: Element> Default for Scratch<D, E> {
-    fn default() -> Self {
-        Self {
-            memory: Mutex::new(None),
-            grown: AtomicU32::new(0),
+    /// The memories that the sequences start with. What is carried along starts at 0.
+    fn start_chain(
+        &self,
+        batch: &Batch<D, T>,
+        memory: &Memory,
+        parameters: &Buffer<D, T>,
+        start: MemoryStart<'_, Buffer<D, T>>,
+        widths: Widths,
+        memories: &mut Buffer<D, T>,
+    ) -> Result<()> {
+        let device = &self.device;
+        let order = &batch.chain.order;
+        let (sequences, state) = (batch.chain.starts, memory.slots * memory.width);
+        let uploaded;
+        let (x, sources, from) = match start {
+            MemoryStart::Learned => (
+                parameters.read(device, memory.initial.range())?,
+                1,
+                batch.ints(device, &batch.int.zeros)?.slice(0..sequences)?,
+            ),
+            MemoryStart::State(buffer, slots) => {
+                let slots: Vec<i32> = order.iter().map(|&at| slots[at] as i32).collect();
+                uploaded = self.indices.upload(device, &slots)?;
+                let x = buffer.read(device, 0..buffer.len)?;
+                (x, buffer.len / state, uploaded.input(device)?)
+            }
+        };
+        let y = memories.write(device, 0..sequences * widths.state(memory))?;
+        if widths.columns == 0 {
+            let rows = [sequences, sources, sequences];
+            return self.copy_rows(rows, state, (x, state), Some(from), None, (y, state));
         }
+        let shape = WidenShape {
+            rows: sequences * memory.slots,
+            group: memory.slots,
+            sources,
+            width: widths.model,
+            columns: widths.columns,
+        };
+        let tensors = Widen {
+            x: x.rows(widths.model),
+            from,
+            columns: Columns::Zeros,
+            y,
+        };
+        Ok(shape.widen(device, tensors)?)
     }
 }
 
-impl<D: Device, E: Element> Scratch<D, E> {
-    /// At least `len` elements.
-    pub fn lock(&self, device: &D, len: usize) -> ops::Result<InUse<'_, D, E>> {
-        let mut memory = self.memory.lock().unwrap_or_else(PoisonError::into_inner);
-        if memory
-            .as_ref()
-            .is_none_or(|memory| device.len(memory) < len)
-        {
-            *memory = Some(device.allocate(len.max(1).next_power_of_two())?);
-            self.grown.fetch_add(1, Ordering::Relaxed);
-        }
-        Ok(InUse { memory, len })
-    }
-
-    /// How often it has been another memory.
-    pub fn grown(&self) -> u32 {
-        self.grown.load(Ordering::Relaxed)
-    }
-
-    /// What stands in `content`.
-    pub fn upload(&self, device: &D, content: &[E]) -> ops::Result<InUse<'_, D, E>> {
-        let mut in_use = self.lock(device, content.len())?;
-        if let Some(memory) = in_use.memory.as_mut() {
-            device.upload(content, memory, 0)?;
-        }
-        Ok(in_use)
-    }
-}
-
-/// Scratch memory that is in use.
-pub(super) struct InUse<'a, D: Device, E: Element> {
-    memory: MutexGuard<'a, Option<D::Memory<E>>>,
-    len: usize,
-}
-
-impl<D: Device, E: Element> InUse<'_, D, E> {
-    /// Elements of `range` become 0.
-    pub fn zero(&mut self, device: &D, range: Range<usize>) -> Result<()> {
-        let memory = self.memory.as_mut().ok_or(BackendError::NotStaged)?;
-        Ok(device.zero(memory, range)?)
-    }
-
-    pub fn input<'a>(&'a self, device: &'a D) -> Result<Input<'a, E>> {
-        let memory = self.memory.as_ref().ok_or(BackendError::NotStaged)?;
-        Ok(device.input(memory, 0..self.len)?)
-    }
-
-    pub fn output<'a>(&'a mut self, device: &'a D) -> Result<Output<'a, E>> {
-        let memory = self.memory.as_mut().ok_or(BackendError::NotStaged)?;
-        Ok(device.output(memory, 0..self.len)?)
-    }
+/// Places of so many elements, one behind the other, each aligned for vectors.
+fn in_turn<const N: usize>(lens: [usize; N]) -> [Range<usize>; N] {
+    const ALIGNMENT: usize = 8;
+    let mut end = 0;
+    lens.map(|len| {
+        let start = end;
+        end = (start + len).next_multiple_of(ALIGNMENT);
+        start..start + len
+    })
 }

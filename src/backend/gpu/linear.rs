@@ -2,11 +2,13 @@
 
 use std::ops::Range;
 
+use super::Gpu;
+use super::batch::Batch;
+use super::buffers::Buffer;
 use super::device::{Compute, Device, Factor, Product};
-use super::memory::{Batch, Buffer, InUse};
-use super::{Gpu, elementwise};
-use crate::backend::{Adapter, Dropped, In, Linear, Out, Result};
-use crate::ops::elementwise::{BiasGradient, Dropout};
+use super::scratch::InUse;
+use crate::backend::{Adapter, Dropped, In, Linear, LinearOps, Out, Result, range};
+use crate::ops::elementwise::{self, BiasGradient};
 use crate::ops::{Input, Rows, lora_linear};
 
 /// From the first to the last element of `columns` columns.
@@ -17,74 +19,18 @@ pub(super) fn extent(rows: usize, columns: usize, stride: usize, start: usize) -
     }
 }
 
-impl<D: Device, T: Compute> Gpu<D, T> {
-    fn factor<'a>(
-        &'a self,
-        x: In<'a, Buffer<D, T>>,
-        rows: usize,
-        columns: usize,
-        transposed: bool,
-    ) -> Result<Factor<'a, T>> {
-        let range = extent(rows, columns, x.stride, x.start);
-        Ok(Factor {
-            elements: x.buffer.read(&self.device, range)?,
-            stride: x.stride,
-            transposed,
-        })
-    }
-
-    fn columns<'a>(
-        &'a self,
-        x: In<'a, Buffer<D, T>>,
-        rows: usize,
-        columns: usize,
-    ) -> Result<Rows<Input<'a, T>>> {
-        let range = extent(rows, columns, x.stride, x.start);
-        let [x] = x
-            .buffer
-            .read(&self.device, range)?
-            .rows(x.stride)
-            .columns([columns]);
-        Ok(x)
-    }
-
-    /// W as the factor of y = x·Wᵀ (`transposed`), or of dx = dy·W.
-    fn weight<'a>(
-        &'a self,
-        map: &Linear,
-        parameters: &'a Buffer<D, T>,
-        transposed: bool,
-    ) -> Result<Factor<'a, T>> {
-        Ok(Factor {
-            elements: parameters.read(&self.device, map.weight.range())?,
-            stride: if map.transposed {
-                map.outputs
-            } else {
-                map.inputs
-            },
-            transposed: transposed != map.transposed,
-        })
-    }
-
-    pub(super) fn mask<'a>(&'a self, dropped: Dropped<'a, Batch<D, T>>) -> Result<Dropout<'a>> {
-        let Dropped { mask, batch } = dropped;
-        Ok(Dropout {
-            mask,
-            step: batch.step(&self.device)?,
-            origins: Some(batch.ints(&self.device, &batch.int.origins)?),
-        })
-    }
-
-    pub(super) fn product_forward(
+impl<D: Device, T: Compute> LinearOps for Gpu<D, T> {
+    fn linear(
         &self,
         rows: usize,
         map: &Linear,
-        parameters: &Buffer<D, T>,
-        x: In<Buffer<D, T>>,
-        adapted: &mut Buffer<D, T>,
-        dropout: Option<Dropped<Batch<D, T>>>,
-        y: Out<Buffer<D, T>>,
+        parameters: &Self::Buffer,
+        x: In<Self::Buffer>,
+        adapted: &mut Self::Buffer,
+        dropout: Option<Dropped<Self::Batch>>,
+        y: Out<Self::Buffer>,
     ) -> Result<()> {
+        let _range = range("linear");
         let device = &self.device;
         if !map.adapters.is_empty() {
             return self.adapted_forward(rows, map, parameters, x, adapted, dropout, y);
@@ -108,19 +54,20 @@ impl<D: Device, T: Compute> Gpu<D, T> {
         Ok(())
     }
 
-    pub(super) fn product_backward(
+    fn linear_backward(
         &self,
         rows: usize,
         map: &Linear,
-        parameters: &Buffer<D, T>,
-        x: In<Buffer<D, T>>,
-        adapted: &Buffer<D, T>,
-        dropout: Option<Dropped<Batch<D, T>>>,
-        grad_y: In<Buffer<D, T>>,
-        grad_x: Option<Out<Buffer<D, T>>>,
+        parameters: &Self::Buffer,
+        x: In<Self::Buffer>,
+        adapted: &Self::Buffer,
+        dropout: Option<Dropped<Self::Batch>>,
+        grad_y: In<Self::Buffer>,
+        grad_x: Option<Out<Self::Buffer>>,
         accumulate: bool,
-        gradients: &mut Buffer<D, T>,
+        gradients: &mut Self::Buffer,
     ) -> Result<()> {
+        let _range = range("linear_backward");
         if rows == 0 {
             return Ok(());
         }
@@ -182,6 +129,56 @@ impl<D: Device, T: Compute> Gpu<D, T> {
             }
         }
         Ok(())
+    }
+}
+
+impl<D: Device, T: Compute> Gpu<D, T> {
+    fn factor<'a>(
+        &'a self,
+        x: In<'a, Buffer<D, T>>,
+        rows: usize,
+        columns: usize,
+        transposed: bool,
+    ) -> Result<Factor<'a, T>> {
+        let range = extent(rows, columns, x.stride, x.start);
+        Ok(Factor {
+            elements: x.buffer.read(&self.device, range)?,
+            stride: x.stride,
+            transposed,
+        })
+    }
+
+    fn columns<'a>(
+        &'a self,
+        x: In<'a, Buffer<D, T>>,
+        rows: usize,
+        columns: usize,
+    ) -> Result<Rows<Input<'a, T>>> {
+        let range = extent(rows, columns, x.stride, x.start);
+        let [x] = x
+            .buffer
+            .read(&self.device, range)?
+            .rows(x.stride)
+            .columns([columns]);
+        Ok(x)
+    }
+
+    /// W as the factor of y = x·Wᵀ (`transposed`), or of dx = dy·W.
+    fn weight<'a>(
+        &'a self,
+        map: &Linear,
+        parameters: &'a Buffer<D, T>,
+        transposed: bool,
+    ) -> Result<Factor<'a, T>> {
+        Ok(Factor {
+            elements: parameters.read(&self.device, map.weight.range())?,
+            stride: if map.transposed {
+                map.outputs
+            } else {
+                map.inputs
+            },
+            transposed: transposed != map.transposed,
+        })
     }
 
     fn adapters(map: &Linear) -> Vec<lora_linear::Adapter> {
