@@ -6,9 +6,9 @@ use std::sync::atomic;
 
 use data::{Data, all_kinds, capacity, grid, several};
 use dtmem::backend::gpu::{
-    Compute, CudaDevice, Device, Factor, Gpu, HostDevice, Multiply, Product,
+    Compute, CudaDevice, Device, Factor, Gpu, Graphs, HostDevice, Multiply, Product, Repeated,
 };
-use dtmem::backend::{Backend, Cpu, Member};
+use dtmem::backend::{Backend, BackendError, Cpu, Member};
 use dtmem::batch::TokenLayout;
 use dtmem::model::{
     Actor, AdapterConfig, AddressingKind, AttentionSpan, Block, EraseKind, FrontEnd, MemoryConfig,
@@ -363,8 +363,11 @@ fn steps_in_f16_follow_the_cpus() {
     }
 }
 
-/// Steps on batches in which one token of a sequence is recalled, or nothing, or every token but the last few.
-fn train_on_unlike_batches<B: Backend<Element = f32>>(backend: B) -> Vec<StepMetrics> {
+/// Steps on batches in which `one` token of a sequence is recalled, or `none`, or `all` but the last few.
+fn train_on_unlike_batches<B: Backend<Element = f32>>(
+    backend: B,
+    recalled: &[&str],
+) -> Vec<StepMetrics> {
     // So many that more than a word says which of them a token is to recall.
     const LONGEST: usize = 36;
     let mut spaces = grid();
@@ -375,9 +378,9 @@ fn train_on_unlike_batches<B: Backend<Element = f32>>(backend: B) -> Vec<StepMet
         let steps = *steps as u32;
         (0..steps).flat_map(|step| (0..=step).map(move |key| (step, key)))
     };
-    let batches = ["one", "one", "all", "none", "one", "one", "one", "all"].map(|recalled| {
+    let batch = |recalled: &&str| {
         let mut data = Data::new(&spaces, &[LONGEST, 4, 7], 1);
-        match recalled {
+        match *recalled {
             "all" => {
                 data.pairs = data
                     .lengths
@@ -389,7 +392,8 @@ fn train_on_unlike_batches<B: Backend<Element = f32>>(backend: B) -> Vec<StepMet
             _ => {}
         }
         data.pack(&model)
-    });
+    };
+    let batches: Vec<_> = recalled.iter().map(batch).collect();
     let mut training = Training::new(&model, capacity(&batches[0]), 1).unwrap();
     for (step, batch) in (1..).zip(&batches) {
         training
@@ -399,12 +403,16 @@ fn train_on_unlike_batches<B: Backend<Element = f32>>(backend: B) -> Vec<StepMet
     training.collect(&model).unwrap()
 }
 
-#[test]
-fn batches_in_which_more_tokens_are_recalled_or_none_follow_the_cpus() {
-    let expected = train_on_unlike_batches(Cpu::new());
-    let found = train_on_unlike_batches(Gpu::<_, f32>::new(HostDevice::default()));
+/// Metrics of the same steps on the CPU and on a backend that repeats what it has recorded.
+fn check_unlike_batches(device: HostDevice, recalled: &[&str]) {
+    let expected = train_on_unlike_batches(Cpu::new(), recalled);
+    let found = train_on_unlike_batches(Gpu::<_, f32>::new(device), recalled);
     for (step, (found, expected)) in found.iter().zip(&expected).enumerate() {
-        assert_eq!(expected.memory_loss > 0.0, step != 3, "step {step}");
+        assert_eq!(
+            expected.memory_loss > 0.0,
+            recalled[step] != "none",
+            "step {step}"
+        );
         for (found, expected) in [
             (found.loss, expected.loss),
             (found.memory_loss, expected.memory_loss),
@@ -417,6 +425,49 @@ fn batches_in_which_more_tokens_are_recalled_or_none_follow_the_cpus() {
             );
         }
     }
+}
+
+#[test]
+fn batches_in_which_more_tokens_are_recalled_or_none_follow_the_cpus() {
+    let recalled = ["one", "one", "all", "none", "one", "one", "one", "all"];
+    check_unlike_batches(HostDevice::default(), &recalled);
+}
+
+/// How often something was recorded, and repeated.
+fn counts(graphs: &Graphs) -> [usize; 2] {
+    [&graphs.recorded, &graphs.replayed].map(|count| count.load(atomic::Ordering::Relaxed))
+}
+
+#[test]
+fn batches_that_alternate_between_two_shapes_are_recorded_once_each() {
+    const STEPS: usize = 8;
+    let device = HostDevice::default();
+    let graphs = device.graphs();
+    check_unlike_batches(device, &["all", "one"].repeat(STEPS / 2));
+    // The first lets memory grow; the next two are the first of their shape.
+    assert_eq!(counts(&graphs), [2, STEPS - 3]);
+}
+
+#[test]
+fn a_recording_is_dropped_when_enough_other_shapes_were_used_since() {
+    const KEPT: u64 = 8;
+    let backend = Gpu::<_, f32>::new(HostDevice::default());
+    let graphs = backend.device().graphs();
+    let mut repeated = Repeated::default();
+    let mut recorded_by = |shapes: &[u64]| {
+        let before = counts(&graphs)[0];
+        for &shape in shapes {
+            let work = || Ok::<_, BackendError>(());
+            backend.repeat(&mut repeated, shape, work).unwrap();
+        }
+        counts(&graphs)[0] - before
+    };
+    let all: Vec<u64> = (0..KEPT).collect();
+    assert_eq!([recorded_by(&all), recorded_by(&all)], [0, KEPT as usize]);
+    // Another one in the place of the least recently used, which is not the first any more.
+    assert_eq!(recorded_by(&[0, KEPT, KEPT]), 1);
+    assert_eq!(recorded_by(&[0]), 0);
+    assert_eq!([recorded_by(&[1]), recorded_by(&[1])], [0, 1]);
 }
 
 /// Steps with a loss scale that is too large change nothing until it has come down.

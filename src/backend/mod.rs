@@ -150,7 +150,7 @@ pub trait Backend:
     + LossOps
     + OptimiserOps
 {
-    /// Operations that were recorded to be repeated.
+    /// Operations that were recorded to be repeated, for some shapes of batches.
     type Recording: Default + Debug;
 
     /// Short name for messages: `cpu`.
