@@ -14,7 +14,7 @@ use dtmem_reference::content_memory as reference;
 
 pub use reference::{Addressing, ContentMemory, Erase, Order, Strength};
 
-use super::launch::{Arg, Launch, Launcher, launch_all};
+use super::launch::{Arg, Launch, Launcher, Version, launch_all, launch_first_possible};
 use super::memory::{
     Check, Home, Input, Output, Rows, Span, Storage, for_each_type, kernel_for, span_or_null,
 };
@@ -256,31 +256,69 @@ impl Shape {
         Ok(Pieces::sum(&self.backward_pieces()))
     }
 
-    /// M′ and y ← the inputs: the one launch of [`plan_cluster`](Self::plan_cluster) where there is one that the launcher
-    /// can do, otherwise those of [`plan_forward`](Self::plan_forward). Errors: theirs, and those of the launcher.
+    /// M′ and y ← the inputs: up to four launches. Errors: those of [`plan_forward`](Self::plan_forward) and of the
+    /// launcher.
     pub fn forward<T: Storage>(
         &self,
         launcher: &impl Launcher,
         tensors: Forward<'_, T>,
     ) -> Result<()> {
-        if let Some(launch) = self.plan_cluster(&tensors)?
-            && launcher.can_launch(&launch)?
-        {
-            return launcher.launch(&launch);
-        }
-        launch_all(launcher, &self.plan_forward(&tensors)?)
+        self.forward_by(Version::default(), launcher, tensors)
     }
 
-    /// The launch by clusters of blocks, each of which holds one memory in shared memory; `None` where the memory or the
-    /// segment is too large for that. Errors: those of [`plan_forward`](Self::plan_forward).
-    pub fn plan_cluster<'a, T: Storage>(
+    /// The same by this version, where there is one for the shape and type (for Hopper: bf16 and f16, a short segment and
+    /// a memory that the shared memory of a cluster holds) and the GPU has it; otherwise by the portable one.
+    pub fn forward_by<T: Storage>(
+        &self,
+        version: Version,
+        launcher: &impl Launcher,
+        tensors: Forward<'_, T>,
+    ) -> Result<()> {
+        launch_first_possible(launcher, &self.plan_forward_by(version, &tensors)?, || {
+            self.plan_forward(&tensors)
+        })
+    }
+
+    /// What [`forward`](Self::forward) launches by the version that every GPU has. Errors: shape, sizes, alignment,
+    /// overlaps.
+    pub fn plan_forward<'a, T: Storage>(
         &self,
         tensors: &'a Forward<'_, T>,
-    ) -> Result<Option<Launch<'a>>> {
+    ) -> Result<[Option<Launch<'a>>; 4]> {
+        self.plan_forward_by(Version::Portable, tensors)
+    }
+
+    /// The same by this version, or by the portable one where this one has no kernel. Errors: those of
+    /// [`plan_forward`](Self::plan_forward).
+    pub fn plan_forward_by<'a, T: Storage>(
+        &self,
+        version: Version,
+        tensors: &'a Forward<'_, T>,
+    ) -> Result<[Option<Launch<'a>>; 4]> {
         let (on, short) = self.check_forward(tensors)?;
-        let Some(short) = short.and_then(|short| self.cluster(short)) else {
-            return Ok(None);
+        let clusters = match version {
+            Version::Portable => None,
+            Version::Hopper => short.and_then(|short| self.cluster(short)),
         };
+        Ok(match (clusters, short) {
+            (Some(short), _) => [
+                Some(self.plan_cluster(&on, tensors, short)),
+                None,
+                None,
+                None,
+            ],
+            (None, Some(short)) => self.plan_short(&on, tensors, short),
+            (None, None) => self.plan_long(&on, tensors).map(Some),
+        })
+    }
+
+    /// Clusters of blocks, each of which holds one memory in shared memory.
+    fn plan_cluster<'a, T: Storage>(
+        &self,
+        on: &On<'_, '_, T>,
+        tensors: &Forward<'_, T>,
+        short: Short,
+    ) -> Launch<'a> {
         let inputs = on.inputs;
         let [slots, width, _] = self.sizes();
         let [tile, rows] = [short.tile, short.rows].map(|n| Arg::I32(n as i32));
@@ -314,19 +352,7 @@ impl Shape {
                 self.write_then_read(),
             ],
         );
-        Ok(Some(launch.in_clusters(short.tiles as u32)))
-    }
-
-    /// Up to four launches, for every GPU. Errors: shape, sizes, alignment, overlaps.
-    pub fn plan_forward<'a, T: Storage>(
-        &self,
-        tensors: &'a Forward<'_, T>,
-    ) -> Result<[Option<Launch<'a>>; 4]> {
-        let (on, short) = self.check_forward(tensors)?;
-        Ok(match short {
-            None => self.plan_long(&on, tensors).map(Some),
-            Some(short) => self.plan_short(&on, tensors, short),
-        })
+        launch.in_clusters(short.tiles as u32)
     }
 
     fn check_forward<'s, 't, T: Storage>(

@@ -14,8 +14,9 @@ pub enum Version {
     /// By products of a warp: every type and shape, every GPU from compute capability 8.0 on.
     #[default]
     Portable,
-    /// By products of a warpgroup: compute capability 9.0 (H100, H200), bf16 and f16, the shapes that the operation
-    /// names. Not measured yet, and so not the default: only the host executor's model of these products has run them.
+    /// By products of a warpgroup, or by clusters of blocks that share their memory: compute capability 9.0 (H100, H200),
+    /// bf16 and f16, the shapes that the operation names. Not measured yet, and so not the default: only the host
+    /// executor's model of these instructions has run them.
     Hopper,
 }
 

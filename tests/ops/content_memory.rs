@@ -1,7 +1,7 @@
 use dtmem::ops::content_memory::{
     Addressing, Backward, ContentMemory, Erase, Forward, Inputs, Order, Shape, Strength,
 };
-use dtmem::ops::{Error, Result};
+use dtmem::ops::{Error, Result, Version};
 use dtmem_reference::content_memory as reference;
 use half::{bf16, f16};
 use ndarray::{Array1, Array2, Array3, Axis, concatenate, s};
@@ -98,8 +98,7 @@ fn check<T: Number>(
         }
     };
 
-    // As the machine can best, and by the launches that every GPU can do.
-    let outputs = [true, false].map(|best| {
+    let outputs = [Version::Hopper, Version::Portable].map(|version| {
         let mut memory_next = machine.scratch::<T>(memory.len());
         let mut read = machine.scratch::<T>(value.len());
         let mut workspace = machine.scratch(shape.forward_workspace::<T>().unwrap());
@@ -109,11 +108,7 @@ fn check<T: Number>(
             read: machine.output(&mut read),
             workspace: machine.output(&mut workspace),
         };
-        let done = if best {
-            shape.forward(machine, forward)
-        } else {
-            portable(&shape, machine, forward)
-        };
+        let done = shape.forward_by(version, machine, forward);
         done.unwrap_or_else(|error| panic!("{error}"));
         (machine.download(&memory_next), machine.download(&read))
     });
@@ -226,17 +221,6 @@ fn check<T: Number>(
         T::TOLERANCE,
         arriving,
     );
-}
-
-/// The forward pass by the launches that every GPU can do.
-fn portable<T: Number>(
-    shape: &Shape,
-    machine: &impl Machine,
-    tensors: Forward<'_, T>,
-) -> Result<()> {
-    let plan = shape.plan_forward(&tensors)?;
-    let mut launches = plan.iter().flatten();
-    launches.try_for_each(|launch| machine.launch(launch))
 }
 
 fn check_all_types(
@@ -434,9 +418,11 @@ fn memories_that_fit_into_shared_memory_are_one_launch_of_clusters() {
         tensors.inputs.address_key = rows(0x50_0000_0000);
         tensors.inputs.strength_key = rows(0x60_0000_0000);
         tensors.inputs.value = rows(0x70_0000_0000);
-        let launch = shape.plan_cluster(&tensors).unwrap();
-        launch.map(|launch| {
-            assert_eq!(launch.kernel(), "content_memory_short_cluster_bf16");
+        let plan = shape.plan_forward_by(Version::Hopper, &tensors).unwrap();
+        let launch = plan[0].unwrap();
+        let by_cluster = launch.kernel() == "content_memory_short_cluster_bf16";
+        by_cluster.then(|| {
+            assert_eq!(plan.iter().flatten().count(), 1);
             assert_eq!(launch.grid(), [launch.cluster(), 3, 1]);
             (launch.cluster(), launch.shared_bytes())
         })
@@ -726,13 +712,12 @@ struct Pack {
 }
 
 impl Pack {
-    /// Every output of a pass of each kind. The forward pass is the `best` that the machine can, or
-    /// that of every GPU.
+    /// Every output of a pass of each kind.
     fn outputs<T: Number>(
         &self,
         machine: &impl Machine,
         variant: &ContentMemory,
-        best: bool,
+        version: Version,
     ) -> Passed<T> {
         let [memory, grad_memory_next] =
             self.memories.each_ref().map(|x| machine.numbers::<T, _>(x));
@@ -776,10 +761,7 @@ impl Pack {
             read: machine.output(&mut read),
             workspace: machine.output(&mut workspace),
         };
-        match best {
-            true => shape.forward(machine, forward).unwrap(),
-            false => portable(&shape, machine, forward).unwrap(),
-        }
+        shape.forward_by(version, machine, forward).unwrap();
         let mut workspace = machine.scratch(shape.backward_workspace().unwrap());
         let backward = Backward {
             inputs: inputs(),
@@ -860,9 +842,9 @@ fn check_that_only_some_take_part<T: Number>(
             }
         }
     };
-    for best in [true, false] {
-        let expected = alone.outputs::<T>(machine, variant, best);
-        let found = among.outputs::<T>(machine, variant, best);
+    for version in [Version::Hopper, Version::Portable] {
+        let expected = alone.outputs::<T>(machine, variant, version);
+        let found = among.outputs::<T>(machine, variant, version);
         for (found, expected) in found.memories.iter().zip(&expected.memories) {
             same(found, expected, 0);
         }

@@ -125,7 +125,7 @@ impl<D: Device, T: Compute> MemoryOps for Gpu<D, T> {
                 read: packed_read.reborrow(),
                 workspace: workspace.output(device)?,
             };
-            shape.forward(device, tensors)?;
+            shape.forward_by(self.version, device, tensors)?;
         }
         if widths.columns == 0 {
             let read = Out::rows(read, widths.model);
