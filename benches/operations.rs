@@ -12,12 +12,15 @@ fn operations(criterion: &mut Criterion) {
     group.sample_size(10);
     each(DeviceChoice::Auto, "", f64::INFINITY, &mut |visit| {
         if let Visit::Case(mut case) = visit {
-            group.throughput(Throughput::Elements(case.scale.tokens() as u64));
-            group.bench_function(format!("{} {}", case.device, case.name()), |bencher| {
-                bencher.iter_custom(|runs| {
-                    Duration::from_secs_f64(case.time(runs).expect("a timing"))
-                });
-            });
+            group.throughput(Throughput::Elements(case.entry.scale.tokens() as u64));
+            group.bench_function(
+                format!("{} {}", case.device, case.entry.name()),
+                |bencher| {
+                    bencher.iter_custom(|runs| {
+                        Duration::from_secs_f64(case.time(runs).expect("a timing"))
+                    });
+                },
+            );
         }
         Ok(())
     })

@@ -15,7 +15,7 @@ SCALES = {
     "paper": dict(lengths=PAPER_STEPS, repeats=8, per_step=2, width=512, heads=2, wide=2048,
                   layers=4, slots=64, segment_steps=28),
     "dt-mem": dict(lengths=[28], repeats=8, per_step=3, width=512, heads=8, wide=2048, layers=4,
-                   slots=1290, segment_steps=28),
+                   slots=1290, segment_steps=13),
     "long": dict(lengths=[2048], repeats=4, per_step=2, width=512, heads=8, wide=2048, layers=4,
                  slots=256, segment_steps=28),
     "tiny": dict(lengths=[5, 3], repeats=1, per_step=2, width=32, heads=2, wide=64, layers=1,

@@ -5,9 +5,12 @@
 //! its L2 holds. What a case must do is set against two ceilings of the same run: the bytes per
 //! second of a large copy, and the operations per second of a large product of matrices.
 
+mod ceilings;
+mod merge;
 mod operations;
 mod place;
 mod report;
+mod runs;
 mod step;
 
 use std::time::Instant;
@@ -18,9 +21,10 @@ use crate::backend::BackendError;
 use crate::batch::TokenLayout;
 use crate::model::ModelError;
 use crate::train::device::DeviceChoice;
+pub use ceilings::Ceilings;
 pub use operations::Operation;
 use place::{CpuPlace, Place};
-pub use report::{Ceilings, Outcome, Report, Row, run};
+pub use report::{Outcome, Report, Row, run};
 
 /// Why something could not be timed.
 #[derive(Debug, Error)]
@@ -106,13 +110,14 @@ pub const SCALES: [Scale; 5] = [
     },
     // AttentionTuner: 64 trajectories.
     PAPER,
-    // DT-Mem: 8 windows of 28 steps, and the slots of the authors' code.
+    // DT-Mem: 8 windows of 28 steps, segments of 39 tokens, and the slots of the authors' code.
     Scale {
         name: "dt-mem",
         layout: TokenLayout::ReturnObsAction,
         lengths: &[28],
         heads: 8,
         slots: 1290,
+        segment_steps: 13,
         ..PAPER
     },
     Scale {
@@ -171,12 +176,34 @@ pub struct Cost {
     pub bytes: f64,
 }
 
-/// A case, ready to be timed.
-pub struct Case<'a> {
+/// An entry of the table.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Entry {
     /// What is computed.
     pub operation: Operation,
     /// At which shapes.
     pub scale: &'static Scale,
+    /// By the version for Hopper.
+    pub for_hopper: bool,
+}
+
+impl Entry {
+    /// `operation`, or `operation_hopper`.
+    pub fn operation_name(&self) -> String {
+        let version = if self.for_hopper { "_hopper" } else { "" };
+        format!("{}{version}", self.operation.name())
+    }
+
+    /// `operation/scale`.
+    pub fn name(&self) -> String {
+        format!("{}/{}", self.operation_name(), self.scale.name)
+    }
+}
+
+/// A case, ready to be timed.
+pub struct Case<'a> {
+    /// What is computed.
+    pub entry: Entry,
     /// `cpu`, or the GPU's name.
     pub device: &'a str,
     /// What it computes in.
@@ -189,11 +216,6 @@ pub struct Case<'a> {
 }
 
 impl Case<'_> {
-    /// `operation/scale`.
-    pub fn name(&self) -> String {
-        format!("{}/{}", self.operation.name(), self.scale.name)
-    }
-
     /// Seconds that so many runs take, one after another.
     pub fn time(&mut self, runs: u64) -> Result<f64> {
         (self.time)(runs)
@@ -207,9 +229,7 @@ pub enum Visit<'a> {
     /// A case that this machine, or the time, is not enough for.
     Skipped {
         /// What would be computed.
-        operation: Operation,
-        /// At which shapes.
-        scale: &'static Scale,
+        entry: Entry,
         /// Where.
         device: &'a str,
         /// Why not.
@@ -220,8 +240,8 @@ pub enum Visit<'a> {
 /// Operations that the CPU takes a moment for.
 const CPU_OPERATIONS: f64 = 1e10;
 
-/// Visits the cases whose name contains `filter`: those that take the CPU a moment on the CPU, and
-/// unless `device` is `cpu` all of them on a GPU. Skips what is left after `seconds`.
+/// Visits the cases whose name contains `filter`: unless `device` is `cpu` all of them on a GPU, and
+/// then those that take the CPU a moment on the CPU. Skips what is left after `seconds`.
 ///
 /// # Errors
 /// A GPU that was asked for and does not work; what an operation or the visitor returns.
@@ -235,12 +255,12 @@ pub fn each(
         start: Instant::now(),
         seconds,
     };
-    on(&CpuPlace, filter, until, visit)?;
     match device {
-        DeviceChoice::Cpu => Ok(()),
-        DeviceChoice::Auto => on_gpu(0, filter, until, visit),
-        DeviceChoice::Cuda(number) => on_gpu(number, filter, until, visit),
+        DeviceChoice::Cpu => {}
+        DeviceChoice::Auto => on_gpu(0, filter, until, visit)?,
+        DeviceChoice::Cuda(number) => on_gpu(number, filter, until, visit)?,
     }
+    on(&CpuPlace, filter, until, visit)
 }
 
 #[derive(Clone, Copy)]
@@ -250,16 +270,22 @@ struct Until {
 }
 
 /// The cases of the table that a filter leaves.
-fn table(filter: &str) -> impl Iterator<Item = (Operation, &'static Scale)> {
-    Operation::ALL.into_iter().flat_map(move |operation| {
-        let fits = move |scale: &&'static Scale| {
-            operation.has(scale) && format!("{}/{}", operation.name(), scale.name).contains(filter)
-        };
-        SCALES
-            .iter()
-            .filter(fits)
-            .map(move |scale| (operation, scale))
-    })
+fn table(filter: &str) -> impl Iterator<Item = Entry> {
+    let entries = Operation::ALL.into_iter().flat_map(|operation| {
+        let at = SCALES.iter().filter(move |scale| operation.has(scale));
+        at.flat_map(move |scale| {
+            let hopper = operation.has_for_hopper(scale).then_some(true);
+            [false]
+                .into_iter()
+                .chain(hopper)
+                .map(move |for_hopper| Entry {
+                    operation,
+                    scale,
+                    for_hopper,
+                })
+        })
+    });
+    entries.filter(move |entry| entry.name().contains(filter))
 }
 
 fn on<P: Place>(
@@ -270,12 +296,17 @@ fn on<P: Place>(
 ) -> Result<()> {
     let device = place.name();
     let backend = place.backend()?;
-    let for_hopper = place.hopper_backend()?;
-    let ceilings = operations::ceilings(place, &backend)?;
-    for (operation, scale) in table(filter) {
+    let hopper = place.hopper_backend()?;
+    let ceilings = ceilings::ceilings(place, &backend)?;
+    for entry in table(filter) {
+        let Entry {
+            operation,
+            scale,
+            for_hopper,
+        } = entry;
         let cost = operation.cost(scale, P::ELEMENT_BYTES);
-        let own = match operation.is_for_hopper() {
-            true => for_hopper.as_ref(),
+        let own = match for_hopper {
+            true => hopper.as_ref(),
             false => Some(&backend),
         };
         let ready = match own {
@@ -290,8 +321,7 @@ fn on<P: Place>(
             Ok(backend) => backend,
             Err(reason) => {
                 visit(Visit::Skipped {
-                    operation,
-                    scale,
+                    entry,
                     device: &device,
                     reason,
                 })?;
@@ -300,8 +330,7 @@ fn on<P: Place>(
         };
         let mut case = |time: &mut dyn FnMut(u64) -> Result<f64>| {
             visit(Visit::Case(Case {
-                operation,
-                scale,
+                entry,
                 device: &device,
                 precision: P::PRECISION,
                 cost,
@@ -310,19 +339,25 @@ fn on<P: Place>(
             }))
         };
         if operation == Operation::Step {
-            let mut step = step::Step::new(place.backend()?, scale)?;
-            case(&mut |runs| step.time(runs))?;
+            let backend = match for_hopper {
+                true => place.hopper_backend()?,
+                false => Some(place.backend()?),
+            };
+            if let Some(backend) = backend {
+                let mut step = step::Step::new(backend, scale)?;
+                case(&mut |runs| step.time(runs))?;
+            }
             continue;
         }
         let copies = (P::CACHE_BYTES / cost.bytes).ceil().clamp(1.0, MOST_COPIES) as usize;
-        let mut runs = (0..copies)
-            .map(|_| operations::prepare(backend, operation, scale))
+        let mut sets = (0..copies)
+            .map(|_| runs::prepare(backend, operation, scale))
             .collect::<Result<Vec<_>>>()?;
         let mut next = 0;
         case(&mut |count| {
             place.seconds(backend, &mut || {
                 for _ in 0..count {
-                    runs[next]()?;
+                    sets[next]()?;
                     next = (next + 1) % copies;
                 }
                 Ok(())
@@ -364,10 +399,9 @@ fn on_gpu(
 
 fn no_gpu(reason: &str, filter: &str, visit: &mut dyn FnMut(Visit) -> Result<()>) -> Result<()> {
     let reason = format!("no GPU: {reason}");
-    table(filter).try_for_each(|(operation, scale)| {
+    table(filter).try_for_each(|entry| {
         visit(Visit::Skipped {
-            operation,
-            scale,
+            entry,
             device: "gpu",
             reason: &reason,
         })

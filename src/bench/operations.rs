@@ -1,66 +1,59 @@
-//! The operations of the table: their costs, and runs of each on inputs of its own.
+//! The operations of the table: where it has them, and what they must do.
 
-use std::cell::RefCell;
-
-use dtmem_reference::attention::Denominator;
-use dtmem_reference::content_memory::{Addressing, ContentMemory, Erase, Order, Strength};
-use dtmem_reference::convolution::Grid;
-use dtmem_reference::dropout::{Mask, philox};
-
-use super::place::Place;
-use super::{Ceilings, Cost, Result, Scale};
-use crate::backend::{
-    Activation, AdamW, Adapter, Attention, Backend, Buffers, Codes, Convolutions, Dropped, Extent,
-    FIRST_LOSS_SCALE, In, Kind, LayerNorm, Linear, LinearOps, METRICS, Memory, MemoryGradients,
-    MemoryInputs, MemoryStart, OneHot, Out, Positions, Span, Supervised, Trained,
-};
-use crate::batch::{LossWeights, PackedBatch, Packer, TokenLayout, TrainingStep, Trajectory};
-use crate::spaces::{ActionSpace, Family, ObservationSpace};
+use super::{Cost, Scale};
+use crate::batch::TokenLayout;
 
 /// The agent's view in LTMB.
-const VIEW: [usize; 3] = [7, 7, 3];
+pub(super) const VIEW: [usize; 3] = [7, 7, 3];
 /// Values of each field of a cell.
-const CARDINALITIES: [usize; 3] = [11, 6, 3];
+pub(super) const CARDINALITIES: [usize; 3] = [11, 6, 3];
 /// Actions of LTMB.
-const ACTIONS: usize = 7;
+pub(super) const ACTIONS: usize = 7;
 
-const FIELDS: usize = VIEW[0] * VIEW[1] * VIEW[2];
-const CELLS: usize = VIEW[0] * VIEW[1];
-const CHANNELS: usize = CARDINALITIES[0] + CARDINALITIES[1] + CARDINALITIES[2];
-const MIDDLE: usize = 40;
-const MAPS: usize = 80;
-const TAPS: usize = 9;
-const RANK: usize = 8;
+pub(super) const FIELDS: usize = VIEW[0] * VIEW[1] * VIEW[2];
+pub(super) const CELLS: usize = VIEW[0] * VIEW[1];
+pub(super) const CHANNELS: usize = CARDINALITIES[0] + CARDINALITIES[1] + CARDINALITIES[2];
+pub(super) const MIDDLE: usize = 40;
+pub(super) const MAPS: usize = 80;
+pub(super) const TAPS: usize = 9;
+/// Of adapters.
+pub(super) const RANK: usize = 8;
+/// Tokens of each episode that acting has cached.
+pub(super) const CACHED: usize = 64;
 
 /// What is timed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Operation {
     /// Causal attention.
     Attention,
-    /// The same by the version for Hopper.
-    AttentionHopper,
     /// Its gradients.
     AttentionBackward,
     /// Causal attention with the BCE on one head.
     AttentionBce,
-    /// The same by the version for Hopper.
-    AttentionBceHopper,
     /// Its gradients.
     AttentionBceBackward,
+    /// Attention of a step's tokens to a cache that is read where it stands, and its update.
+    AttentionCached,
     /// The content-addressed memory over all segments.
     ContentMemory,
     /// Its gradients.
     ContentMemoryBackward,
+    /// The same with a loss on what is recalled.
+    ContentMemoryRecall,
+    /// Its gradients.
+    ContentMemoryRecallBackward,
     /// The feed-forward layer's first product.
     Linear,
     /// The memory's three fused projections, frozen, with adapters.
     LoraLinear,
-    /// The same by the version for Hopper.
-    LoraLinearHopper,
     /// Its gradients.
     LoraLinearBackward,
-    /// The same, that of x by the version for Hopper.
-    LoraLinearBackwardHopper,
+    /// The same as `LoraLinear` with dropout on the adapters' input, its mask included.
+    LoraDropout,
+    /// Its gradients.
+    LoraDropoutBackward,
+    /// A weight that takes up its adapter.
+    LoraMerge,
     /// Layer normalisation.
     LayerNorm,
     /// Its gradients.
@@ -99,20 +92,22 @@ pub enum Operation {
 
 impl Operation {
     /// All, in the order of the table.
-    pub const ALL: [Self; 30] = [
+    pub const ALL: [Self; 32] = [
         Self::Attention,
-        Self::AttentionHopper,
         Self::AttentionBackward,
         Self::AttentionBce,
-        Self::AttentionBceHopper,
         Self::AttentionBceBackward,
+        Self::AttentionCached,
         Self::ContentMemory,
         Self::ContentMemoryBackward,
+        Self::ContentMemoryRecall,
+        Self::ContentMemoryRecallBackward,
         Self::Linear,
         Self::LoraLinear,
-        Self::LoraLinearHopper,
         Self::LoraLinearBackward,
-        Self::LoraLinearBackwardHopper,
+        Self::LoraDropout,
+        Self::LoraDropoutBackward,
+        Self::LoraMerge,
         Self::LayerNorm,
         Self::LayerNormBackward,
         Self::OneHot,
@@ -136,18 +131,20 @@ impl Operation {
     pub fn name(self) -> &'static str {
         match self {
             Self::Attention => "attention",
-            Self::AttentionHopper => "attention_hopper",
             Self::AttentionBackward => "attention_backward",
             Self::AttentionBce => "attention_bce",
-            Self::AttentionBceHopper => "attention_bce_hopper",
             Self::AttentionBceBackward => "attention_bce_backward",
+            Self::AttentionCached => "attention_cached",
             Self::ContentMemory => "content_memory",
             Self::ContentMemoryBackward => "content_memory_backward",
+            Self::ContentMemoryRecall => "content_memory_recall",
+            Self::ContentMemoryRecallBackward => "content_memory_recall_backward",
             Self::Linear => "linear",
             Self::LoraLinear => "lora_linear",
-            Self::LoraLinearHopper => "lora_linear_hopper",
             Self::LoraLinearBackward => "lora_linear_backward",
-            Self::LoraLinearBackwardHopper => "lora_linear_backward_hopper",
+            Self::LoraDropout => "lora_dropout",
+            Self::LoraDropoutBackward => "lora_dropout_backward",
+            Self::LoraMerge => "lora_merge",
             Self::LayerNorm => "layer_norm",
             Self::LayerNormBackward => "layer_norm_backward",
             Self::OneHot => "one_hot",
@@ -172,11 +169,16 @@ impl Operation {
     /// scale adds nothing to.
     pub(super) fn has(self, scale: &Scale) -> bool {
         match (self, scale.name) {
-            (Self::Linear | Self::LayerNorm | Self::OneHot | Self::Convolutions, "acting") => true,
-            (_, "acting") => false,
-            (Self::AttentionHopper | Self::AttentionBceHopper, _) => {
-                matches!(scale.width / scale.heads, 64 | 128)
-            }
+            (
+                Self::Linear
+                | Self::LayerNorm
+                | Self::OneHot
+                | Self::Convolutions
+                | Self::AttentionCached
+                | Self::ContentMemory,
+                "acting",
+            ) => true,
+            (_, "acting") | (Self::AttentionCached, _) => false,
             (
                 Self::Attention
                 | Self::AttentionBackward
@@ -187,21 +189,22 @@ impl Operation {
                 _,
             ) => true,
             (Self::Step | Self::LoraLinear | Self::LoraLinearBackward, name) => name != "long",
-            // Where there are enough rows for wide tiles.
-            (Self::LoraLinearHopper | Self::LoraLinearBackwardHopper, name) => name == "paper",
+            (Self::LoraMerge, name) => name == "paper",
             (_, name) => name == "quick" || name == "paper",
         }
     }
 
-    /// Whether it is a version for Hopper of another one.
-    pub(super) fn is_for_hopper(self) -> bool {
-        matches!(
-            self,
-            Self::AttentionHopper
-                | Self::AttentionBceHopper
-                | Self::LoraLinearHopper
-                | Self::LoraLinearBackwardHopper
-        )
+    /// Whether there is a version for Hopper at this scale.
+    pub(super) fn has_for_hopper(self, scale: &Scale) -> bool {
+        match self {
+            Self::Attention | Self::AttentionBce => {
+                matches!(scale.width / scale.heads, 64 | 128)
+            }
+            // Where there are enough rows for wide tiles.
+            Self::LoraLinear | Self::LoraLinearBackward => scale.name == "paper",
+            Self::ContentMemory | Self::Step => true,
+            _ => false,
+        }
     }
 
     /// What one run must do, with activations of `element` bytes. A backward pass is counted
@@ -221,26 +224,38 @@ impl Operation {
         let maps = (MIDDLE + MAPS) as f64;
         let ranked = (RANK * 6) as f64 * width;
         let (operations, bytes) = match self {
-            Self::Attention
-            | Self::AttentionHopper
-            | Self::AttentionBce
-            | Self::AttentionBceHopper => (4.0 * visible * width, element * 4.0 * rows),
+            Self::Attention | Self::AttentionBce => (4.0 * visible * width, element * 4.0 * rows),
             Self::AttentionBackward | Self::AttentionBceBackward => {
                 (10.0 * visible * width, element * 8.0 * rows)
             }
-            Self::ContentMemory => (8.0 * rows * slots, element * (4.0 * rows + states)),
-            Self::ContentMemoryBackward => (16.0 * rows * slots, element * (7.0 * rows + states)),
+            Self::AttentionCached => {
+                let cached = (scale.sequences() * CACHED) as f64;
+                let seen = visible + tokens * CACHED as f64;
+                let moved = 6.0 * rows + 2.0 * cached * width;
+                (4.0 * seen * width, element * moved)
+            }
+            Self::ContentMemory | Self::ContentMemoryRecall => {
+                (8.0 * rows * slots, element * (4.0 * rows + states))
+            }
+            Self::ContentMemoryBackward | Self::ContentMemoryRecallBackward => {
+                (16.0 * rows * slots, element * (7.0 * rows + states))
+            }
             Self::Linear => (
                 2.0 * rows * wide,
                 element * (rows + width * wide + tokens * wide),
             ),
-            Self::LoraLinear | Self::LoraLinearHopper => (
+            Self::LoraLinear | Self::LoraDropout => (
                 6.0 * rows * width + 2.0 * tokens * ranked,
                 element * (4.0 * rows + 3.0 * width * width + ranked),
             ),
-            Self::LoraLinearBackward | Self::LoraLinearBackwardHopper => (
+            Self::LoraLinearBackward | Self::LoraDropoutBackward => (
                 6.0 * rows * width + 4.0 * tokens * ranked,
                 element * (5.0 * rows + 3.0 * width * width + ranked) + 8.0 * ranked,
+            ),
+            // A master in f32 and its adapter, and what is computed with.
+            Self::LoraMerge => (
+                (2 * RANK + 1) as f64 * width * width,
+                (4.0 + element) * width * width + (8 * RANK) as f64 * width,
             ),
             Self::LayerNorm => (8.0 * rows, element * 2.0 * rows),
             Self::LayerNormBackward => (16.0 * rows, element * 3.0 * rows),
@@ -297,739 +312,5 @@ impl Operation {
             }
         };
         Cost { operations, bytes }
-    }
-}
-
-/// One run of a case on its own inputs.
-pub(super) type Run<'a> = Box<dyn FnMut() -> Result<()> + 'a>;
-
-/// Numbers of unit variance, again and again from another place.
-fn numbers(len: usize, factor: f32) -> Vec<f32> {
-    const BLOCK: usize = (1 << 16) + 1; // no power of two, so that rows differ
-    thread_local! {
-        static DRAWN: RefCell<(Vec<f32>, usize)> = const { RefCell::new((Vec::new(), 0)) };
-    }
-    DRAWN.with_borrow_mut(|(drawn, next)| {
-        if drawn.is_empty() {
-            drawn.extend((0..BLOCK).map(|index| {
-                let unit = philox([index as u32, 0, 0, 0], [17, 19])[0] as f32 / u32::MAX as f32;
-                (2.0 * unit - 1.0) * 3.0_f32.sqrt()
-            }));
-        }
-        let start = *next % BLOCK;
-        *next += len;
-        (0..len)
-            .map(|index| factor * drawn[(start + index) % BLOCK])
-            .collect()
-    })
-}
-
-fn random<B: Backend<Element = f32>>(
-    backend: &B,
-    kind: Kind,
-    len: usize,
-    factor: f32,
-) -> Result<B::Buffer> {
-    let mut buffer = backend.buffer(len, kind)?;
-    backend.upload(&numbers(len, factor), &mut buffer, 0)?;
-    Ok(buffer)
-}
-
-/// What LTMB's tasks observe and do.
-pub(super) fn family() -> Family {
-    Family {
-        observation: ObservationSpace::codes(VIEW, CARDINALITIES),
-        action: ActionSpace::Discrete(ACTIONS),
-    }
-}
-
-/// Random trajectories of a scale.
-pub(super) fn batch(scale: &Scale, mut packer: Packer) -> Result<PackedBatch> {
-    for sequence in 0..scale.sequences() {
-        let steps = scale.lengths[sequence % scale.lengths.len()];
-        let draw = |index: usize, limit: usize| {
-            (philox([index as u32, sequence as u32, 0, 0], [3, 5])[0] as usize % limit) as u8
-        };
-        let observations: Vec<u8> = (0..steps * FIELDS)
-            .map(|index| draw(index, CARDINALITIES[index % CARDINALITIES.len()]))
-            .collect();
-        let actions: Vec<u8> = (0..steps).map(|step| draw(step, ACTIONS)).collect();
-        let pairs: Vec<(u32, u32)> = (0..steps as u32)
-            .flat_map(|step| {
-                let earlier = (step > 2 && step % 4 == 0).then_some((step, 1));
-                earlier.into_iter().chain([(step, step)])
-            })
-            .collect();
-        packer.push_trajectory(Trajectory {
-            family: 0,
-            observations: (&observations).into(),
-            actions: (&actions).into(),
-            returns: &vec![1.0; steps],
-            pairs: &pairs,
-            annotated: true,
-        })?;
-    }
-    let mut batch = packer.batch().clone();
-    batch.training = TrainingStep {
-        number: 1,
-        weights: LossWeights {
-            action: 1.0 / scale.steps() as f64,
-            pair: 10.0 / scale.visible() as f64,
-        },
-        optimiser: Some(AdamW {
-            learning_rate: 1e-4,
-            beta1: 0.9,
-            beta2: 0.999,
-            epsilon: 1e-8,
-            weight_decay: 1e-4,
-            gradient_scale: 1.0,
-            step: 100,
-        }),
-    };
-    Ok(batch)
-}
-
-fn packer(scale: &Scale) -> Packer {
-    Packer::new(scale.layout, &[family()], Some(scale.segment_steps))
-}
-
-fn staged<B: Backend>(backend: &B, scale: &Scale) -> Result<B::Batch> {
-    let mut to = B::Batch::default();
-    backend.stage(&batch(scale, packer(scale))?, &mut to)?;
-    Ok(to)
-}
-
-/// Parts of a parameter buffer, each at a multiple of 64 numbers.
-#[derive(Default)]
-struct Arena(usize);
-
-impl Arena {
-    fn span(&mut self, len: usize) -> Span {
-        let offset = self.0.next_multiple_of(64);
-        self.0 = offset + len;
-        Span { offset, len }
-    }
-}
-
-/// The ceilings of a device.
-pub(super) fn ceilings<P: Place>(place: &P, backend: &P::Backend) -> Result<Ceilings> {
-    const RUNS: usize = 5;
-    let best = |run: &mut dyn FnMut() -> Result<()>| -> Result<f64> {
-        run()?;
-        let mut seconds = (0..RUNS).map(|_| place.seconds(backend, run));
-        seconds.try_fold(f64::INFINITY, |best, seconds| Ok(best.min(seconds?)))
-    };
-    let [len, rows] = P::LARGE;
-    let from = random(backend, Kind::Activation, len, 1.0)?;
-    let mut to = backend.buffer(len, Kind::Activation)?;
-    let copy = best(&mut || Ok(backend.copy(&from, &mut to, 0, len)?))?;
-    drop((from, to));
-    let weight = random(backend, Kind::Parameter, rows * rows, 0.05)?;
-    let x = random(backend, Kind::Activation, rows * rows, 1.0)?;
-    let mut y = backend.buffer(rows * rows, Kind::Activation)?;
-    let mut adapted = backend.buffer(0, Kind::Activation)?;
-    let map = Linear {
-        weight: Span {
-            offset: 0,
-            len: rows * rows,
-        },
-        bias: None,
-        inputs: rows,
-        outputs: rows,
-        transposed: false,
-        trainable: true,
-        adapters: Vec::new(),
-    };
-    let product = best(&mut || {
-        let (x, y) = (In::rows(&x, rows), Out::rows(&mut y, rows));
-        Ok(backend.linear(rows, &map, &weight, x, &mut adapted, None, y)?)
-    })?;
-    Ok(Ceilings {
-        bytes_per_s: 2.0 * P::ELEMENT_BYTES * len as f64 / copy,
-        operations_per_s: 2.0 * (rows as f64).powi(3) / product,
-    })
-}
-
-/// Inputs for an operation, and what runs it on them once.
-pub(super) fn prepare<'a, B: Backend<Element = f32>>(
-    backend: &'a B,
-    operation: Operation,
-    scale: &Scale,
-) -> Result<Run<'a>> {
-    match operation {
-        Operation::Attention | Operation::AttentionHopper => {
-            attention(backend, scale, false, false)
-        }
-        Operation::AttentionBackward => attention(backend, scale, false, true),
-        Operation::AttentionBce | Operation::AttentionBceHopper => {
-            attention(backend, scale, true, false)
-        }
-        Operation::AttentionBceBackward => attention(backend, scale, true, true),
-        Operation::ContentMemory => memory(backend, scale, false),
-        Operation::ContentMemoryBackward => memory(backend, scale, true),
-        Operation::Linear => linear(backend, scale, [scale.width, scale.feed_forward], 0, false),
-        Operation::LoraLinear | Operation::LoraLinearHopper => {
-            linear(backend, scale, [scale.width, 3 * scale.width], 3, false)
-        }
-        Operation::LoraLinearBackward | Operation::LoraLinearBackwardHopper => {
-            linear(backend, scale, [scale.width, 3 * scale.width], 3, true)
-        }
-        Operation::LayerNorm => layer_norm(backend, scale, false),
-        Operation::LayerNormBackward => layer_norm(backend, scale, true),
-        Operation::OneHot => one_hot(backend, scale, false),
-        Operation::OneHotBackward => one_hot(backend, scale, true),
-        Operation::Convolutions => convolutions(backend, scale, false),
-        Operation::ConvolutionsBackward => convolutions(backend, scale, true),
-        Operation::Tokens => tokens(backend, scale, false),
-        Operation::TokensBackward => tokens(backend, scale, true),
-        Operation::CrossEntropy => cross_entropy(backend, scale),
-        Operation::SquaredError => squared_error(backend, scale),
-        Operation::Activation => activation(backend, scale, false),
-        Operation::ActivationBackward => activation(backend, scale, true),
-        Operation::Dropout => dropout(backend, scale),
-        Operation::Add => add(backend, scale),
-        // A step brings its own model: see `step`.
-        Operation::Norm | Operation::AdamW | Operation::Step => update(backend, scale, operation),
-    }
-}
-
-fn attention<'a, B: Backend<Element = f32>>(
-    backend: &'a B,
-    scale: &Scale,
-    bce: bool,
-    backward: bool,
-) -> Result<Run<'a>> {
-    let (tokens, width) = (scale.tokens(), scale.width);
-    let attention = Attention {
-        heads: scale.heads,
-        head_width: width / scale.heads,
-        extent: Extent::Sequence,
-        supervised: bce.then(|| Supervised {
-            heads: vec![0],
-            denominator: Denominator::Square,
-        }),
-    };
-    let batch = staged(backend, scale)?;
-    let qkv = random(backend, Kind::Activation, tokens * 3 * width, 1.0)?;
-    let mut out = backend.buffer(tokens * width, Kind::Activation)?;
-    let mut state = backend.attention_state(&attention, tokens)?;
-    let mut metrics = random(backend, Kind::Exact, METRICS, 1.0)?;
-    if !backward {
-        return Ok(Box::new(move || {
-            let (out, metrics) = (&mut out, &mut metrics);
-            Ok(backend.attention(&batch, &attention, &qkv, out, &mut state, metrics)?)
-        }));
-    }
-    backend.attention(&batch, &attention, &qkv, &mut out, &mut state, &mut metrics)?;
-    let grad_out = random(backend, Kind::Activation, tokens * width, 1.0)?;
-    let mut grad_qkv = backend.buffer(tokens * 3 * width, Kind::Activation)?;
-    Ok(Box::new(move || {
-        let grad = &mut grad_qkv;
-        Ok(backend.attention_backward(&batch, &attention, &qkv, &out, &state, &grad_out, grad)?)
-    }))
-}
-
-fn memory<'a, B: Backend<Element = f32>>(
-    backend: &'a B,
-    scale: &Scale,
-    backward: bool,
-) -> Result<Run<'a>> {
-    let (tokens, width, slots) = (scale.tokens(), scale.width, scale.slots);
-    let mut arena = Arena::default();
-    let memory = Memory {
-        variant: ContentMemory {
-            addressing: Addressing::Cosine,
-            strength: Strength::Sigmoid,
-            erase: Erase::Coupled,
-            order: Order::ReadThenWrite,
-            top_k: None,
-            scale: 1.0 / (width as f64).sqrt(),
-            epsilon: 1e-6,
-        },
-        slots,
-        width,
-        initial: arena.span(slots * width),
-        strength_bias: Some(arena.span(1)),
-        supervised: false,
-        trainable: true,
-    };
-    let batch = staged(backend, scale)?;
-    let parameters = random(backend, Kind::Parameter, arena.0, 1.0)?;
-    let keys = random(backend, Kind::Activation, tokens * 2 * width, 1.0)?;
-    let projected = random(backend, Kind::Activation, tokens * 3 * width, 1.0)?;
-    let mut strength = backend.buffer(tokens, Kind::Activation)?;
-    let positive: Vec<f32> = numbers(tokens, 1.0).iter().map(|x| 1.0 + x.abs()).collect();
-    backend.upload(&positive, &mut strength, 0)?;
-    let longest = scale.lengths.iter().copied().max().unwrap_or(0);
-    let mut state = backend.memory_state(
-        &memory,
-        scale.sequences(),
-        scale.segments(),
-        longest.div_ceil(scale.segment_steps),
-    )?;
-    let mut metrics = backend.buffer(METRICS, Kind::Exact)?;
-    let mut read = backend.buffer(tokens * width, Kind::Activation)?;
-    let (start, inputs) = (
-        MemoryStart::Learned,
-        memory_inputs(width, &keys, &projected, &strength),
-    );
-    backend.memory(
-        &batch,
-        &memory,
-        &parameters,
-        start,
-        inputs,
-        &mut state,
-        &mut read,
-        &mut metrics,
-    )?;
-    if !backward {
-        return Ok(Box::new(move || {
-            let inputs = memory_inputs(width, &keys, &projected, &strength);
-            let (start, read) = (MemoryStart::Learned, &mut read);
-            Ok(backend.memory(
-                &batch,
-                &memory,
-                &parameters,
-                start,
-                inputs,
-                &mut state,
-                read,
-                &mut metrics,
-            )?)
-        }));
-    }
-    let grad_read = random(backend, Kind::Activation, tokens * width, 1.0)?;
-    let mut grad_keys = backend.buffer(tokens * 2 * width, Kind::Activation)?;
-    let mut grad_projected = backend.buffer(tokens * 3 * width, Kind::Activation)?;
-    let mut grad_strength = backend.buffer(tokens, Kind::Activation)?;
-    let mut states = backend.buffer(2 * scale.sequences() * slots * width, Kind::Activation)?;
-    let mut gradients = random(backend, Kind::Exact, arena.0, 1.0)?;
-    Ok(Box::new(move || {
-        let input_gradients = MemoryGradients {
-            keys: &mut grad_keys,
-            value: Out::columns(&mut grad_projected, 3 * width, 2 * width),
-            key_strength: Some(&mut grad_strength),
-        };
-        Ok(backend.memory_backward(
-            &batch,
-            &memory,
-            &parameters,
-            memory_inputs(width, &keys, &projected, &strength),
-            &state,
-            &grad_read,
-            input_gradients,
-            &mut states,
-            &mut gradients,
-        )?)
-    }))
-}
-
-/// As a block's memory layer has them.
-fn memory_inputs<'a, T>(
-    width: usize,
-    keys: &'a T,
-    projected: &'a T,
-    strength: &'a T,
-) -> MemoryInputs<'a, T> {
-    MemoryInputs {
-        address_key: In::columns(keys, 2 * width, 0),
-        strength_key: In::columns(keys, 2 * width, width),
-        value: In::columns(projected, 3 * width, 2 * width),
-        key_strength: Some(strength),
-    }
-}
-
-/// With adapters the weight is frozen.
-fn linear<'a, B: Backend<Element = f32>>(
-    backend: &'a B,
-    scale: &Scale,
-    [inputs, outputs]: [usize; 2],
-    adapters: usize,
-    backward: bool,
-) -> Result<Run<'a>> {
-    let rows = scale.tokens();
-    let mut arena = Arena::default();
-    let each = outputs / adapters.max(1);
-    let map = Linear {
-        adapters: (0..adapters)
-            .map(|index| Adapter {
-                output: index * each,
-                outputs: each,
-                a: arena.span(RANK * inputs),
-                b: arena.span(each * RANK),
-                rank: RANK,
-                scaling: 2.0,
-            })
-            .collect(),
-        weight: arena.span(inputs * outputs),
-        bias: (adapters == 0).then(|| arena.span(outputs)),
-        inputs,
-        outputs,
-        transposed: false,
-        trainable: adapters == 0,
-    };
-    let parameters = random(backend, Kind::Parameter, arena.0, 0.05)?;
-    let x = random(backend, Kind::Activation, rows * inputs, 1.0)?;
-    let mut adapted = backend.buffer(rows * map.ranks(), Kind::Activation)?;
-    let mut y = backend.buffer(rows * outputs, Kind::Activation)?;
-    let to = Out::rows(&mut y, outputs);
-    backend.linear(
-        rows,
-        &map,
-        &parameters,
-        In::rows(&x, inputs),
-        &mut adapted,
-        None,
-        to,
-    )?;
-    if !backward {
-        return Ok(Box::new(move || {
-            let (x, y) = (In::rows(&x, inputs), Out::rows(&mut y, outputs));
-            Ok(backend.linear(rows, &map, &parameters, x, &mut adapted, None, y)?)
-        }));
-    }
-    let mut grad_x = backend.buffer(rows * inputs, Kind::Activation)?;
-    let mut gradients = random(backend, Kind::Exact, arena.0, 1.0)?;
-    Ok(Box::new(move || {
-        Ok(backend.linear_backward(
-            rows,
-            &map,
-            &parameters,
-            In::rows(&x, inputs),
-            &adapted,
-            None,
-            In::rows(&y, outputs),
-            Some(Out::rows(&mut grad_x, inputs)),
-            false,
-            &mut gradients,
-        )?)
-    }))
-}
-
-fn layer_norm<'a, B: Backend<Element = f32>>(
-    backend: &'a B,
-    scale: &Scale,
-    backward: bool,
-) -> Result<Run<'a>> {
-    let (rows, width) = (scale.tokens(), scale.width);
-    let mut arena = Arena::default();
-    let norm = LayerNorm {
-        weight: arena.span(width),
-        bias: arena.span(width),
-        width,
-        epsilon: 1e-5,
-        trainable: true,
-    };
-    let parameters = random(backend, Kind::Parameter, arena.0, 1.0)?;
-    let x = random(backend, Kind::Activation, rows * width, 1.0)?;
-    let mut y = backend.buffer(rows * width, Kind::Activation)?;
-    let mut statistics = backend.buffer(2 * rows, Kind::Exact)?;
-    backend.layer_norm(rows, &norm, &parameters, &x, None, &mut y, &mut statistics)?;
-    if !backward {
-        return Ok(Box::new(move || {
-            Ok(backend.layer_norm(rows, &norm, &parameters, &x, None, &mut y, &mut statistics)?)
-        }));
-    }
-    let mut grad_x = backend.buffer(rows * width, Kind::Activation)?;
-    let mut gradients = random(backend, Kind::Exact, arena.0, 1.0)?;
-    Ok(Box::new(move || {
-        Ok(backend.layer_norm_backward(
-            rows,
-            &norm,
-            &parameters,
-            &x,
-            &statistics,
-            &y,
-            &mut grad_x,
-            false,
-            &mut gradients,
-        )?)
-    }))
-}
-
-fn one_hot<'a, B: Backend<Element = f32>>(
-    backend: &'a B,
-    scale: &Scale,
-    backward: bool,
-) -> Result<Run<'a>> {
-    let width = scale.width;
-    let mut arena = Arena::default();
-    let first = [0, CARDINALITIES[0], CARDINALITIES[0] + CARDINALITIES[1]];
-    let map = OneHot {
-        weight: arena.span(CELLS * CHANNELS * width),
-        bias: arena.span(width),
-        offsets: (0..FIELDS)
-            .map(|field| field / first.len() * CHANNELS + first[field % first.len()])
-            .collect(),
-        inputs: CELLS * CHANNELS,
-        width,
-        trainable: true,
-    };
-    let batch = staged(backend, scale)?;
-    if backward {
-        let grad_out = random(backend, Kind::Activation, scale.steps() * width, 1.0)?;
-        let mut gradients = random(backend, Kind::Exact, arena.0, 1.0)?;
-        return Ok(Box::new(move || {
-            let (codes, to) = (Codes::Observations(0), &mut gradients);
-            Ok(backend.one_hot_backward(&batch, codes, &map, &grad_out, to)?)
-        }));
-    }
-    let parameters = random(backend, Kind::Parameter, arena.0, 0.05)?;
-    let mut out = backend.buffer(scale.steps() * width, Kind::Activation)?;
-    Ok(Box::new(move || {
-        Ok(backend.one_hot(&batch, Codes::Observations(0), &map, &parameters, &mut out)?)
-    }))
-}
-
-fn convolutions<'a, B: Backend<Element = f32>>(
-    backend: &'a B,
-    scale: &Scale,
-    backward: bool,
-) -> Result<Run<'a>> {
-    let cells = scale.steps() * CELLS;
-    let mut arena = Arena::default();
-    let front_end = Convolutions {
-        grid: Grid {
-            width: VIEW[0],
-            height: VIEW[1],
-            cardinalities: CARDINALITIES.to_vec(),
-        },
-        weight1: arena.span(CHANNELS * TAPS * MIDDLE),
-        bias1: arena.span(MIDDLE),
-        weight2: arena.span(MAPS * MIDDLE * TAPS),
-        bias2: arena.span(MAPS),
-        middle: MIDDLE,
-        out: MAPS,
-        trainable: true,
-    };
-    let batch = staged(backend, scale)?;
-    let parameters = random(backend, Kind::Parameter, arena.0, 0.05)?;
-    let mut middle = backend.buffer(cells * MIDDLE, Kind::Activation)?;
-    let mut out = backend.buffer(cells * MAPS, Kind::Activation)?;
-    backend.convolutions(&batch, 0, &front_end, &parameters, &mut middle, &mut out)?;
-    if !backward {
-        return Ok(Box::new(move || {
-            Ok(backend.convolutions(&batch, 0, &front_end, &parameters, &mut middle, &mut out)?)
-        }));
-    }
-    let mut grad_out = random(backend, Kind::Activation, cells * MAPS, 1.0)?;
-    let mut grad_middle = backend.buffer(cells * MIDDLE, Kind::Activation)?;
-    let mut gradients = random(backend, Kind::Exact, arena.0, 1.0)?;
-    Ok(Box::new(move || {
-        Ok(backend.convolutions_backward(
-            &batch,
-            0,
-            &front_end,
-            &parameters,
-            &middle,
-            &out,
-            &mut grad_out,
-            &mut grad_middle,
-            &mut gradients,
-        )?)
-    }))
-}
-
-fn cross_entropy<'a, B: Backend<Element = f32>>(backend: &'a B, scale: &Scale) -> Result<Run<'a>> {
-    let len = scale.steps() * ACTIONS;
-    let batch = staged(backend, scale)?;
-    let logits = random(backend, Kind::Activation, len, 1.0)?;
-    let mut grad = backend.buffer(len, Kind::Activation)?;
-    let mut metrics = random(backend, Kind::Exact, METRICS, 1.0)?;
-    Ok(Box::new(move || {
-        Ok(backend.cross_entropy(&batch, 0, ACTIONS, &logits, &mut grad, &mut metrics)?)
-    }))
-}
-
-/// Numbers in the place of the action codes.
-fn squared_error<'a, B: Backend<Element = f32>>(backend: &'a B, scale: &Scale) -> Result<Run<'a>> {
-    let len = scale.steps() * ACTIONS;
-    let mut packed = batch(scale, packer(scale))?;
-    packed.families[0].real_targets = 0..len;
-    packed.real_targets = numbers(len, 1.0);
-    let mut batch = B::Batch::default();
-    backend.stage(&packed, &mut batch)?;
-    let outputs = random(backend, Kind::Activation, len, 1.0)?;
-    let mut grad = backend.buffer(len, Kind::Activation)?;
-    let mut metrics = random(backend, Kind::Exact, METRICS, 1.0)?;
-    Ok(Box::new(move || {
-        Ok(backend.squared_error(&batch, 0, ACTIONS, &outputs, &mut grad, &mut metrics)?)
-    }))
-}
-
-fn tokens<'a, B: Backend<Element = f32>>(
-    backend: &'a B,
-    scale: &Scale,
-    backward: bool,
-) -> Result<Run<'a>> {
-    let (frames, tokens, width) = (scale.steps(), scale.tokens(), scale.width);
-    let batch = staged(backend, scale)?;
-    let embedded = || random(backend, Kind::Activation, frames * width, 1.0);
-    let [mut observations, mut actions, mut returns] = [embedded()?, embedded()?, embedded()?];
-    let mut arena = Arena::default();
-    let longest = scale.lengths.iter().copied().max().unwrap_or(0);
-    let positions = arena.span(longest * width);
-    let mut out = random(backend, Kind::Activation, tokens * width, 1.0)?;
-    if backward {
-        let mut gradients = random(backend, Kind::Exact, arena.0, 1.0)?;
-        return Ok(Box::new(move || {
-            Ok(backend.assemble_tokens_backward(
-                &batch,
-                width,
-                &out,
-                &mut observations,
-                &mut actions,
-                &mut returns,
-                Some(positions),
-                &mut gradients,
-            )?)
-        }));
-    }
-    let table = random(backend, Kind::Parameter, arena.0, 1.0)?;
-    Ok(Box::new(move || {
-        Ok(backend.assemble_tokens(
-            &batch,
-            width,
-            &observations,
-            &actions,
-            &returns,
-            Positions::Learned(positions),
-            &table,
-            &mut out,
-        )?)
-    }))
-}
-
-fn activation<'a, B: Backend<Element = f32>>(
-    backend: &'a B,
-    scale: &Scale,
-    backward: bool,
-) -> Result<Run<'a>> {
-    let len = scale.tokens() * scale.feed_forward;
-    let x = random(backend, Kind::Activation, len, 1.0)?;
-    let mut y = backend.buffer(len, Kind::Activation)?;
-    backend.activation(Activation::Gelu, len, &x, &mut y)?;
-    if !backward {
-        return Ok(Box::new(move || {
-            Ok(backend.activation(Activation::Gelu, len, &x, &mut y)?)
-        }));
-    }
-    let mut grad = random(backend, Kind::Activation, len, 1.0)?;
-    Ok(Box::new(move || {
-        Ok(backend.activation_backward(Activation::Gelu, len, &x, &y, &mut grad)?)
-    }))
-}
-
-fn dropout<'a, B: Backend<Element = f32>>(backend: &'a B, scale: &Scale) -> Result<Run<'a>> {
-    let width = scale.width;
-    let batch = staged(backend, scale)?;
-    let mut x = random(backend, Kind::Activation, scale.tokens() * width, 1.0)?;
-    let mask = Mask {
-        seed: 0,
-        step: 1,
-        site: 0,
-        threshold: u32::MAX / 10,
-    };
-    Ok(Box::new(move || {
-        let dropped = Dropped {
-            mask,
-            batch: &batch,
-        };
-        Ok(backend.dropout(dropped, width, &mut x)?)
-    }))
-}
-
-fn add<'a, B: Backend<Element = f32>>(backend: &'a B, scale: &Scale) -> Result<Run<'a>> {
-    let len = scale.tokens() * scale.width;
-    let x = random(backend, Kind::Activation, len, 1.0)?;
-    let y = random(backend, Kind::Activation, len, 1.0)?;
-    let mut out = backend.buffer(len, Kind::Activation)?;
-    Ok(Box::new(move || Ok(backend.add(len, &x, &y, &mut out)?)))
-}
-
-/// The norm of the gradients, or the update of the parameters of a scale's blocks.
-fn update<'a, B: Backend<Element = f32>>(
-    backend: &'a B,
-    scale: &Scale,
-    operation: Operation,
-) -> Result<Run<'a>> {
-    let len = scale.weights();
-    let gradients = random(backend, Kind::Exact, len, 1e-3)?;
-    let mut metrics = random(backend, Kind::Exact, METRICS, 1.0)?;
-    let mut loss_scale = backend.buffer(FIRST_LOSS_SCALE.len(), Kind::Exact)?;
-    backend.upload(&FIRST_LOSS_SCALE.map(|x| x as f32), &mut loss_scale, 0)?;
-    backend.norm(len, &gradients, None, &mut loss_scale, &mut metrics)?;
-    if operation == Operation::Norm {
-        return Ok(Box::new(move || {
-            Ok(backend.norm(len, &gradients, None, &mut loss_scale, &mut metrics)?)
-        }));
-    }
-    let mut parameters = random(backend, Kind::Parameter, len, 0.05)?;
-    let [mut first, mut second] = [
-        random(backend, Kind::Exact, len, 1e-3)?,
-        backend.buffer(len, Kind::Exact)?,
-    ];
-    let squares: Vec<f32> = numbers(len, 1e-3).iter().map(|x| x * x).collect();
-    backend.upload(&squares, &mut second, 0)?;
-    let batch = staged(backend, scale)?;
-    let trained = Trained { len, decayed: len };
-    Ok(Box::new(move || {
-        Ok(backend.adamw(
-            &batch,
-            trained,
-            &metrics,
-            &gradients,
-            &mut parameters,
-            &mut first,
-            &mut second,
-        )?)
-    }))
-}
-
-#[cfg(all(test, feature = "host"))]
-mod tests {
-    use half::bf16;
-
-    use super::super::step::Step;
-    use super::*;
-    use crate::backend::gpu::{Gpu, HostDevice};
-
-    /// On a GPU nobody is there to see that a case of the table is refused.
-    #[test]
-    fn every_operation_runs_on_the_gpu_backend() {
-        let tiny = Scale {
-            name: "paper",
-            layout: TokenLayout::ObsAction,
-            lengths: &[3, 2],
-            repeats: 1,
-            width: 32,
-            heads: 2,
-            feed_forward: 32,
-            layers: 1,
-            slots: 8,
-            segment_steps: 2,
-        };
-        let dt_mem = Scale {
-            layout: TokenLayout::ReturnObsAction,
-            ..tiny
-        };
-        let backend = || Gpu::<HostDevice, bf16>::new(HostDevice::default());
-        for scale in [tiny, dt_mem] {
-            for operation in Operation::ALL {
-                let cost = operation.cost(&scale, 2.0);
-                assert!(cost.operations > 0.0 && cost.bytes > 0.0);
-                let result = match operation {
-                    Operation::Step => {
-                        Step::new(backend(), &scale).and_then(|mut step| step.time(2).map(drop))
-                    }
-                    _ => prepare(&backend(), operation, &scale).and_then(|mut run| {
-                        run()?;
-                        run()
-                    }),
-                };
-                result.unwrap_or_else(|error| panic!("{}: {error}", operation.name()));
-            }
-        }
     }
 }

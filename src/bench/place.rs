@@ -3,12 +3,13 @@
 use std::time::Instant;
 
 use super::Result;
-use crate::backend::{Backend, Cpu};
+use super::runs::Merges;
+use crate::backend::Cpu;
 
 /// A device with a backend and a clock.
 pub(super) trait Place {
     /// The backend.
-    type Backend: Backend<Element = f32>;
+    type Backend: Merges;
     /// What activations are stored in.
     const PRECISION: &'static str;
     /// Its bytes.

@@ -4,23 +4,14 @@ use std::fmt;
 
 use serde::Serialize;
 
-use super::{Case, Cost, Operation, Result, Visit, each};
+use super::{Case, Ceilings, Cost, Entry, Result, Visit, each};
 use crate::train::device::DeviceChoice;
-
-/// What a device reaches in this run.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
-pub struct Ceilings {
-    /// Bytes per second of a large copy, read and written.
-    pub bytes_per_s: f64,
-    /// Operations per second of a large product of matrices.
-    pub operations_per_s: f64,
-}
 
 /// One case on one device.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Row {
-    /// What was computed.
-    pub operation: &'static str,
+    /// What was computed, and whether by the version for Hopper.
+    pub operation: String,
     /// Name of the shapes.
     pub scale: &'static str,
     /// Tokens of the batch.
@@ -30,6 +21,18 @@ pub struct Row {
     /// The numbers, or why there are none.
     #[serde(flatten)]
     pub outcome: Outcome,
+}
+
+impl Row {
+    fn new(entry: Entry, device: &str, outcome: Outcome) -> Self {
+        Self {
+            operation: entry.operation_name(),
+            scale: entry.scale.name,
+            tokens: entry.scale.tokens(),
+            device: device.to_owned(),
+            outcome,
+        }
+    }
 }
 
 /// The numbers of a row.
@@ -132,19 +135,16 @@ pub fn run(device: DeviceChoice, filter: &str, show: &mut dyn FnMut(&Row)) -> Re
                 measured(case)?
             }
             Visit::Skipped {
-                operation,
-                scale,
+                entry,
                 device,
                 reason,
-            } => Row {
-                operation: operation.name(),
-                scale: scale.name,
-                tokens: scale.tokens(),
-                device: device.to_owned(),
-                outcome: Outcome::Skipped {
+            } => Row::new(
+                entry,
+                device,
+                Outcome::Skipped {
                     skipped: reason.to_owned(),
                 },
-            },
+            ),
         };
         show(&row);
         report.rows.push(row);
@@ -174,22 +174,16 @@ fn measured(mut case: Case) -> Result<Row> {
     } else {
         least[1]
     };
-    let tokens = case.scale.tokens();
-    Ok(Row {
-        operation: Operation::name(case.operation),
-        scale: case.scale.name,
-        tokens,
-        device: case.device.to_owned(),
-        outcome: Outcome::Timed {
-            precision: case.precision,
-            seconds,
-            operations,
-            bytes,
-            tflop_per_s: operations / seconds / 1e12,
-            gb_per_s: bytes / seconds / 1e9,
-            tokens_per_s: tokens as f64 / seconds,
-            bound,
-            share: least / seconds,
-        },
-    })
+    let outcome = Outcome::Timed {
+        precision: case.precision,
+        seconds,
+        operations,
+        bytes,
+        tflop_per_s: operations / seconds / 1e12,
+        gb_per_s: bytes / seconds / 1e9,
+        tokens_per_s: case.entry.scale.tokens() as f64 / seconds,
+        bound,
+        share: least / seconds,
+    };
+    Ok(Row::new(case.entry, case.device, outcome))
 }

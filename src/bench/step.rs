@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use dtmem_reference::attention::Denominator;
 
-use super::operations::{batch, family};
+use super::runs::{batch, family};
 use super::{Result, Scale};
 use crate::backend::Backend;
 use crate::batch::{PackedBatch, TokenLayout};
