@@ -24,7 +24,7 @@
 //   2  two stages, with a query's lse and Δ among what is copied; 32 rows to a warp where its accumulators fit; swizzled rows;
 //      one multiplication with addition for the argument of 2^x; masks and pairs only in the tiles that have some
 
-#include "attention.cuh"
+#include "attention_backward.cuh"
 
 namespace {
 
@@ -36,46 +36,6 @@ constexpr int kOthers = kWidth * sizeof(T) <= 256 ? 32 : kWidth * sizeof(T) <= 5
 // In the key gradient, whose two sums leave fewer registers.
 template <typename T, int kWidth>
 constexpr int kQueries = kMatrices<T, kWidth> == 2 && kWidth == 64 ? 16 : kOthers<T, kWidth>;
-
-template <typename T>
-struct Backward {
-    const T *q, *k, *v, *grad_out;
-    const float *lse, *delta;  // [tokens_q, H]
-    Pack pack;
-    Mask mask;
-    Supervision supervision;
-    const int32_t* peak;  // these three [tokens_q, supervised heads]
-    const float *shift, *at_peak;
-    const float *factor, *grad_memory_loss;  // [1] each
-    int32_t heads, key_heads, q_stride, k_stride, v_stride, grad_out_stride;
-    float scale;
-};
-
-// What the gradient of a query's loss into its scores needs. It is 0 where the weight is, as it is where a key is hidden.
-struct LossRow {
-    int peak;
-    float shift, at_peak;
-
-    __device__ float gradient(float weight, int key, bool paired) const {
-        return key == peak ? -weight * at_peak : loss_slope(weight, paired) - weight * shift;
-    }
-};
-
-template <typename T>
-__device__ inline LossRow loss_row(const Backward<T>& x, int64_t token, int slot) {
-    const int64_t at = token * x.supervision.count + slot;
-    return {x.peak[at], x.shift[at], x.at_peak[at]};
-}
-
-// exp(scale·score − lse) = 2^(score·factor − centre)
-__device__ inline float centre_of(float lse) { return lse * kLog2E; }
-
-// The slot of the head if it is supervised and the sequence annotated, or −1.
-template <typename T>
-__device__ inline int active_slot(const Backward<T>& x, const Sequence& sequence, int head) {
-    const int slot = x.supervision.slot(head);
-    return slot >= 0 && x.supervision.annotated[sequence.index] != 0 ? slot : -1;
-}
 
 template <int kWidth, typename T>
 __device__ inline void query_gradient(const Backward<T>& x, T* dq, int dq_stride) {
@@ -197,20 +157,6 @@ __device__ inline void query_gradient(const Backward<T>& x, T* dq, int dq_stride
 #pragma unroll
     for (int m = 0; m < kM; ++m) scales[m][0] = scales[m][1] = x.scale;
     store_rows<kWidth>(sums, scales, dq + token * dq_stride + head * kWidth, dq_stride, rows);
-}
-
-// The first query from `begin` on for which `holds` is true; it stays true for those behind.
-template <typename Condition>
-__device__ inline int first_query(int begin, int end, Condition holds) {
-    while (begin < end) {
-        const int middle = (begin + end) / 2;
-        if (holds(middle)) {
-            end = middle;
-        } else {
-            begin = middle + 1;
-        }
-    }
-    return begin;
 }
 
 template <int kWidth, typename T>
@@ -392,22 +338,6 @@ __device__ inline void delta_rows(const T* grad_out, const T* out, float* delta,
         const T* grad_out, const T* out, float* delta, int32_t tokens, int32_t heads, int32_t width,                   \
         int32_t grad_out_stride, int32_t out_stride) {                                                                 \
         delta_rows(grad_out, out, delta, tokens, heads, width, grad_out_stride, out_stride);                           \
-    }
-
-#define ATTENTION_INPUTS(T)                                                                                            \
-    const T *q, const T *k, const T *v, const T *grad_out, const float *lse, const float *delta,                       \
-        const int32_t *cu_seqlens_q, const int32_t *cu_seqlens_k, const int32_t *groups, const int32_t *slots,         \
-        const uint8_t *annotated, const int32_t *pair_offsets, const int32_t *pair_keys, const int32_t *peak,          \
-        const float *shift, const float *at_peak, const float *factor, const float *grad_memory_loss
-#define ATTENTION_SIZES                                                                                                \
-    int32_t sequences, int32_t heads, int32_t key_heads, int32_t supervised, int32_t q_stride, int32_t k_stride,       \
-        int32_t v_stride, int32_t grad_out_stride
-#define ATTENTION_NUMBERS int32_t mask, int32_t window, float scale
-#define ATTENTION_BACKWARD(T)                                                                                          \
-    Backward<T> {                                                                                                      \
-        q, k, v, grad_out, lse, delta, {cu_seqlens_q, cu_seqlens_k, sequences}, {mask, window, groups},                \
-            {slots, annotated, pair_offsets, pair_keys, supervised}, peak, shift, at_peak, factor, grad_memory_loss,   \
-            heads, key_heads, q_stride, k_stride, v_stride, grad_out_stride, scale                                     \
     }
 
 // Both: block 128; dynamic shared memory (2·rows + 4·others)·width·size bytes with rows = 128 (f32 and width

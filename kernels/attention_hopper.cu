@@ -27,14 +27,11 @@
 //      `dtmem bench --filter attention` finds it faster, it becomes the default (Shape::forward in src/ops/attention.rs)
 
 #include "attention_forward.cuh"
-#include "warpgroup.cuh"
+#include "attention_hopper.cuh"
 
 namespace {
 
 using namespace attention;
-
-constexpr int kGroups = 2;  // warpgroups
-constexpr int kBlock = kGroups * warpgroup::kThreads;
 
 template <int kWidth>
 constexpr int kKeys = kWidth == 64 ? 64 : 128;
@@ -42,28 +39,10 @@ constexpr int kKeys = kWidth == 64 ? 64 : 128;
 template <int kWidth>
 constexpr int kBlocks = kWidth == 64 ? 2 : 1;
 
-// Starts the copy of `kCount` rows, zeros from `count` on. A thread has one column: the rows of its pieces are equal
-// modulo 8, and so is their place in the row.
-template <int kCount, int kWidth, typename T>
-__device__ inline void load_swizzled(T* tile, const T* rows, int64_t stride, int count) {
-    constexpr int kPieces = kWidth / kVectorSize<T>, kStep = kBlock / kPieces;
-    static_assert(kStep % 8 == 0 && kCount % kStep == 0);
-    const int first = static_cast<int>(threadIdx.x) / kPieces;
-    const int column = static_cast<int>(threadIdx.x) % kPieces * kVectorSize<T>;
-    T* to = warpgroup::place<kCount>(tile, first, column);
-    const T* from = rows + first * stride + column;
-#pragma unroll
-    for (int row = 0; row < kCount; row += kStep) {
-        const bool exists = first + row < count;
-        ptx::cp_async_16_zfill(to + row * warpgroup::kPanel, exists ? from + row * stride : rows,
-                               exists ? kVectorBytes : 0);
-    }
-}
-
 template <int kWidth, typename T>
 __device__ inline void forward(const Forward<T>& x) {
 #if defined(DTMEM_HOST) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
-    constexpr int kRows = kGroups * warpgroup::kRows;
+    constexpr int kRows = kBlockRows;
     constexpr int kTileKeys = kKeys<kWidth>, kTile = kTileKeys * kWidth;
     constexpr int kTiles = kTileKeys / kColumns, kOut = kWidth / kColumns;
     constexpr int kDepths = kTileKeys / warpgroup::kDepth;
@@ -101,23 +80,15 @@ __device__ inline void forward(const Forward<T>& x) {
         return runs[last].begin <= key && key + kTileKeys <= runs[owner.first_row].end;
     };
 
+    const auto key_tile = [&](int n) { return key_tiles + n % kStages * kTile; };
+    const auto value_tile = [&](int n) { return value_tiles + n % kStages * kTile; };
     const auto load_keys = [&](int key, int n) {
-        load_swizzled<kTileKeys, kWidth>(key_tiles + n % kStages * kTile, keys + static_cast<int64_t>(key) * x.k_stride,
-                                         x.k_stride, end - key);
+        load_swizzled<kTileKeys, kWidth>(key_tile(n), keys + static_cast<int64_t>(key) * x.k_stride, x.k_stride,
+                                         end - key);
     };
     const auto load_values = [&](int key, int n) {
-        load_swizzled<kTileKeys, kWidth>(value_tiles + n % kStages * kTile,
-                                         values + static_cast<int64_t>(key) * x.v_stride, x.v_stride, end - key);
-    };
-    // scores = q·kᵀ for the keys of tile n from `first_key` on, as many as there are scores.
-    const auto start_scores = [&](auto& scores, int n, int first_key) {
-#pragma unroll
-        for (int column = 0; column < kWidth; column += warpgroup::kDepth) {
-            warpgroup::multiply<0>(
-                scores, warpgroup::of_columns<kRows>(query_tile, group_row, column),
-                warpgroup::of_columns<kTileKeys>(key_tiles + n % kStages * kTile, first_key, column), column > 0, x.q);
-        }
-        ptx::wgmma_commit();
+        load_swizzled<kTileKeys, kWidth>(value_tile(n), values + static_cast<int64_t>(key) * x.v_stride, x.v_stride,
+                                         end - key);
     };
 
     // The scale stands in the argument of 2^x. A factor of 0 would make NaN of what is hidden.
@@ -126,23 +97,14 @@ __device__ inline void forward(const Forward<T>& x) {
     uint32_t weights[kDepths][4];
     float maximum[2] = {-kInfinity, -kInfinity}, sum[2] = {};  // maximum: of scores times factor
 
-    const auto start_output = [&](int n) {
-#pragma unroll
-        for (int depth = 0; depth < kDepths; ++depth) {
-            warpgroup::multiply<1>(
-                out[0], weights[depth],
-                warpgroup::of_rows<kTileKeys>(value_tiles + n % kStages * kTile, depth * warpgroup::kDepth), true, x.q);
-        }
-        ptx::wgmma_commit();
-    };
     // Weights of tile n. `weighted`: those of the tile before are there, and its product with the values goes on
     // meanwhile.
     const auto weigh_tile = [&](int key, int n, auto weighted) {
         float scores[kTiles][4];
         ptx::wgmma_fence();
-        start_scores(scores, n, 0);
+        start_scores<kWidth, kTileKeys>(scores, query_tile, group_row, key_tile(n), 0);
         if constexpr (decltype(weighted)::value) {
-            start_output(n - 1);
+            start_sum(out[0], weights, value_tile(n - 1));
             ptx::wgmma_wait<1>();
         } else {
             ptx::wgmma_wait<0>();
@@ -168,14 +130,7 @@ __device__ inline void forward(const Forward<T>& x) {
                 for (int i = 0; i < 4; ++i) out[0][t][i] *= shrink[i / 2];
             }
         }
-#pragma unroll
-        for (int depth = 0; depth < kDepths; ++depth) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const auto& from = scores[depth * 2 + i / 2];
-                weights[depth][i] = pack(from[i % 2 * 2], from[i % 2 * 2 + 1], x.q);
-            }
-        }
+        to_factor(scores, weights, x.q);
     };
 
     if (begin < end) {
@@ -197,7 +152,7 @@ __device__ inline void forward(const Forward<T>& x) {
                 weighted = true;
             } else if (weighted) {
                 ptx::wgmma_fence();
-                start_output(n - 1);
+                start_sum(out[0], weights, value_tile(n - 1));
                 ptx::wgmma_wait<0>();
                 ptx::keep(out[0]);
                 weighted = false;
@@ -233,7 +188,7 @@ __device__ inline void forward(const Forward<T>& x) {
             for (int part = 0; part < kTileKeys; part += kLossKeys) {
                 float scores[kLossKeys / kColumns][4];
                 ptx::wgmma_fence();
-                start_scores(scores, n, part);
+                start_scores<kWidth, kTileKeys>(scores, query_tile, group_row, key_tile(n), part);
                 ptx::wgmma_wait<0>();
                 ptx::keep(scores);
 #pragma unroll

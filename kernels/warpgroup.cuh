@@ -25,12 +25,13 @@ __device__ inline T* place(T* tile, int row, int column) {
     return tile + (column / kPanel * kRows + row) * kPanel + piece * kVectorSize<T> + column % kVectorSize<T>;
 }
 
-// What the instruction is told of a matrix: where it begins, and two distances in bytes.
-__device__ inline uint64_t descriptor(uint32_t address, int leading, int stride) {
-    constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
-    const auto field = [](uint32_t bytes) { return uint64_t{(bytes & 0x3ffff) >> 4}; };
-    return kSwizzle128 | field(static_cast<uint32_t>(stride)) << 32 | field(static_cast<uint32_t>(leading)) << 16 |
-           field(address);
+// What the instruction is told of a matrix: where it begins, `offset` bytes into a tile, and two distances in bytes. The
+// offset is added last, so that the products of a tile have one sum each for it.
+__device__ inline uint64_t descriptor(uint32_t tile, int offset, int leading, int stride) {
+    constexpr uint32_t kSwizzle128 = uint32_t{1} << 30;
+    const auto field = [](uint32_t bytes) { return (bytes & 0x3ffff) >> 4; };
+    const uint32_t low = (field(static_cast<uint32_t>(leading)) << 16 | field(tile)) + static_cast<uint32_t>(offset) / 16;
+    return uint64_t{kSwizzle128 | field(static_cast<uint32_t>(stride))} << 32 | low;
 }
 
 // 16 columns of a tile from `column` on, a multiple of 16, for the rows from `row` on, a multiple of 8: an operand whose
@@ -38,14 +39,14 @@ __device__ inline uint64_t descriptor(uint32_t address, int leading, int stride)
 template <int kRows, typename T>
 __device__ inline uint64_t of_columns(const T* tile, int row, int column) {
     const int first = (column / kPanel * kRows + row) * kPanel + column % kPanel;
-    return descriptor(ptx::shared_address(tile) + first * static_cast<int>(sizeof(T)), 16, 8 * kPanel * sizeof(T));
+    return descriptor(ptx::shared_address(tile), first * static_cast<int>(sizeof(T)), 16, 8 * kPanel * sizeof(T));
 }
 
 // 16 rows of a tile from `row` on, a multiple of 8, all columns: an operand whose rows are the depth (`kTransposed`).
 template <int kRows, typename T>
 __device__ inline uint64_t of_rows(const T* tile, int row) {
-    return descriptor(ptx::shared_address(tile) + row * kPanel * static_cast<int>(sizeof(T)),
-                      kRows * kPanel * sizeof(T), 8 * kPanel * sizeof(T));
+    return descriptor(ptx::shared_address(tile), row * kPanel * static_cast<int>(sizeof(T)), kRows * kPanel * sizeof(T),
+                      8 * kPanel * sizeof(T));
 }
 
 // d (+)= a·b. The last argument only says the type.

@@ -197,9 +197,10 @@ impl Operation {
     /// Whether there is a version for Hopper at this scale.
     pub(super) fn has_for_hopper(self, scale: &Scale) -> bool {
         match self {
-            Self::Attention | Self::AttentionBce => {
-                matches!(scale.width / scale.heads, 64 | 128)
-            }
+            Self::Attention
+            | Self::AttentionBackward
+            | Self::AttentionBce
+            | Self::AttentionBceBackward => matches!(scale.width / scale.heads, 64 | 128),
             // Where there are enough rows for wide tiles.
             Self::LoraLinear | Self::LoraLinearBackward => scale.name == "paper",
             Self::ContentMemory | Self::Step => true,

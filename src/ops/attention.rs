@@ -1,6 +1,6 @@
 //! Attention over a pack of sequences, with the attention-BCE (memory) loss. Kernels and equations:
-//! `kernels/attention_forward.cu` (for compute capability 9.0 also `kernels/attention_hopper.cu`),
-//! `kernels/attention_backward.cu`; definition: `dtmem_reference::attention`, SPEC
+//! `kernels/attention_forward.cu`, `kernels/attention_backward.cu`, for compute capability 9.0 also
+//! `kernels/attention_hopper.cu`, `kernels/attention_backward_hopper.cu`; definition: `dtmem_reference::attention`, SPEC
 //! section 3.
 //!
 //! Offsets, pairs and groups lie in device memory: [`Shape::validate_pack`] checks them on the host, before they are
@@ -10,25 +10,32 @@ use dtmem_reference::attention as reference;
 
 pub use dtmem_reference::attention::Denominator;
 
-use super::launch::{Arg, Launch, Launcher, Version, blocks, launch_all, launch_first_possible};
+use super::launch::{Arg, Launch, Launcher, Version, blocks, launch_first_possible};
 use super::memory::{
-    Check, Input, Output, Rows, Span, Storage, for_each_type, kernel_for, span_or_null,
+    Check, Home, Input, Output, Rows, Span, Storage, for_each_type, kernel_for, span_or_null,
 };
 use super::{Error, Result};
 
 const FORWARD: &str = "attention_forward";
 const HOPPER: &str = "attention_hopper";
 const BACKWARD: &str = "attention_backward";
+const BACKWARD_HOPPER: &str = "attention_backward_hopper";
 const THREADS: u32 = 128;
 const WARPS: usize = 4;
 /// Tiles of the other side that a block holds: one is worked on while the next is copied.
 const STAGES: usize = 2;
 /// Of a block of the version for Hopper: two warpgroups.
 const HOPPER_THREADS: u32 = 256;
-/// Queries of that block.
+/// Queries of that block, or keys in the key gradient.
 const HOPPER_ROWS: usize = 128;
+/// Rows of the other side's tiles in the gradients.
+const HOPPER_OTHERS: usize = 64;
+/// Of which a block holds three there: the sums of one are under way while the next is worked on and a third is copied.
+const HOPPER_STAGES: usize = 3;
 /// Bytes of shared memory that it has for the run of keys that each of its queries sees.
 const HOPPER_RUNS: u32 = 8 * HOPPER_ROWS as u32;
+/// The same of the key gradient, for what it knows of the queries.
+const HOPPER_QUERIES: u32 = 9216;
 const LOSS_THREADS: u32 = 1024;
 /// Of the heads; the kernels copy them by vectors of 16 bytes.
 const WIDTHS: [usize; 5] = [16, 32, 64, 128, 256];
@@ -205,14 +212,40 @@ pub struct MemoryLossGradient<'a> {
     pub at_peak: Input<'a, f32>,
 }
 
-/// A version of the forward pass for a shape.
-struct ForwardKernel {
+/// A version of a kernel for a shape.
+struct Kernel {
     /// Family and kernel.
     names: (&'static str, &'static str),
-    /// Queries that a block owns.
+    /// Queries that a block owns, or keys in the key gradient.
     rows: usize,
     threads: u32,
     shared_bytes: u32,
+}
+
+impl Kernel {
+    /// With blocks of these numbers of tiles and heads.
+    fn launch<'a, const N: usize>(
+        &self,
+        shape: &Shape,
+        [tokens, heads]: [usize; 2],
+        home: Home,
+        args: [Arg; N],
+    ) -> Launch<'a> {
+        // Enough for the tokens of all sequences, wherever these begin.
+        let tiles = (tokens / self.rows + shape.sequences) as u32;
+        let launch = Launch::new(
+            self.names,
+            [tiles, heads as u32, 1],
+            [self.threads, 1, 1],
+            self.shared_bytes,
+            home,
+            args,
+        );
+        match self.names.0 {
+            HOPPER | BACKWARD_HOPPER => launch.for_hopper(),
+            _ => launch,
+        }
+    }
 }
 
 impl Shape {
@@ -360,43 +393,38 @@ impl Shape {
                 [&loss.shift, &loss.at_peak, &loss.row_loss].map(Output::span);
             [loss.peak.span(), shift, at_peak, row_loss]
         });
-        let chosen = match version {
+        let kernel = match version {
             Version::Portable => self.portable::<T>(),
             Version::Hopper => self.hopper::<T>().unwrap_or_else(|| self.portable::<T>()),
         };
-        let attention = Launch::new(
-            chosen.names,
-            [self.tiles(self.queries, chosen.rows), self.heads as u32, 1],
-            [chosen.threads, 1, 1],
-            chosen.shared_bytes,
-            home,
-            [
-                Arg::Input(tensors.q.span(self.of_queries())),
-                Arg::Input(tensors.k.span(self.of_keys())),
-                Arg::Input(tensors.v.span(self.of_keys())),
-                Arg::Output(tensors.out.span(self.of_queries())),
-                Arg::Output(tensors.lse.span()),
-                cu_seqlens_q,
-                cu_seqlens_k,
-                groups,
-            ],
-        )
-        .and(supervision_args(supervision))
-        .and(written.map(Arg::Output))
-        .and(self.sizes(supervision))
-        .and([
-            tensors.q.stride(),
-            tensors.k.stride(),
-            tensors.v.stride(),
-            tensors.out.stride(),
-            mask,
-            window,
-            Arg::F32(tensors.scale),
-        ]);
-        let attention = match chosen.names.0 {
-            HOPPER => attention.for_hopper(),
-            _ => attention,
-        };
+        let attention = kernel
+            .launch(
+                self,
+                [self.queries, self.heads],
+                home,
+                [
+                    Arg::Input(tensors.q.span(self.of_queries())),
+                    Arg::Input(tensors.k.span(self.of_keys())),
+                    Arg::Input(tensors.v.span(self.of_keys())),
+                    Arg::Output(tensors.out.span(self.of_queries())),
+                    Arg::Output(tensors.lse.span()),
+                    cu_seqlens_q,
+                    cu_seqlens_k,
+                    groups,
+                ],
+            )
+            .and(supervision_args(supervision))
+            .and(written.map(Arg::Output))
+            .and(self.sizes(supervision))
+            .and([
+                tensors.q.stride(),
+                tensors.k.stride(),
+                tensors.v.stride(),
+                tensors.out.stride(),
+                mask,
+                window,
+                Arg::F32(tensors.scale),
+            ]);
         let loss = memory_loss.map(|loss| {
             Launch::new(
                 (FORWARD, "attention_loss"),
@@ -431,12 +459,36 @@ impl Shape {
         launcher: &impl Launcher,
         tensors: Backward<'_, T>,
     ) -> Result<()> {
-        launch_all(launcher, &self.plan_backward(&tensors)?.map(Some))
+        self.backward_by(Version::default(), launcher, tensors)
     }
 
-    /// What [`backward`](Self::backward) launches. Errors: shape, sizes, alignment, overlaps, scale.
+    /// The same with the gradients by this version, as [`forward_by`](Self::forward_by).
+    pub fn backward_by<T: Storage>(
+        &self,
+        version: Version,
+        launcher: &impl Launcher,
+        tensors: Backward<'_, T>,
+    ) -> Result<()> {
+        let plan = self.plan_backward_by(version, &tensors)?.map(Some);
+        launch_first_possible(launcher, &plan, || {
+            Ok(self.plan_backward(&tensors)?.map(Some))
+        })
+    }
+
+    /// What [`backward`](Self::backward) launches by the version that every GPU has. Errors: shape, sizes, alignment,
+    /// overlaps, scale.
     pub fn plan_backward<'a, T: Storage>(
         &self,
+        tensors: &'a Backward<'_, T>,
+    ) -> Result<[Launch<'a>; 3]> {
+        self.plan_backward_by(Version::Portable, tensors)
+    }
+
+    /// The same by this version, or by the portable one where this one has no kernels for the shape and type. Errors:
+    /// those of [`plan_backward`](Self::plan_backward).
+    pub fn plan_backward_by<'a, T: Storage>(
+        &self,
+        version: Version,
         tensors: &'a Backward<'_, T>,
     ) -> Result<[Launch<'a>; 3]> {
         self.validate()?;
@@ -497,31 +549,26 @@ impl Shape {
                 [&loss.shift, &loss.at_peak, &loss.factor, &loss.grad_loss].map(Input::span);
             [loss.peak.span(), shift, at_peak, factor, grad_loss]
         });
-        let others = match self.row_bytes::<T>() {
-            ..=256 => 32,
-            257..=512 => 16,
-            _ => 8,
+        let [query_kernel, key_kernel] = match version {
+            Version::Portable => self.portable_gradients::<T>(),
+            Version::Hopper => self
+                .hopper_gradients::<T>()
+                .unwrap_or_else(|| self.portable_gradients::<T>()),
         };
-        let rows = self.rows::<T>();
-        let gradient = |kernels, tokens: usize, others: usize, heads: usize| {
-            Launch::new(
-                (BACKWARD, self.kernel::<T>(kernels)),
-                [self.tiles(tokens, rows), heads as u32, 1],
-                [THREADS, 1, 1],
-                self.shared_bytes::<T>(2 * (rows + STAGES * others)),
-                home,
-                [
-                    Arg::Input(tensors.q.span(self.of_queries())),
-                    Arg::Input(tensors.k.span(self.of_keys())),
-                    Arg::Input(tensors.v.span(self.of_keys())),
-                    Arg::Input(grad_out),
-                    Arg::Input(tensors.lse.span()),
-                    Arg::Input(delta),
-                ],
-            )
-            .and(pack_args(&tensors.pack))
-            .and(supervision_args(supervision))
-            .and(read.map(Arg::Input))
+        let gradient = |kernel: Kernel, blocks| {
+            let inputs = [
+                Arg::Input(tensors.q.span(self.of_queries())),
+                Arg::Input(tensors.k.span(self.of_keys())),
+                Arg::Input(tensors.v.span(self.of_keys())),
+                Arg::Input(grad_out),
+                Arg::Input(tensors.lse.span()),
+                Arg::Input(delta),
+            ];
+            kernel
+                .launch(self, blocks, home, inputs)
+                .and(pack_args(&tensors.pack))
+                .and(supervision_args(supervision))
+                .and(read.map(Arg::Input))
         };
         let sizes = |launch: Launch<'a>| {
             launch.and(self.sizes(supervision)).and([
@@ -533,17 +580,11 @@ impl Shape {
         };
         let numbers = [mask, window, Arg::F32(tensors.scale)];
 
-        let kernels = for_each_width!("attention_query_gradient");
-        let launch = gradient(kernels, self.queries, others, self.heads)
+        let launch = gradient(query_kernel, [self.queries, self.heads])
             .and([Arg::Output(tensors.dq.span(self.of_queries()))]);
         let query_gradient = sizes(launch).and([tensors.dq.stride()]).and(numbers);
 
-        let kernels = for_each_width!("attention_key_gradient");
-        let queries = match self.width {
-            64 if self.twice::<T>() => 16,
-            _ => others,
-        };
-        let launch = gradient(kernels, self.keys, queries, self.key_heads)
+        let launch = gradient(key_kernel, [self.keys, self.key_heads])
             .and([&tensors.dk, &tensors.dv].map(|x| Arg::Output(x.span(self.of_keys()))));
         let key_gradient = sizes(launch)
             .and([tensors.dk.stride(), tensors.dv.stride()])
@@ -551,7 +592,7 @@ impl Shape {
         Ok([deltas, query_gradient, key_gradient])
     }
 
-    fn portable<T: Storage>(&self) -> ForwardKernel {
+    fn portable<T: Storage>(&self) -> Kernel {
         let rows = self.rows::<T>();
         let keys = match self.row_bytes::<T>() {
             ..=256 => 64,
@@ -559,7 +600,7 @@ impl Shape {
             _ => 16,
         };
         let kernel = self.kernel::<T>(for_each_width!("attention_forward"));
-        ForwardKernel {
+        Kernel {
             names: (FORWARD, kernel),
             rows,
             threads: THREADS,
@@ -568,7 +609,7 @@ impl Shape {
     }
 
     /// `None` for the widths and types that it is not there for.
-    fn hopper<T: Storage>(&self) -> Option<ForwardKernel> {
+    fn hopper<T: Storage>(&self) -> Option<Kernel> {
         let kernels = match self.width {
             64 => for_each_type!("attention_hopper", "_64"),
             128 => for_each_type!("attention_hopper", "_128"),
@@ -576,12 +617,60 @@ impl Shape {
         };
         // A tile has as many keys as a head is wide.
         let rows = HOPPER_ROWS + 2 * STAGES * self.width;
-        (size_of::<T>() == 2).then(|| ForwardKernel {
+        (size_of::<T>() == 2).then(|| Kernel {
             names: (HOPPER, kernel_for::<T>(kernels)),
             rows: HOPPER_ROWS,
             threads: HOPPER_THREADS,
             shared_bytes: self.shared_bytes::<T>(rows) + HOPPER_RUNS,
         })
+    }
+
+    /// Of the queries and of the keys.
+    fn portable_gradients<T: Storage>(&self) -> [Kernel; 2] {
+        let rows = self.rows::<T>();
+        let others = match self.row_bytes::<T>() {
+            ..=256 => 32,
+            257..=512 => 16,
+            _ => 8,
+        };
+        let queries = match self.width {
+            64 if self.twice::<T>() => 16,
+            _ => others,
+        };
+        let kernel = |names, others| Kernel {
+            names: (BACKWARD, self.kernel::<T>(names)),
+            rows,
+            threads: THREADS,
+            shared_bytes: self.shared_bytes::<T>(2 * (rows + STAGES * others)),
+        };
+        [
+            kernel(for_each_width!("attention_query_gradient"), others),
+            kernel(for_each_width!("attention_key_gradient"), queries),
+        ]
+    }
+
+    /// `None` for the widths and types that they are not there for.
+    fn hopper_gradients<T: Storage>(&self) -> Option<[Kernel; 2]> {
+        let [queries, keys] = match self.width {
+            64 => [
+                for_each_type!("attention_query_gradient_hopper", "_64"),
+                for_each_type!("attention_key_gradient_hopper", "_64"),
+            ],
+            128 => [
+                for_each_type!("attention_query_gradient_hopper", "_128"),
+                for_each_type!("attention_key_gradient_hopper", "_128"),
+            ],
+            _ => return None,
+        };
+        let rows = 2 * (HOPPER_ROWS + HOPPER_STAGES * HOPPER_OTHERS);
+        let kernel = |names, beside| Kernel {
+            names: (BACKWARD_HOPPER, kernel_for::<T>(names)),
+            rows: HOPPER_ROWS,
+            threads: HOPPER_THREADS,
+            shared_bytes: self.shared_bytes::<T>(rows) + beside,
+        };
+        let kernels = [kernel(queries, HOPPER_RUNS), kernel(keys, HOPPER_QUERIES)];
+        (size_of::<T>() == 2).then_some(kernels)
     }
 
     fn of_queries(&self) -> [usize; 2] {
@@ -611,11 +700,6 @@ impl Shape {
 
     fn twice<T>(&self) -> bool {
         size_of::<T>() == 2 && self.width <= 64
-    }
-
-    /// Blocks of so many rows for the tokens of all sequences, wherever these begin.
-    fn tiles(&self, tokens: usize, rows: usize) -> u32 {
-        (tokens / rows + self.sequences) as u32
     }
 
     /// Of tiles with this many rows in all.

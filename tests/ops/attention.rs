@@ -267,7 +267,7 @@ fn check<T: Number>(
         workspace: machine.output(&mut workspace),
     };
     shape
-        .backward(machine, backward)
+        .backward_by(version, machine, backward)
         .unwrap_or_else(|error| panic!("{error}"));
     let found = if fused {
         let all = machine.download(&fused_gradients);
@@ -585,6 +585,42 @@ fn the_version_for_hopper_is_planned_for_its_widths_and_types_only() {
     };
     let kernel = wide.plan_forward_by(Version::Hopper, &exact).unwrap()[0].unwrap();
     assert_eq!(kernel.kernel(), "attention_forward_64_f32");
+
+    let tensors = Backward {
+        lse: tensor(0x50000, QUERIES * wide.heads),
+        workspace: target(0xa0000, QUERIES * wide.heads),
+        ..backward()
+    };
+    let plan = |version| wide.plan_backward_by(version, &tensors).unwrap();
+    let [portable, hopper] = [Version::Portable, Version::Hopper].map(plan);
+    assert_eq!(hopper[0], portable[0]);
+    for (gradient, kernel, tokens, heads, beside) in [
+        (
+            1,
+            "attention_query_gradient_hopper_64_bf16",
+            QUERIES,
+            2,
+            1024,
+        ),
+        (2, "attention_key_gradient_hopper_64_bf16", KEYS, 1, 9216),
+    ] {
+        let [portable, hopper] = [&portable, &hopper].map(|plan| plan[gradient]);
+        assert_eq!(
+            (hopper.family(), hopper.kernel()),
+            ("attention_backward_hopper", kernel)
+        );
+        assert_eq!(
+            (hopper.grid(), hopper.block()),
+            ([tokens as u32 / 128 + 3, heads, 1], [256, 1, 1])
+        );
+        // Two tiles of the block's own rows, and three of each of two others.
+        assert_eq!(hopper.shared_bytes(), 2 * (128 + 3 * 64) * 128 + beside);
+        assert!(hopper.is_for_hopper() && !portable.is_for_hopper());
+        assert_eq!(hopper.args(), portable.args());
+    }
+    let tensors = backward();
+    let narrow = SHAPE.plan_backward_by(Version::Hopper, &tensors).unwrap();
+    assert_eq!(narrow, SHAPE.plan_backward(&tensors).unwrap());
 }
 
 #[test]

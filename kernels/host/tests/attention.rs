@@ -1,4 +1,5 @@
-//! attention_forward.cu, attention_hopper.cu and attention_backward.cu against the reference.
+//! attention_forward.cu and attention_backward.cu, and attention_hopper.cu and attention_backward_hopper.cu, against the
+//! reference.
 
 mod common;
 
@@ -329,7 +330,7 @@ struct Run<T> {
     gradients: [Vec<T>; 3],
 }
 
-/// Which kernel computes the forward pass.
+/// Which kernels compute both passes.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Version {
     Portable,
@@ -382,7 +383,6 @@ fn run<T: Storage>(executor: &Executor, case: &Case, version: Version) -> Result
         ..=128 => 64,
         _ => 32,
     };
-    let blocks = |tokens: usize| (tokens / rows + sequences) as u32;
     let launch = |name: &str, grid: [u32; 2], threads: u32, shared_bytes: usize, args: &[Arg]| {
         let launch = Launch {
             shared_bytes: shared_bytes as u32,
@@ -493,20 +493,26 @@ fn run<T: Storage>(executor: &Executor, case: &Case, version: Version) -> Result
         257..=512 => 16,
         _ => 8,
     };
-    let gradient = |name: &str, grid, others: usize, parts: &[usize]| {
+    // `hopper_bytes`: shared memory that the version for Hopper wants beside its tiles.
+    let gradient = |name: &str, grid: [usize; 2], others: usize, hopper_bytes, parts: &[usize]| {
         let mut args = inputs.clone();
         args.extend(parts.iter().map(|&part| Arg::Output(gradients.view(part))));
         args.extend(sizes);
         args.push(grad_out.stride());
         args.extend(parts.iter().map(|&part| gradients.stride(part)));
         args.extend(&numbers);
-        let name = format!("attention_{name}_gradient_{width}_{}", T::NAME);
-        let shared_bytes = 2 * (rows + 2 * others) * row_bytes;
-        launch(&name, grid, THREADS, shared_bytes, &args)
+        let (version, rows, threads, shared_bytes) = match version {
+            Version::Portable => ("", rows, THREADS, 2 * (rows + 2 * others) * row_bytes),
+            Version::Hopper => ("_hopper", 128, 256, 640 * row_bytes + hopper_bytes),
+        };
+        let name = format!("attention_{name}_gradient{version}_{width}_{}", T::NAME);
+        let [tokens, heads] = grid;
+        let grid = [(tokens / rows + sequences) as u32, heads as u32];
+        launch(&name, grid, threads, shared_bytes, &args)
     };
-    gradient("query", [blocks(tokens_q), heads as u32], others, &[0])?;
+    gradient("query", [tokens_q, heads], others, 1024, &[0])?;
     let others = if twice && width == 64 { 16 } else { others };
-    gradient("key", [blocks(tokens_k), key_heads as u32], others, &[1, 2])?;
+    gradient("key", [tokens_k, key_heads], others, 9216, &[1, 2])?;
 
     Ok(Run {
         out: out.download(0),
@@ -684,6 +690,12 @@ fn every_barrier_is_needed() {
         (
             "kernels/attention_hopper.cu",
             include_str!("../../attention_hopper.cu"),
+            Version::Hopper,
+            64,
+        ),
+        (
+            "kernels/attention_backward_hopper.cu",
+            include_str!("../../attention_backward_hopper.cu"),
             Version::Hopper,
             64,
         ),

@@ -183,7 +183,7 @@ impl<D: Device, T: Compute> AttentionOps for Gpu<D, T> {
             dv,
             workspace: workspace.output(device)?,
         };
-        Ok(shape.backward(device, tensors)?)
+        Ok(shape.backward_by(self.version, device, tensors)?)
     }
 
     fn attention_cached(
