@@ -1,8 +1,9 @@
 // Content-addressed memory, forward, for segments of up to 64 tokens in bf16 or f16: the same results as
 // content_memory.cu, which has the equations and serves everything else (f32, top_k, longer segments, odd shapes).
 //
-// M, M′ [B, N, D] and y [tokens, D] contiguous; a, s, v rows of D with a stride of their own; κ [tokens]; b [1] in f32;
-// `offsets` [B + 1]. D and the strides are multiples of 16, all of these tensors aligned to 16 bytes. D ≤ 1024.
+// M, M′ [B, N, V] and y [tokens, V] contiguous; a and s rows of D ≤ V, v of V, with a stride of their own; κ [tokens]; b [1]
+// in f32; `offsets` [B + 1]. D, V and the strides are multiples of 16, all of these tensors aligned to 16 bytes. Keys are
+// compared with the first D columns of a slot; the others are written and read like them.
 //
 // A block owns `tile` slots (at most 96) of one sequence with all their columns, and works on them in shared memory, where
 // `padded` = ⌈tile/16⌉·16 of them stand (the others 0), in steps:
@@ -20,26 +21,27 @@
 // Elsewhere they are three, tiles = ⌈N/tile⌉:
 //   short_scores   (tiles, B)  scores, stats → workspace; the tile is a ring of three steps
 //   short_update   (tiles, B)  weights, columns; y of this tile's slots → workspace
-//   short_read     (⌈longest·D/1024⌉, B)  y = Σ over tiles, first to last
-// All with 256 threads. Dynamic shared memory in bytes, with rows = ⌈longest/16⌉·16 and D₆₄ = ⌈D/64⌉·64:
+//   short_read     (⌈longest·V/1024⌉, B)  y = Σ over tiles, first to last
+// All with 256 threads. Dynamic shared memory in bytes, with rows = ⌈longest/16⌉·16 and V₆₄ = ⌈V/64⌉·64:
 //   short_scores   padded·400 + rows·864
-//   short_update   padded·(2·D₆₄ + 48 + 4·rows) + rows·384
-//   short_cluster  padded·(2·D₆₄ + 48 + 4·rows) + rows·1408; less than 227 KiB less 8 KiB of static shared memory
+//   short_update   padded·(2·V₆₄ + 48 + 4·rows) + rows·384
+//   short_cluster  padded·(2·V₆₄ + 48 + 4·rows) + rows·1408; less than 227 KiB less 8 KiB of static shared memory
 // Workspace of the three, f32, each aligned to 16 bytes: products [B, tiles, padded, rows, 2], stats [B, tiles, 2, 64, 2],
-// shares of y [tiles, tokens, D].
+// shares of y [tiles, tokens, V].
 //
-// What has to move: with e = 2, N·D·e bytes read and written per sequence; N 1290, D 512, T 39: 1.3 MB each way and
+// What has to move: with V = D and e = 2, N·D·e bytes read and written per sequence; N 1290, D 512, T 39: 1.3 MB each way and
 // 206 MFLOP, 78 per byte: a sixth of what the matrix units can do by mma.sync in that time, so memory is the limit.
 //   cluster  M once from and once to device memory, keys and values once per block from the L2 cache (120 kB each), 80 kB
 //            of y per block between multiprocessors. One launch. B 8 takes 128 multiprocessors, one round; a block
 //            fetches 81 kB with up to 48 kB under way, while it multiplies what has come.
-//   three    M twice from and once to device memory, and through the L2 cache w and β 16·N·T and y 8·tiles·T·D bytes:
+//   three    M twice from and once to device memory, and through the L2 cache w and β 16·N·T and y 8·tiles·T·V bytes:
 //            4.0 MB and 0.8 + 2.2 MB a sequence. content_memory.cu moves 5.3 and 3.2 MB, in four launches.
 //
 // History
 //   1  a tile of slots with all columns in shared memory (cp.async), bf16/f16 operands (ldmatrix, m16n8k16), M read twice
 //      instead of three times, no launch for the softmax
 //   2  clusters: M read once
+//   3  slots wider than keys, which content_memory.cu served before
 
 #include "content_memory.cuh"
 
@@ -79,11 +81,11 @@ struct Place {
     }
 };
 
-// The tile in shared memory: `ring` steps of columns at a time.
+// The first `columns` of a tile of slots of `width`, in shared memory: `ring` steps of columns at a time.
 template <typename T>
 struct Tile {
     T* first;
-    int ring;
+    int ring, columns, width;
 
     __device__ int pitch() const { return ring * kStep + kGap; }
     __device__ T* at(int slot, int column) const { return first + slot * pitch() + column; }
@@ -92,10 +94,10 @@ struct Tile {
     __device__ T* end(const Place& place) const { return first + place.tile * pitch(); }
 
     // Starts to copy columns step·64 … of the memory.
-    __device__ void load(const T* memory, const Place& place, int step, int width) const {
+    __device__ void load(const T* memory, const Place& place, int step) const {
         for (int n = threadIdx.x; n < place.tile * (kStep / 8); n += kThreads) {
             const int slot = n / (kStep / 8), piece = n % (kStep / 8) * 8, from = step * kStep + piece;
-            if (from >= width) continue;
+            if (from >= columns) continue;
             const bool real = slot < place.slots;
             const T* source = real ? memory + (place.first_slot + slot) * width + from : memory;
             ptx::cp_async_16_zfill(at(slot, column(step) + piece), source, real ? kVectorBytes : 0);
@@ -140,18 +142,19 @@ struct Norms {
 // products = M·a and M·s of the tile; √(|M|²+ε) and √(|a|²+ε). All of the tile has been copied afterwards.
 template <typename T>
 __device__ inline void scores(const T* memory, Rows<T> keys, Rows<T> strength_keys, const Place& place,
-                              const Tile<T>& tile, T* panels, Products& products, Norms& norms, int width,
+                              const Tile<T>& tile, T* panels, Products& products, Norms& norms, int key_width,
                               float epsilon) {
     const Owner owner(place);
     const int lane = owner.lane;
-    const int steps = (width + kStep - 1) / kStep, panel = kParts * place.rows * kPanelPitch;
-    // A tile that holds all columns is fetched in half of the steps.
-    const int pace = tile.ring >= steps ? 2 : 1;
+    const int steps = (key_width + kStep - 1) / kStep, panel = kParts * place.rows * kPanelPitch;
+    // A tile that holds all columns is fetched in half of the steps, or in all of them if slots are much wider than keys.
+    const int of_tile = (tile.columns + kStep - 1) / kStep;
+    const int pace = tile.ring >= of_tile ? max(2, (of_tile + steps - 1) / steps) : 1;
     auto start = [&](int step) {
-        for (int n = 0; n < pace; ++n) tile.load(memory, place, step * pace + n, width);
+        for (int n = 0; n < pace; ++n) tile.load(memory, place, step * pace + n);
         for (int n = threadIdx.x; n < kParts * place.rows * (kStep / 8); n += kThreads) {
             const int row = n / (kStep / 8), piece = n % (kStep / 8) * 8, column = step * kStep + piece;
-            if (column >= width) continue;
+            if (column >= key_width) continue;
             const bool address = row < place.rows;
             const int token = address ? row : row - place.rows;
             const bool real = token < place.tokens;
@@ -172,7 +175,7 @@ __device__ inline void scores(const T* memory, Rows<T> keys, Rows<T> strength_ke
         start(step + kStages - 1);
         const T* keys_now = panels + step % kStages * panel;
         const int column = tile.column(step);
-        const int depth = min(kStep, width - step * kStep), part = min(depth - first, kStep / 2);
+        const int depth = min(kStep, key_width - step * kStep), part = min(depth - first, kStep / 2);
         if (mine < place.tile) of_slot += sum_of_squares(tile.at(mine, column + first), part);
         if (mine < place.rows) of_token += sum_of_squares(keys_now + mine * kPanelPitch + first, part);
         for (int k = 0; k < depth; k += 16) {
@@ -524,16 +527,16 @@ __device__ inline int64_t place_of(const Owner& owner, const Place& place, int m
 template <typename T>
 __device__ inline void short_scores(const T* memory, Rows<T> keys, Rows<T> strength_keys, const T* kappa,
                                     const float* bias, const int32_t* offsets, float* products, Stats* stats_of_tiles,
-                                    unsigned char* shared, int slots, int width, int tile_slots, int most_rows,
-                                    float scale, float epsilon) {
+                                    unsigned char* shared, int slots, int width, int key_width, int tile_slots,
+                                    int most_rows, float scale, float epsilon) {
     __shared__ Norms norms;
     __shared__ Exchange exchange;
     const Place place(offsets, slots, tile_slots);
     if (place.tokens < 0) return;
     const Owner owner(place);
-    const Tile<T> tile{reinterpret_cast<T*>(shared), kStages};
+    const Tile<T> tile{reinterpret_cast<T*>(shared), kStages, key_width, width};
     Products x = {};
-    scores(memory, keys, strength_keys, place, tile, tile.end(place), x, norms, width, epsilon);
+    scores(memory, keys, strength_keys, place, tile, tile.end(place), x, norms, key_width, epsilon);
     score(x, place, norms, kappa, bias, scale, epsilon);
 #pragma unroll
     for (int j = 0; j < kItems; ++j) {
@@ -561,14 +564,14 @@ __device__ inline void short_update(const T* memory, const float* products, cons
     if (place.tokens < 0) return;
     const Owner owner(place);
     const int steps = (width + kStep - 1) / kStep;
-    const Tile<T> tile{reinterpret_cast<T*>(shared), steps};
+    const Tile<T> tile{reinterpret_cast<T*>(shared), steps, width, width};
     const int weight_pitch = most_rows + kGap;
     T* address = tile.end(place);
     T* gate = address + place.tile * weight_pitch;
     const Weights<T> weights{address, gate, weight_pitch, keep};
     const Values<T> value(values, gate + place.tile * weight_pitch, most_rows);
 
-    for (int step = 0; step < steps; ++step) tile.load(memory, place, step, width);
+    for (int step = 0; step < steps; ++step) tile.load(memory, place, step);
     ptx::cp_async_commit();
     combine(gridDim.x, place, all, [&](int n, int p, int token) {
         const int64_t block = static_cast<int64_t>(blockIdx.y) * gridDim.x + n;
@@ -614,8 +617,8 @@ __device__ inline void short_read(const float* shares, const int32_t* offsets, T
 template <typename T>
 __device__ inline void short_cluster(const T* memory, Rows<T> keys, Rows<T> strength_keys, Rows<T> values,
                                      const T* kappa, const float* bias, const int32_t* offsets, T* memory_next, T* y,
-                                     unsigned char* shared, int slots, int width, int tile_slots, int most_rows,
-                                     float scale, float epsilon, bool paper, bool write_then_read) {
+                                     unsigned char* shared, int slots, int width, int key_width, int tile_slots,
+                                     int most_rows, float scale, float epsilon, bool paper, bool write_then_read) {
 #if defined(DTMEM_HOST) || __CUDA_ARCH__ >= 900
     __shared__ Norms norms;
     __shared__ Exchange exchange;
@@ -624,7 +627,7 @@ __device__ inline void short_cluster(const T* memory, Rows<T> keys, Rows<T> stre
     __shared__ float keep[kHalves][kMostTile];
     const Place place(offsets, slots, tile_slots);
     if (place.tokens < 0) return;
-    const Tile<T> tile{reinterpret_cast<T*>(shared), (width + kStep - 1) / kStep};
+    const Tile<T> tile{reinterpret_cast<T*>(shared), (width + kStep - 1) / kStep, width, width};
     const int weight_pitch = most_rows + kGap;
     T* address = tile.end(place);
     T* gate = address + place.tile * weight_pitch;
@@ -639,7 +642,7 @@ __device__ inline void short_cluster(const T* memory, Rows<T> keys, Rows<T> stre
     };
 
     Products x = {};
-    scores(memory, keys, strength_keys, place, tile, panels, x, norms, width, epsilon);
+    scores(memory, keys, strength_keys, place, tile, panels, x, norms, key_width, epsilon);
     score(x, place, norms, kappa, bias, scale, epsilon);
     const Stats of_tile = stats(x, place, exchange);
     if (threadIdx.x < kParts * kMostTokens) mine[threadIdx.x / kMostTokens][threadIdx.x % kMostTokens] = of_tile;
@@ -690,11 +693,11 @@ __device__ inline void short_cluster(const T* memory, Rows<T> keys, Rows<T> stre
 #define CONTENT_MEMORY_SHORT(NAME, T)                                                                                  \
     extern "C" __global__ void __launch_bounds__(kThreads, 2) content_memory_short_scores_##NAME(                         \
         const T* memory, const T* keys, const T* strength_keys, const T* kappa, const float* bias,                     \
-        const int32_t* offsets, float* products, float* stats, int32_t slots, int32_t width, int32_t stride,           \
-        int32_t strength_stride, int32_t tile, int32_t rows, float scale, float epsilon) {                             \
+        const int32_t* offsets, float* products, float* stats, int32_t slots, int32_t width, int32_t key_width,        \
+        int32_t stride, int32_t strength_stride, int32_t tile, int32_t rows, float scale, float epsilon) {             \
         extern __shared__ __align__(16) unsigned char shared[];                                                        \
         short_scores<T>(memory, {keys, stride}, {strength_keys, strength_stride}, kappa, bias, offsets, products,      \
-                        reinterpret_cast<Stats*>(stats), shared, slots, width, tile, rows, scale, epsilon);            \
+                        reinterpret_cast<Stats*>(stats), shared, slots, width, key_width, tile, rows, scale, epsilon); \
     }                                                                                                                  \
     extern "C" __global__ void __launch_bounds__(kThreads, 2) content_memory_short_update_##NAME(                         \
         const T* memory, const float* products, const float* stats, const T* value, const int32_t* offsets,            \
@@ -711,13 +714,13 @@ __device__ inline void short_cluster(const T* memory, Rows<T> keys, Rows<T> stre
     }                                                                                                                  \
     extern "C" __global__ void __launch_bounds__(kThreads, 1) content_memory_short_cluster_##NAME(                     \
         const T* memory, const T* keys, const T* strength_keys, const T* value, const T* kappa, const float* bias,     \
-        const int32_t* offsets, T* memory_next, T* y, int32_t slots, int32_t width, int32_t stride,                    \
+        const int32_t* offsets, T* memory_next, T* y, int32_t slots, int32_t width, int32_t key_width, int32_t stride, \
         int32_t strength_stride, int32_t value_stride, int32_t tile, int32_t rows, float scale, float epsilon,         \
         int32_t paper, int32_t write_then_read) {                                                                      \
         extern __shared__ __align__(16) unsigned char shared[];                                                        \
         short_cluster<T>(memory, {keys, stride}, {strength_keys, strength_stride}, {value, value_stride}, kappa, bias, \
-                         offsets, memory_next, y, shared, slots, width, tile, rows, scale, epsilon, paper != 0,        \
-                         write_then_read != 0);                                                                        \
+                         offsets, memory_next, y, shared, slots, width, key_width, tile, rows, scale, epsilon,         \
+                         paper != 0, write_then_read != 0);                                                            \
     }
 
 CONTENT_MEMORY_SHORT(bf16, bf16)

@@ -203,7 +203,7 @@ impl Operation {
             | Self::AttentionBceBackward => matches!(scale.width / scale.heads, 64 | 128),
             // Where there are enough rows for wide tiles.
             Self::LoraLinear | Self::LoraLinearBackward => scale.name == "paper",
-            Self::ContentMemory | Self::Step => true,
+            Self::ContentMemory | Self::ContentMemoryRecall | Self::Step => true,
             _ => false,
         }
     }

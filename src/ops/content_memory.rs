@@ -320,7 +320,7 @@ impl Shape {
         short: Short,
     ) -> Launch<'a> {
         let inputs = on.inputs;
-        let [slots, width, _] = self.sizes();
+        let [slots, width, key_width] = self.sizes();
         let [tile, rows] = [short.tile, short.rows].map(|n| Arg::I32(n as i32));
         let launch = on.launch_shared(
             (
@@ -341,6 +341,7 @@ impl Shape {
                 Arg::Output(tensors.read.span()),
                 slots,
                 width,
+                key_width,
                 inputs.address_key.stride(),
                 inputs.strength_key.stride(),
                 inputs.value.stride(),
@@ -446,7 +447,7 @@ impl Shape {
         let [products, stats, shares] = self.short_pieces(short).map(|len| pieces.take(len));
         let grid = [short.tiles, self.sequences, 1];
         let memory = Arg::Input(inputs.memory.span());
-        let [slots, width, _] = self.sizes();
+        let [slots, width, key_width] = self.sizes();
         let [tile, tiles, rows] = [short.tile, short.tiles, short.rows].map(|n| Arg::I32(n as i32));
         let scores = on.launch_shared(
             (
@@ -466,6 +467,7 @@ impl Shape {
                 Arg::Output(stats),
                 slots,
                 width,
+                key_width,
                 inputs.address_key.stride(),
                 inputs.strength_key.stride(),
                 tile,
@@ -790,8 +792,8 @@ impl Shape {
     fn short<T: Storage>(&self) -> Option<Short> {
         let all_slots = self.variant.top_k.is_none_or(|k| k >= self.slots);
         let short = (1..=Short::MOST_TOKENS).contains(&self.longest);
-        let whole = self.width == self.key_width && self.key_width.is_multiple_of(16);
-        let columns = whole && size_of::<T>() == 2;
+        let whole = [self.width, self.key_width].map(|width| width.is_multiple_of(16));
+        let columns = whole == [true; 2] && size_of::<T>() == 2;
         if !(all_slots && short && columns) {
             return None;
         }

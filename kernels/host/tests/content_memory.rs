@@ -540,6 +540,7 @@ impl<'a, T: Storage> Run<'a, T> {
         args.extend(numbers(&[
             self.slots,
             width,
+            self.key_width,
             key.stride,
             strength_key.stride,
             tile,
@@ -600,7 +601,12 @@ impl<'a, T: Storage> Run<'a, T> {
             Arg::Output(read.view()),
         ];
         let strides = [key.stride, strength_key.stride, value.stride];
-        let numbers = [&[self.slots, width], &strides[..], &[tile, rows]].concat();
+        let numbers = [
+            &[self.slots, width, self.key_width],
+            &strides[..],
+            &[tile, rows],
+        ]
+        .concat();
         args.extend(numbers.iter().map(|&number| Arg::I32(number as i32)));
         args.extend([self.scale(), self.epsilon(), self.paper()]);
         args.push(Arg::I32(self.write_then_read().into()));
@@ -1039,10 +1045,10 @@ proptest! {
 
     #[test]
     fn short_segments_agree_with_the_reference(
-        mut shape in shape(), columns in 1..6_usize, tile in 1..97_usize, blocks in 2..17_usize,
+        mut shape in shape(), columns in 1..6_usize, carried in prop_oneof![0..6_usize, 6..20_usize], tile in 1..97_usize, blocks in 2..17_usize,
         bits in 0..16_usize, seed: u64,
     ) {
-        (shape.key_width, shape.carried) = (16 * columns, 0);
+        (shape.key_width, shape.carried) = (16 * columns, 16 * carried);
         shape.lengths.iter_mut().for_each(|length| *length = (*length).min(64));
         let variant = variant(bits, shape.key_width, None);
         if seed % 2 == 0 {
@@ -1126,13 +1132,18 @@ fn the_largest_shapes_agree_with_the_reference() {
 
 #[test]
 fn the_largest_short_segments_agree_with_the_reference() {
-    for (lengths, slots, width, tile, blocks, bits) in [
-        (vec![64, 1], 97, 512, 96, 2, 0),
-        (vec![50], 70, 1024, 64, 3, 11),
-        (vec![1], 1290, 16, 96, 16, 0),
+    for (lengths, slots, width, carried, tile, blocks, bits) in [
+        (vec![64, 1], 97, 512, 64, 96, 2, 0),
+        (vec![50], 70, 1024, 0, 64, 3, 11),
+        (vec![1], 1290, 16, 0, 96, 16, 0),
+        // A step of keys and many of columns.
+        (vec![20], 33, 16, 1024, 32, 2, 0),
     ] {
         let variant = variant(bits, width, None);
-        let shape = Shape::new(&lengths, slots, width);
+        let shape = Shape {
+            carried,
+            ..Shape::new(&lengths, slots, width)
+        };
         check_short::<bf16>(&variant, &shape, [tile, blocks], 7);
     }
 }
@@ -1182,7 +1193,11 @@ fn every_barrier_is_needed() {
 fn every_barrier_of_the_short_kernels_is_needed() {
     // Softmax over both, two tiles, five steps of the keys, three chunks of columns, and an empty sequence.
     let variant = variant(2, 272, None);
-    let pack = Pack::draw::<bf16>(&variant, &Shape::new(&[33, 0], 70, 272), 5);
+    let shape = Shape {
+        carried: 32,
+        ..Shape::new(&[33, 0], 70, 272)
+    };
+    let pack = Pack::draw::<bf16>(&variant, &shape, 5);
     let source = include_str!("../../content_memory_short.cu");
     assert_every_barrier_is_needed("kernels/content_memory_short.cu", source, |executor| {
         let run = Run::<bf16>::new(executor, &variant, &pack);

@@ -2,8 +2,8 @@
 
 use crate::batch::PackedBatch;
 
-/// So that rows of slots stay aligned to 16 bytes, and batches differ little.
-const FEWEST_COLUMNS: usize = 8;
+/// So that rows of slots are whole matrices for the kernels of short segments, and batches differ little.
+const FEWEST_COLUMNS: usize = 16;
 
 /// The recalled tokens of each sequence have columns of their own, in their order. Lists have an entry per token, in the
 /// order of the memory's chain.
