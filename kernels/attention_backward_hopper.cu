@@ -14,10 +14,9 @@
 // product is under way. A warpgroup leaves out tiles that have nothing for its rows, a warp masks those that are not all for
 // its own.
 //
-// What ptxas (13.0) wants, or else it lets no product run beside anything: no sum under way at the end of a loop, left factors
-// in registers only made while no product is, and registers that are overwritten without a value before (ptx::forget). The
-// key gradient of width 128 needs 192 registers for its four accumulators and 16 for a factor; what all of its threads know
-// alike lies in shared memory therefore.
+// What ptxas (13.0) wants, or else it lets no product run beside anything: no sum under way at the end of a loop, and left
+// factors in registers made only while no product is under way. The key gradient of width 128 needs 192 registers for its
+// four accumulators and 16 for a factor; what all of its threads know alike lies in shared memory therefore.
 //
 // Operations: for width 128, 128 rows and 64 others the key gradient does 4 products of 2.1 million operations, 2048 cycles of
 // a multiprocessor's matrix units at their dense rate, and the query gradient 3, 1536. They read 128 bytes of shared memory a

@@ -32,7 +32,6 @@ __device__ inline void load_swizzled(T* tile, const T* rows, int64_t stride, int
 // one group of products. A tile of the other side has `kOthers` rows.
 template <int kWidth, int kOthers, int kN, typename T>
 __device__ inline void start_scores(float (&d)[kN][4], const T* own, int row, const T* other, int other_row) {
-    ptx::forget(d);
 #pragma unroll
     for (int column = 0; column < kWidth; column += warpgroup::kDepth) {
         warpgroup::multiply<0>(d, warpgroup::of_columns<kBlockRows>(own, row, column),

@@ -31,7 +31,6 @@ void wgmma_commit();
 template <int kStillRunning> void wgmma_wait();  // 0 … 7
 template <int kStillRunning> void wgmma_wait_behind(float sum);
 template <typename T> inline void keep(T&) {}
-template <typename T> inline void forget(T&) {}
 
 #define PTX_WGMMA(N, TYPE)                                                                                             \
     template <int kTransposed>                                                                                         \
@@ -71,15 +70,6 @@ template <typename T, int kN>
 PTX_FUNCTION void keep(T (&x)[kN]) {
 #pragma unroll
     for (int i = 0; i < kN; ++i) keep(x[i]);
-}
-
-// Before products that overwrite these registers: whatever they hold is of no use, and so the compiler need not bring it
-// there, which ptxas takes for a write to the registers of products that are under way.
-PTX_FUNCTION void forget(float& x) { asm volatile("" : "=f"(x)); }
-template <typename T, int kN>
-PTX_FUNCTION void forget(T (&x)[kN]) {
-#pragma unroll
-    for (int i = 0; i < kN; ++i) forget(x[i]);
 }
 
 #define PTX_D_16 "%0, %1, %2, %3, %4, %5, %6, %7"
