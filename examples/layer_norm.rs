@@ -70,6 +70,7 @@ fn main() -> Result<(), Box<dyn Error>> {
             dy: ds.as_input(),
             dsum: None,
             ds,
+            summand: None,
             dweight: on.output(&mut dweight),
             dbias: on.output(&mut dbias),
             workspace: on.output(&mut workspace),

@@ -1,11 +1,13 @@
 // Layer normalisation over rows of `width` ≤ 4096, with the residual sum before it. Reference: layer_norm.rs.
 //
-//   s = x + residual              kept in `sum`; without a residual s = x
+//   s = x + dropout(residual)     kept in `sum`; without a residual s = x
 //   y = (s − mean)·rstd·weight + bias,  rstd = 1/√(variance + epsilon)
 //   ds = rstd·(g − mean(g) − ŝ·mean(g·ŝ)) + dsum,  ŝ = (s − mean)·rstd,  g = dy·weight
 //   dweight += Σ dy·ŝ,  dbias += Σ dy over the rows
 //
-// x, residual, sum, y, dy, dsum, ds [rows, width] in the storage type; weight, bias [width] likewise; mean, rstd [rows]
+//   dresidual = dropout(ds)       where there was dropout
+//
+// x, residual, sum, y, dy, dsum, ds, dresidual [rows, width] in the storage type; weight, bias [width] likewise; mean, rstd [rows]
 // and dweight, dbias [width] in f32.
 //
 // A warp owns up to 512 columns of a row, 16 of them per lane in registers; `warps_per_row` warps of a block of 8 own
@@ -15,12 +17,16 @@
 // which layer_norm_reduce adds up: no atomics, one order, the same bits.
 //
 // Bound by memory. Forward: x, residual read, sum, y written, 4·width elements a row, ≈ 8 operations each. Backward: s,
-// dy, dsum read, ds written, 4·width elements a row, ≈ 14 operations each; partial sums 8·width bytes per block.
+// dy, dsum read, ds written, 4·width elements a row, ≈ 14 operations each; partial sums 8·width bytes per block. Dropout adds 25
+// integer operations an element, and on the way back dresidual, another width elements a row.
 //
 // History
 //   1  backward sums for dweight and dbias in registers: 147 of them, one block on a multiprocessor
 //   2  in shared memory: 79 to 103 registers, two or three blocks
+//   3  dropout of the residual, which was a launch before, and two on the way back: kernels of their own, since they take
+//      80 to 128 registers
 
+#include "dropout.cuh"
 #include "partials.cuh"
 #include "reduce.cuh"
 #include "types.cuh"
@@ -61,9 +67,16 @@ __device__ inline float row_sum(float x, const Owner& owner, float (&exchange)[k
     return sum;
 }
 
-template <int kSize, typename T>
+// In the place of a dropout mask where there is none: kernels without one keep their registers.
+struct NoDropout {
+    template <int kSize>
+    __device__ void apply(float (&)[kSize], int, int, int) const {}
+};
+
+template <int kSize, typename T, typename Mask>
 __device__ inline void forward(const T* x, const T* residual, const T* weight, const T* bias, T* sum, T* y, float* mean,
-                               float* rstd, int rows, int width, int warps_per_row, float epsilon, float (&exchange)[2][kWarps]) {
+                               float* rstd, const Mask& mask, int rows, int width, int warps_per_row, float epsilon,
+                               float (&exchange)[2][kWarps]) {
     constexpr int kVectors = kPerLane / kSize;
     const Owner owner(warps_per_row);
     const int row = blockIdx.x * owner.rows_per_block + owner.row_in_block;
@@ -80,6 +93,7 @@ __device__ inline void forward(const T* x, const T* residual, const T* weight, c
         if (residual != nullptr) {
             float other[kSize];
             load<kSize>(residual + start + column, other);
+            mask.apply(other, row, column, width);
 #pragma unroll
             for (int i = 0; i < kSize; ++i) {
                 T rounded;  // as the backward pass will find it
@@ -120,10 +134,10 @@ __device__ inline void forward(const T* x, const T* residual, const T* weight, c
     }
 }
 
-template <int kSize, typename T>
+template <int kSize, typename T, typename Mask>
 __device__ inline void backward(const T* s, const T* weight, const float* mean, const float* rstd, const T* dy,
-                                const T* dsum, T* ds, float* partial, int rows, int width, int warps_per_row,
-                                float (&exchange)[2][kWarps], float (&sums)[2][kWarps][kSlab]) {
+                                const T* dsum, T* ds, T* dresidual, float* partial, const Mask& mask, int rows,
+                                int width, int warps_per_row, float (&exchange)[2][kWarps], float (&sums)[2][kWarps][kSlab]) {
     constexpr int kVectors = kPerLane / kSize;
     const Owner owner(warps_per_row);
 
@@ -174,6 +188,9 @@ __device__ inline void backward(const T* s, const T* weight, const float* mean, 
                 other[i] += scale * (g[v][i] - g_mean - normal[v][i] * g_slope);
             }
             store<kSize>(other, ds + start + column);
+            if (dresidual == nullptr) continue;
+            mask.apply(other, row, column, width);
+            store<kSize>(other, dresidual + start + column);
         }
     }
 
@@ -189,34 +206,40 @@ __device__ inline void backward(const T* s, const T* weight, const float* mean, 
     }
 }
 
-template <typename T>
+template <typename T, typename Mask>
 __device__ inline void forward_any(const T* x, const T* residual, const T* weight, const T* bias, T* sum, T* y,
-                                   float* mean, float* rstd, int rows, int width, int warps_per_row, float epsilon) {
+                                   float* mean, float* rstd, const Mask& mask, int rows, int width,
+                                   int warps_per_row, float epsilon) {
     constexpr int kSize = kVectorSize<T>;
     __shared__ float exchange[2][kWarps];
     const bool aligned = is_aligned<kSize>(x, width) && is_aligned<kSize>(residual, width) &&
                          is_aligned<kSize>(weight, width) && is_aligned<kSize>(bias, width) &&
                          is_aligned<kSize>(sum, width) && is_aligned<kSize>(y, width);
     if (aligned) {
-        forward<kSize>(x, residual, weight, bias, sum, y, mean, rstd, rows, width, warps_per_row, epsilon, exchange);
+        forward<kSize>(x, residual, weight, bias, sum, y, mean, rstd, mask, rows, width, warps_per_row, epsilon,
+                       exchange);
     } else {
-        forward<1>(x, residual, weight, bias, sum, y, mean, rstd, rows, width, warps_per_row, epsilon, exchange);
+        forward<1>(x, residual, weight, bias, sum, y, mean, rstd, mask, rows, width, warps_per_row, epsilon,
+                   exchange);
     }
 }
 
-template <typename T>
+template <typename T, typename Mask>
 __device__ inline void backward_any(const T* s, const T* weight, const float* mean, const float* rstd, const T* dy,
-                                    const T* dsum, T* ds, float* partial, int rows, int width, int warps_per_row) {
+                                    const T* dsum, T* ds, T* dresidual, float* partial, const Mask& mask,
+                                    int rows, int width, int warps_per_row) {
     constexpr int kSize = kVectorSize<T>;
     __shared__ float exchange[2][kWarps];
     __shared__ float sums[2][kWarps][kSlab];
     const bool aligned = is_aligned<kSize>(s, width) && is_aligned<kSize>(weight, width) && is_aligned<kSize>(dy, width) &&
-                         is_aligned<kSize>(dsum, width) && is_aligned<kSize>(ds, width);
+                         is_aligned<kSize>(dsum, width) && is_aligned<kSize>(ds, width) &&
+                         is_aligned<kSize>(dresidual, width);
     if (aligned) {
-        backward<kSize>(s, weight, mean, rstd, dy, dsum, ds, partial, rows, width, warps_per_row, exchange,
-                        sums);
+        backward<kSize>(s, weight, mean, rstd, dy, dsum, ds, dresidual, partial, mask, rows, width, warps_per_row,
+                        exchange, sums);
     } else {
-        backward<1>(s, weight, mean, rstd, dy, dsum, ds, partial, rows, width, warps_per_row, exchange, sums);
+        backward<1>(s, weight, mean, rstd, dy, dsum, ds, dresidual, partial, mask, rows, width, warps_per_row,
+                    exchange, sums);
     }
 }
 
@@ -228,7 +251,14 @@ __device__ inline void backward_any(const T* s, const T* weight, const float* me
     extern "C" __global__ void __launch_bounds__(kThreads) layer_norm_forward_##NAME(                                  \
         const T* x, const T* residual, const T* weight, const T* bias, T* sum, T* y, float* mean, float* rstd,         \
         int32_t rows, int32_t width, int32_t warps_per_row, float epsilon) {                                           \
-        forward_any(x, residual, weight, bias, sum, y, mean, rstd, rows, width, warps_per_row, epsilon);               \
+        forward_any(x, residual, weight, bias, sum, y, mean, rstd, NoDropout{}, rows, width, warps_per_row, epsilon);  \
+    }                                                                                                                  \
+    extern "C" __global__ void __launch_bounds__(kThreads) layer_norm_forward_dropout_##NAME(                          \
+        const T* x, const T* residual, const T* weight, const T* bias, T* sum, T* y, float* mean, float* rstd,         \
+        int32_t rows, int32_t width, int32_t warps_per_row, float epsilon, const uint32_t* step,                       \
+        const int32_t* origins, uint64_t seed, uint32_t site, uint32_t threshold, float scale) {                       \
+        const Dropout mask{step, origins, seed, site, threshold, scale};                                               \
+        forward_any(x, residual, weight, bias, sum, y, mean, rstd, mask, rows, width, warps_per_row, epsilon);         \
     }
 
 // block 256; any grid, which is part of the result's definition. partial [grid, 2, width]. dsum is null where nothing
@@ -237,7 +267,15 @@ __device__ inline void backward_any(const T* s, const T* weight, const float* me
     extern "C" __global__ void __launch_bounds__(kThreads) layer_norm_backward_##NAME(                                 \
         const T* s, const T* weight, const float* mean, const float* rstd, const T* dy, const T* dsum, T* ds,          \
         float* partial, int32_t rows, int32_t width, int32_t warps_per_row) {                                          \
-        backward_any(s, weight, mean, rstd, dy, dsum, ds, partial, rows, width, warps_per_row);                        \
+        T* const none = nullptr;                                                                                       \
+        backward_any(s, weight, mean, rstd, dy, dsum, ds, none, partial, NoDropout{}, rows, width, warps_per_row);     \
+    }                                                                                                                  \
+    extern "C" __global__ void __launch_bounds__(kThreads) layer_norm_backward_dropout_##NAME(                         \
+        const T* s, const T* weight, const float* mean, const float* rstd, const T* dy, const T* dsum, T* ds,          \
+        float* partial, int32_t rows, int32_t width, int32_t warps_per_row, T* dresidual, const uint32_t* step,        \
+        const int32_t* origins, uint64_t seed, uint32_t site, uint32_t threshold, float scale) {                       \
+        const Dropout mask{step, origins, seed, site, threshold, scale};                                               \
+        backward_any(s, weight, mean, rstd, dy, dsum, ds, dresidual, partial, mask, rows, width, warps_per_row);       \
     }
 
 LAYER_NORM_FORWARD(f32, float)

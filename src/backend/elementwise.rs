@@ -42,20 +42,24 @@ pub trait ElementwiseOps: Buffers {
         grad: &mut Self::Buffer,
     ) -> Result<()>;
 
-    /// x ← dropout(x) on [tokens, width]; also its own gradient. `width` is a multiple of 4.
+    /// y = dropout(x) on [tokens, width], or of y itself; also its own gradient. `width` is a multiple
+    /// of 4.
     fn dropout(
         &self,
         dropout: Dropped<Self::Batch>,
         width: usize,
-        x: &mut Self::Buffer,
+        x: Option<&Self::Buffer>,
+        y: &mut Self::Buffer,
     ) -> Result<()>;
 
-    /// out = x + y.
+    /// out = x + y on [rows, width], or x + dropout(y) as [`Self::dropout`] takes it.
     fn add(
         &self,
-        len: usize,
+        rows: usize,
+        width: usize,
         x: &Self::Buffer,
         y: &Self::Buffer,
+        dropout: Option<Dropped<Self::Batch>>,
         out: &mut Self::Buffer,
     ) -> Result<()>;
 

@@ -1,6 +1,6 @@
 //! Layer normalisation, with the residual sum before it.
 
-use super::{Buffers, Result, Span};
+use super::{Buffers, Dropped, Result, Span};
 
 /// A layer normalisation.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -19,15 +19,26 @@ pub struct LayerNorm {
 
 /// What is added to the input of a layer normalisation.
 #[derive(Debug)]
-pub struct Residual<'a, B> {
+pub struct Residual<'a, B: Buffers> {
     /// The summand.
-    pub summand: &'a B,
+    pub summand: &'a B::Buffer,
+    /// What the summand goes through before.
+    pub dropout: Option<Dropped<'a, B::Batch>>,
     /// Where the sum is kept.
-    pub sum: &'a mut B,
+    pub sum: &'a mut B::Buffer,
+}
+
+/// The gradient of a summand that went through dropout: that of the sum after it.
+#[derive(Debug)]
+pub struct SummandGradient<'a, B: Buffers> {
+    /// As in [`Residual`].
+    pub dropout: Dropped<'a, B::Batch>,
+    /// Overwritten.
+    pub gradient: &'a mut B::Buffer,
 }
 
 /// Normalisation of rows.
-pub trait LayerNormOps: Buffers {
+pub trait LayerNormOps: Buffers + Sized {
     /// y = LayerNorm(x), or with a residual of their sum; `statistics` [2, rows] keeps mean and rstd.
     fn layer_norm(
         &self,
@@ -35,13 +46,13 @@ pub trait LayerNormOps: Buffers {
         norm: &LayerNorm,
         parameters: &Self::Buffer,
         x: &Self::Buffer,
-        residual: Option<Residual<Self::Buffer>>,
+        residual: Option<Residual<Self>>,
         y: &mut Self::Buffer,
         statistics: &mut Self::Buffer,
     ) -> Result<()>;
 
-    /// Gradients of [`Self::layer_norm`]; with a residual, `x` is the sum. `grad_x` is overwritten, or
-    /// added to where `accumulate`.
+    /// Gradients of [`Self::layer_norm`]; with a residual, `x` is the sum, and `grad_x` the gradient of
+    /// both summands but for `summand`. `grad_x` is overwritten, or added to where `accumulate`.
     fn layer_norm_backward(
         &self,
         rows: usize,
@@ -52,6 +63,7 @@ pub trait LayerNormOps: Buffers {
         grad_y: &Self::Buffer,
         grad_x: &mut Self::Buffer,
         accumulate: bool,
+        summand: Option<SummandGradient<Self>>,
         gradients: &mut Self::Buffer,
     ) -> Result<()>;
 }

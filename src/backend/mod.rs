@@ -37,7 +37,7 @@ pub use buffers::{Buffers, In, Kind, Out, Span};
 pub use cpu::Cpu;
 pub use elementwise::{Dropped, ElementwiseOps};
 pub use embeddings::{Codes, Convolutions, EmbeddingOps, OneHot, Reals};
-pub use layer_norm::{LayerNorm, LayerNormOps, Residual};
+pub use layer_norm::{LayerNorm, LayerNormOps, Residual, SummandGradient};
 pub use linear::{Adapter, Linear, LinearOps};
 pub use losses::{FIRST_LOSS_SCALE, LossOps};
 pub use memory::{Memory, MemoryGradients, MemoryInputs, MemoryOps, MemoryStart};

@@ -463,6 +463,7 @@ fn layer_norm<'a, B: Backend<Element = f32>>(
             &y,
             &mut grad_x,
             false,
+            None,
             &mut gradients,
         )?)
     }))
@@ -646,7 +647,7 @@ fn dropout<'a, B: Backend<Element = f32>>(backend: &'a B, scale: &Scale) -> Resu
     let batch = staged(backend, scale)?;
     let mut x = random(backend, Kind::Activation, scale.tokens() * width, 1.0)?;
     Ok(Box::new(move || {
-        Ok(backend.dropout(drop_tenth(&batch), width, &mut x)?)
+        Ok(backend.dropout(drop_tenth(&batch), width, None, &mut x)?)
     }))
 }
 
@@ -663,11 +664,13 @@ fn drop_tenth<Batch>(batch: &Batch) -> Dropped<'_, Batch> {
 }
 
 fn add<'a, B: Backend<Element = f32>>(backend: &'a B, scale: &Scale) -> Result<Run<'a>> {
-    let len = scale.tokens() * scale.width;
-    let x = random(backend, Kind::Activation, len, 1.0)?;
-    let y = random(backend, Kind::Activation, len, 1.0)?;
-    let mut out = backend.buffer(len, Kind::Activation)?;
-    Ok(Box::new(move || Ok(backend.add(len, &x, &y, &mut out)?)))
+    let (rows, width) = (scale.tokens(), scale.width);
+    let [x, y] = [(); 2].map(|()| random(backend, Kind::Activation, rows * width, 1.0));
+    let (x, y) = (x?, y?);
+    let mut out = backend.buffer(rows * width, Kind::Activation)?;
+    Ok(Box::new(move || {
+        Ok(backend.add(rows, width, &x, &y, None, &mut out)?)
+    }))
 }
 
 /// The norm of the gradients, or the update of the parameters of a scale's blocks.

@@ -9,6 +9,7 @@ use super::network::{ActionEmbedding, BlockNetwork, MemoryNetwork, ObservationEm
 use super::{Model, ModelError};
 use crate::backend::{
     Activation, Backend, Codes, Dropped, In, Linear, MemoryGradients, Metric, Out, Positions,
+    SummandGradient,
 };
 
 /// The metrics of a family, which are added up: the first ones.
@@ -70,6 +71,7 @@ impl<B: Backend> Model<B> {
                 &grads.side,
                 &mut grads.stream,
                 false,
+                None,
                 gradients,
             )?;
         }
@@ -87,7 +89,7 @@ impl<B: Backend> Model<B> {
             }
         }
         if let Some(mask) = pass.mask(self.config.dropout, Site::Embedding)? {
-            backend.dropout(mask, width, &mut grads.stream)?;
+            backend.dropout(mask, width, None, &mut grads.stream)?;
         }
         let assembled = match &network.embedding_norm {
             Some(norm) => {
@@ -100,6 +102,7 @@ impl<B: Backend> Model<B> {
                     &grads.stream,
                     &mut grads.side,
                     false,
+                    None,
                     gradients,
                 )?;
                 &grads.side
@@ -269,6 +272,11 @@ impl<B: Backend> Model<B> {
             .memory
             .as_ref()
             .map_or(&acts.middle, |memory| &memory.out);
+        let dropout = pass.mask(self.config.dropout, Site::FeedForward(index))?;
+        let summand = dropout.map(|dropout| SummandGradient {
+            dropout,
+            gradient: &mut grads.branch,
+        });
         backend.layer_norm_backward(
             rows,
             &block.feed_forward_norm,
@@ -278,10 +286,12 @@ impl<B: Backend> Model<B> {
             &grads.stream,
             &mut grads.side,
             false,
+            summand,
             gradients,
         )?;
         std::mem::swap(&mut grads.stream, &mut grads.side);
-        self.feed_forward_backward(index, block, pass, stream, acts, none, grads, gradients)?;
+        let dropped = dropout.is_some();
+        self.feed_forward_backward(block, pass, stream, dropped, acts, none, grads, gradients)?;
         backend.add_assign(rows * width, &grads.side, &mut grads.stream)?;
         if let (Some(memory), Some(acts_memory)) = (&block.memory, &acts.memory) {
             let x = &acts.middle;
@@ -296,6 +306,7 @@ impl<B: Backend> Model<B> {
             &grads.stream,
             &mut grads.side,
             false,
+            None,
             gradients,
         )?;
         std::mem::swap(&mut grads.stream, &mut grads.side);
@@ -323,7 +334,13 @@ impl<B: Backend> Model<B> {
             .as_ref()
             .map_or(&acts.middle, |memory| &memory.out);
         let normed = &acts.feed_forward_side;
-        self.feed_forward_backward(index, block, pass, normed, acts, none, grads, gradients)?;
+        let dropout = pass.mask(self.config.dropout, Site::FeedForward(index))?;
+        if let Some(dropout) = dropout {
+            let width = self.config.width;
+            backend.dropout(dropout, width, Some(&grads.stream), &mut grads.branch)?;
+        }
+        let dropped = dropout.is_some();
+        self.feed_forward_backward(block, pass, normed, dropped, acts, none, grads, gradients)?;
         backend.layer_norm_backward(
             rows,
             &block.feed_forward_norm,
@@ -333,6 +350,7 @@ impl<B: Backend> Model<B> {
             &grads.side,
             &mut grads.stream,
             true,
+            None,
             gradients,
         )?;
         if let (Some(memory), Some(acts_memory)) = (&block.memory, &acts.memory) {
@@ -350,19 +368,20 @@ impl<B: Backend> Model<B> {
             &grads.side,
             &mut grads.stream,
             true,
+            None,
             gradients,
         )?;
         Ok(())
     }
 
-    /// From `grads.stream`, the gradient of the branch's output, to `grads.side`, that of its
-    /// input `x`.
+    /// From `grads.stream`, the gradient of the branch's output, or where it was `dropped` from that in
+    /// `grads.branch`, to `grads.side`, that of its input `x`.
     fn feed_forward_backward(
         &self,
-        index: usize,
         block: &BlockNetwork,
         pass: Pass<B>,
         x: &B::Buffer,
+        dropped: bool,
         acts: &BlockActivations<B>,
         none: &B::Buffer,
         grads: &mut Backward<B>,
@@ -371,13 +390,10 @@ impl<B: Backend> Model<B> {
         let rows = pass.counts.tokens;
         let backend = &*self.backend;
         let (width, wide) = (self.config.width, block.up.outputs);
-        let grad_down = match pass.mask(self.config.dropout, Site::FeedForward(index))? {
-            Some(mask) => {
-                backend.copy(&grads.stream, &mut grads.branch, 0, rows * width)?;
-                backend.dropout(mask, width, &mut grads.branch)?;
-                &grads.branch
-            }
-            None => &grads.stream,
+        let grad_down = if dropped {
+            &grads.branch
+        } else {
+            &grads.stream
         };
         self.linear_backward(
             rows,
@@ -571,6 +587,7 @@ impl<B: Backend> Model<B> {
             &grads.side,
             &mut grads.stream,
             true,
+            None,
             gradients,
         )?;
         Ok(())

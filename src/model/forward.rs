@@ -161,7 +161,7 @@ impl<B: Backend> Model<B> {
             )?;
         }
         if let Some(mask) = pass.mask(self.config.dropout, Site::Embedding)? {
-            backend.dropout(mask, width, &mut acts.residual[0])?;
+            backend.dropout(mask, width, None, &mut acts.residual[0])?;
         }
         for index in 0..network.blocks.len() {
             self.block(index, pass, &mut acting, acts)?;
@@ -309,7 +309,6 @@ impl<B: Backend> Model<B> {
         let backend = &*self.backend;
         let block = &self.network.blocks[index];
         let width = self.config.width;
-        let len = rows * width;
         let Activations {
             residual,
             blocks,
@@ -372,7 +371,7 @@ impl<B: Backend> Model<B> {
             Out::rows(branch, width),
         )?;
         if pre {
-            backend.add(len, x, branch, &mut acts.middle)?;
+            backend.add(rows, width, x, branch, None, &mut acts.middle)?;
         } else {
             backend.layer_norm(
                 rows,
@@ -381,6 +380,7 @@ impl<B: Backend> Model<B> {
                 x,
                 Some(Residual {
                     summand: branch,
+                    dropout: None,
                     sum: &mut acts.attention_side,
                 }),
                 &mut acts.middle,
@@ -437,11 +437,9 @@ impl<B: Backend> Model<B> {
             None,
             Out::rows(branch, width),
         )?;
-        if let Some(mask) = pass.mask(self.config.dropout, Site::FeedForward(index))? {
-            backend.dropout(mask, width, branch)?;
-        }
+        let dropout = pass.mask(self.config.dropout, Site::FeedForward(index))?;
         if pre {
-            backend.add(len, stream, branch, y)?;
+            backend.add(rows, width, stream, branch, dropout, y)?;
         } else {
             backend.layer_norm(
                 rows,
@@ -450,6 +448,7 @@ impl<B: Backend> Model<B> {
                 stream,
                 Some(Residual {
                     summand: branch,
+                    dropout,
                     sum: &mut acts.feed_forward_side,
                 }),
                 y,
@@ -558,7 +557,7 @@ impl<B: Backend> Model<B> {
             None,
             Out::rows(branch, width),
         )?;
-        backend.add(rows * width, x, branch, &mut acts.out)?;
+        backend.add(rows, width, x, branch, None, &mut acts.out)?;
         Ok(())
     }
 

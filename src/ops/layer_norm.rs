@@ -1,6 +1,7 @@
-//! Layer normalisation, with the residual sum before it. Kernels and equations: `kernels/layer_norm.cu`; definition:
+//! Layer normalisation, with the residual sum, and dropout of a summand, before it. Kernels and equations: `kernels/layer_norm.cu`; definition:
 //! `dtmem_reference::layer_norm`.
 
+use super::elementwise::{self, Dropout, dropout_args};
 use super::launch::{Arg, Launch, Launcher, blocks};
 use super::memory::{Check, Input, Output, Span, Storage, for_each_type, kernel_for, span_or_null};
 use super::{Error, Result};
@@ -25,7 +26,7 @@ pub struct Shape {
     pub width: usize,
 }
 
-/// The tensors of s = x + residual, y = (s − mean)·rstd·weight + bias with rstd = 1/√(variance + epsilon).
+/// The tensors of s = x + dropout(residual), y = (s − mean)·rstd·weight + bias with rstd = 1/√(variance + epsilon).
 #[derive(Debug)]
 pub struct Forward<'a, T> {
     /// [rows, width]
@@ -51,7 +52,9 @@ pub struct Forward<'a, T> {
 pub struct Residual<'a, T> {
     /// [rows, width]
     pub residual: Input<'a, T>,
-    /// s = x + residual [rows, width]; may be x or residual.
+    /// Its mask; then the width is a multiple of 4.
+    pub dropout: Option<Dropout<'a>>,
+    /// s [rows, width]; may be x or residual.
     pub sum: Output<'a, T>,
 }
 
@@ -71,14 +74,25 @@ pub struct Backward<'a, T> {
     pub dy: Input<'a, T>,
     /// Gradient of s from elsewhere [rows, width], if there is any.
     pub dsum: Option<Input<'a, T>>,
-    /// Gradient of x, and of the residual [rows, width]; may be dy or dsum.
+    /// Gradient of x, and of the residual without dropout [rows, width]; may be dy or dsum.
     pub ds: Output<'a, T>,
+    /// Gradient of the residual with dropout.
+    pub summand: Option<Summand<'a, T>>,
     /// \[width\], added to.
     pub dweight: Output<'a, f32>,
     /// \[width\], added to.
     pub dbias: Output<'a, f32>,
     /// At least [`Shape::workspace`] elements, of any content.
     pub workspace: Output<'a, f32>,
+}
+
+/// Where the gradient of a residual goes that went through dropout.
+#[derive(Debug)]
+pub struct Summand<'a, T> {
+    /// The forward pass's.
+    pub dropout: Dropout<'a>,
+    /// dropout(ds) [rows, width].
+    pub gradient: Output<'a, T>,
 }
 
 impl Shape {
@@ -130,10 +144,13 @@ impl Shape {
         let size = self.rows * self.width;
         let mut check = Check::new();
         check.input("x", &tensors.x, size, 1)?;
-        if let Some(Residual { residual, sum }) = &tensors.residual {
-            check.input("residual", residual, size, 1)?;
-            check.output("sum", sum, size, 1)?;
+        let mut dropout = None;
+        if let Some(residual) = &tensors.residual {
+            check.input("residual", &residual.residual, size, 1)?;
+            check.output("sum", &residual.sum, size, 1)?;
+            dropout = residual.dropout.as_ref();
         }
+        self.elements().check_dropout(&mut check, dropout)?;
         check.input("weight", &tensors.weight, self.width, 1)?;
         check.input("bias", &tensors.bias, self.width, 1)?;
         check.output("y", &tensors.y, size, 1)?;
@@ -142,11 +159,12 @@ impl Shape {
         let home = check.disjoint(&[("y", "x"), ("sum", "x"), ("sum", "residual")])?;
 
         let residual = tensors.residual.as_ref();
-        Ok(Launch::new(
-            (
-                FAMILY,
-                kernel_for::<T>(for_each_type!("layer_norm_forward")),
-            ),
+        let kernel = kernel_for::<T>(match dropout {
+            None => for_each_type!("layer_norm_forward"),
+            Some(_) => for_each_type!("layer_norm_forward_dropout"),
+        });
+        let launch = Launch::new(
+            (FAMILY, kernel),
             [blocks("rows", self.rows, self.rows_per_block())?, 1, 1],
             [THREADS, 1, 1],
             0,
@@ -165,7 +183,11 @@ impl Shape {
                 Arg::I32(self.warps_per_row() as i32),
                 Arg::F32(tensors.epsilon),
             ],
-        ))
+        );
+        Ok(match dropout {
+            None => launch,
+            Some(_) => launch.and(dropout_args(dropout)),
+        })
     }
 
     /// ds ← dy; dweight and dbias are added to: two launches. Errors: those of [`plan_backward`](Self::plan_backward)
@@ -196,6 +218,12 @@ impl Shape {
             check.input("dsum", dsum, size, 1)?;
         }
         check.output("ds", &tensors.ds, size, 1)?;
+        let summand = tensors.summand.as_ref();
+        if let Some(summand) = summand {
+            check.output("summand", &summand.gradient, size, 1)?;
+        }
+        let dropout = summand.map(|summand| &summand.dropout);
+        self.elements().check_dropout(&mut check, dropout)?;
         check.output("dweight", &tensors.dweight, self.width, 1)?;
         check.output("dbias", &tensors.dbias, self.width, 1)?;
         check.workspace("workspace", &tensors.workspace, workspace)?;
@@ -204,11 +232,12 @@ impl Shape {
         let blocks = self.backward_blocks()?;
         let partial = tensors.workspace.span();
         let width = Arg::I32(self.width as i32);
-        let rows = Launch::new(
-            (
-                FAMILY,
-                kernel_for::<T>(for_each_type!("layer_norm_backward")),
-            ),
+        let kernel = kernel_for::<T>(match dropout {
+            None => for_each_type!("layer_norm_backward"),
+            Some(_) => for_each_type!("layer_norm_backward_dropout"),
+        });
+        let mut rows = Launch::new(
+            (FAMILY, kernel),
             [blocks, 1, 1],
             [THREADS, 1, 1],
             0,
@@ -227,6 +256,11 @@ impl Shape {
                 Arg::I32(self.warps_per_row() as i32),
             ],
         );
+        if let Some(summand) = summand {
+            rows = rows
+                .and([Arg::Output(summand.gradient.span())])
+                .and(dropout_args(dropout));
+        }
         let sums = Launch::new(
             (FAMILY, "layer_norm_reduce"),
             [(2 * self.width).div_ceil(REDUCE_COLUMNS) as u32, 1, 1],
@@ -242,6 +276,13 @@ impl Shape {
             ],
         );
         Ok([rows, sums])
+    }
+
+    fn elements(&self) -> elementwise::Shape {
+        elementwise::Shape {
+            rows: self.rows,
+            width: self.width,
+        }
     }
 
     fn warps_per_row(&self) -> usize {

@@ -109,6 +109,7 @@ impl<D: Device> On<'_, D> {
             dy: self.input(&dy, x.len())?,
             dsum: None,
             ds: self.output(&mut ds, x.len())?,
+            summand: None,
             dweight: self.output(&mut dweight, width)?,
             dbias: self.output(&mut dbias, width)?,
             workspace: self.output(&mut workspace, shape.workspace()?)?,

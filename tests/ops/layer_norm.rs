@@ -1,4 +1,5 @@
-use dtmem::ops::{Arg, Error, layer_norm};
+use dtmem::ops::{Arg, Error, elementwise, layer_norm};
+use dtmem_reference::dropout::{self, Mask};
 use half::{bf16, f16};
 use ndarray::{Array1, Array2};
 use proptest::prelude::*;
@@ -19,9 +20,27 @@ fn check_layer_norm<T: Number>(
     let [x, residual, dy, dsum] = [(); 4].map(|()| draw::<T, _>(&mut random, (rows, width)));
     let [weight, bias] = [(); 2].map(|()| draw::<T, _>(&mut random, width));
     let [mut dweight, mut dbias] = [(); 2].map(|()| draw::<f32, _>(&mut random, width));
+    // A share whose factor is exact.
+    let mask = Mask::new(seed, random.random(), random.random(), 0.5).unwrap();
+    let with_dropout = with_residual && width.is_multiple_of(4);
+    let drop = |x: &mut Array2<f64>| {
+        if with_dropout {
+            dropout::apply(mask, 0, x.as_slice_mut().unwrap()).unwrap();
+        }
+    };
     let s = match with_residual {
-        true => (&x + &residual).map(|&sum| T::round(sum).widen()),
+        true => {
+            let mut dropped = residual.clone();
+            drop(&mut dropped);
+            (&x + &dropped).map(|&sum| T::round(sum).widen())
+        }
         false => x.clone(),
+    };
+    let step = machine.upload(&[mask.step]);
+    let dropout = || elementwise::Dropout {
+        mask: Mask { step: 0, ..mask }, // the one in device memory counts
+        step: machine.input(&step),
+        origins: None,
     };
 
     let shape = layer_norm::Shape { rows, width };
@@ -33,6 +52,7 @@ fn check_layer_norm<T: Number>(
         x: machine.input(&x_memory),
         residual: with_residual.then(|| layer_norm::Residual {
             residual: machine.input(&residual_memory),
+            dropout: with_dropout.then(dropout),
             sum: machine.output(&mut sum_memory),
         }),
         weight: machine.input(&weight_memory),
@@ -51,6 +71,7 @@ fn check_layer_norm<T: Number>(
     let mut dy_memory = machine.numbers::<T, _>(&dy);
     let dsum_memory = machine.numbers::<T, _>(&dsum);
     let mut workspace = machine.scratch::<f32>(shape.workspace().unwrap());
+    let mut of_residual_memory = machine.scratch::<T>(rows * width);
     let ds = machine.output(&mut dy_memory);
     let backward = layer_norm::Backward {
         s: machine.input(if with_residual {
@@ -64,6 +85,10 @@ fn check_layer_norm<T: Number>(
         dy: ds.as_input(),
         dsum: with_residual.then(|| machine.input(&dsum_memory)),
         ds,
+        summand: with_dropout.then(|| layer_norm::Summand {
+            dropout: dropout(),
+            gradient: machine.output(&mut of_residual_memory),
+        }),
         dweight: machine.output(&mut dweight_memory),
         dbias: machine.output(&mut dbias_memory),
         workspace: machine.output(&mut workspace),
@@ -102,6 +127,11 @@ fn check_layer_norm<T: Number>(
     }
     assert_close("y", &machine.download(&y_memory), &y, T::TOLERANCE);
     assert_close("ds", &machine.download(&dy_memory), &ds, T::TOLERANCE);
+    if with_dropout {
+        drop(&mut ds);
+        let found = machine.download(&of_residual_memory);
+        assert_close("of the residual", &found, &ds, T::TOLERANCE);
+    }
     // A mean, or a sum over rows, can cancel.
     let norm = |x: &Array2<f64>| x.iter().map(|x| x * x).sum::<f64>().sqrt();
     for (name, memory, reference, scale) in [
@@ -165,6 +195,7 @@ fn forward() -> layer_norm::Forward<'static, bf16> {
         x: tensor(0x10000, ROWS * WIDTH),
         residual: Some(layer_norm::Residual {
             residual: tensor(0x20000, ROWS * WIDTH),
+            dropout: None,
             sum: target(0x30000, ROWS * WIDTH),
         }),
         weight: tensor(0x40000, WIDTH),
@@ -185,6 +216,7 @@ fn backward() -> layer_norm::Backward<'static, bf16> {
         dy: tensor(0x50000, ROWS * WIDTH),
         dsum: None,
         ds: target(0x60000, ROWS * WIDTH),
+        summand: None,
         dweight: target(0x70000, WIDTH),
         dbias: target(0x80000, WIDTH),
         workspace: target(0x90000, SHAPE.workspace().unwrap()),

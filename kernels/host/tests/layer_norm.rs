@@ -6,7 +6,8 @@ use common::{
     Random, Storage, assert_close, assert_every_barrier_is_needed, assert_near, in_every_order,
     norm, upload,
 };
-use dtmem_host::{Arg, Executor, Launch, Result, View};
+use dtmem_host::{Arg, Buffer, Executor, Launch, Result, View};
+use dtmem_reference::dropout::{self, Mask};
 use dtmem_reference::layer_norm;
 use half::{bf16, f16};
 use ndarray::{Array1, Array2, Axis};
@@ -23,6 +24,8 @@ fn warps_per_row(width: usize) -> u32 {
 struct Case {
     x: Array2<f64>,
     residual: Option<Array2<f64>>,
+    /// Of the residual, and the origin of each row.
+    mask: Option<(Mask, Vec<i32>)>,
     weight: Array1<f64>,
     bias: Array1<f64>,
     dy: Array2<f64>,
@@ -38,26 +41,70 @@ impl Case {
             with_residual.then(&mut array),
             with_residual.then(&mut array),
         );
+        let [weight, bias] = [(); 2].map(|()| random.array::<T, _>(width));
+        let mask =
+            (with_residual && width.is_multiple_of(4) && !seed.is_multiple_of(4)).then(|| {
+                // A share whose factor is exact.
+                let mask =
+                    Mask::new(seed, random.bits() as u32, random.bits() as u32, 0.5).unwrap();
+                let origins = (0..rows).map(|_| (random.bits() as i32) & i32::MAX);
+                (mask, origins.collect())
+            });
         Self {
             x: x.map(|&x| T::round(x).widen()),
             residual,
+            mask,
             dy,
             dsum,
-            weight: random.array::<T, _>(width),
-            bias: random.array::<T, _>(width),
+            weight,
+            bias,
         }
+    }
+
+    fn drop(&self, x: &mut Array2<f64>) {
+        let Some((mask, origins)) = &self.mask else {
+            return;
+        };
+        let width = x.ncols() as u64;
+        for (mut row, &origin) in x.rows_mut().into_iter().zip(origins) {
+            let row = row.as_slice_mut().unwrap();
+            dropout::apply(*mask, origin as u64 * width, row).unwrap();
+        }
+    }
+
+    /// In device memory: step and origins of the mask.
+    fn upload_mask(&self, executor: &Executor) -> Option<(Buffer<u32>, Buffer<i32>)> {
+        let (mask, origins) = self.mask.as_ref()?;
+        Some((executor.upload(&[mask.step]), executor.upload(origins)))
+    }
+
+    /// The kernel's name behind the pass, and what it takes of the mask: step, origins, seed, site, threshold, scale.
+    fn mask_args(&self, memory: &Option<(Buffer<u32>, Buffer<i32>)>) -> (&'static str, Vec<Arg>) {
+        let (Some((mask, _)), Some((step, origins))) = (&self.mask, memory) else {
+            return ("", Vec::new());
+        };
+        let args = [
+            Arg::Input(step.view()),
+            Arg::Input(origins.view()),
+            Arg::U64(mask.seed),
+            Arg::U32(mask.site),
+            Arg::U32(mask.threshold),
+            Arg::F32(mask.scale() as f32),
+        ];
+        ("dropout_", args.to_vec())
     }
 
     fn dim(&self) -> (usize, usize) {
         self.x.dim()
     }
 
-    /// x + residual as the storage type holds it.
+    /// x + dropout(residual) as the storage type holds it.
     fn sum<T: Storage>(&self) -> Array2<f64> {
-        match &self.residual {
-            Some(residual) => (&self.x + residual).map(|&sum| T::round(sum).widen()),
-            None => self.x.clone(),
-        }
+        let Some(mut residual) = self.residual.clone() else {
+            return self.x.clone();
+        };
+        self.drop(&mut residual);
+        (&self.x + &residual).map(|&sum| T::round(sum).widen())
     }
 }
 
@@ -85,29 +132,35 @@ fn forward<T: Storage>(executor: &Executor, case: &Case) -> Result<Forward<T>> {
         .map(|_| executor.scratch::<T>(rows * width));
     let [weight, bias] = [&case.weight, &case.bias].map(|x| upload::<T, _>(executor, x));
     let [mean, rstd] = [(); 2].map(|()| executor.scratch::<f32>(rows));
+    let mask = case.upload_mask(executor);
+    let (masked, mask_args) = case.mask_args(&mask);
     let warps = warps_per_row(width);
     let grid = (rows as u32).div_ceil(8 / warps);
     executor.launch(
-        &format!("layer_norm_forward_{}", T::NAME),
+        &format!("layer_norm_forward_{masked}{}", T::NAME),
         Launch::new([grid, 1, 1], [THREADS, 1, 1]),
         &[
-            Arg::Input(x.view()),
-            Arg::Input(
-                residual
-                    .as_ref()
-                    .map_or(View::NULL, |residual| residual.view()),
-            ),
-            Arg::Input(weight.view()),
-            Arg::Input(bias.view()),
-            Arg::Output(sum.as_ref().map_or(View::NULL, |sum| sum.view())),
-            Arg::Output(y.view()),
-            Arg::Output(mean.view()),
-            Arg::Output(rstd.view()),
-            Arg::I32(rows as i32),
-            Arg::I32(width as i32),
-            Arg::I32(warps as i32),
-            Arg::F32(EPSILON as f32),
-        ],
+            &[
+                Arg::Input(x.view()),
+                Arg::Input(
+                    residual
+                        .as_ref()
+                        .map_or(View::NULL, |residual| residual.view()),
+                ),
+                Arg::Input(weight.view()),
+                Arg::Input(bias.view()),
+                Arg::Output(sum.as_ref().map_or(View::NULL, |sum| sum.view())),
+                Arg::Output(y.view()),
+                Arg::Output(mean.view()),
+                Arg::Output(rstd.view()),
+                Arg::I32(rows as i32),
+                Arg::I32(width as i32),
+                Arg::I32(warps as i32),
+                Arg::F32(EPSILON as f32),
+            ][..],
+            &mask_args,
+        ]
+        .concat(),
     )?;
     Ok(Forward {
         sum: sum.map(|sum| sum.download()),
@@ -154,6 +207,8 @@ fn check_forward<T: Storage>(rows: usize, width: usize, with_residual: bool, see
 #[derive(Debug, PartialEq)]
 struct Backward<T> {
     ds: Vec<T>,
+    /// With dropout.
+    of_residual: Option<Vec<T>>,
     dweight: Vec<f32>,
     dbias: Vec<f32>,
 }
@@ -179,23 +234,34 @@ fn backward<T: Storage>(
     let [mean, rstd, dweight, dbias] =
         [&mean, &rstd, &before.dweight, &before.dbias].map(|x| upload::<f32, _>(executor, x));
     let ds = executor.scratch::<T>(rows * width);
+    let mask = case.upload_mask(executor);
+    let (masked, mask_args) = case.mask_args(&mask);
+    let of_residual = mask.as_ref().map(|_| executor.scratch::<T>(rows * width));
     let partial = executor.scratch::<f32>(2 * blocks as usize * width);
     executor.launch(
-        &format!("layer_norm_backward_{}", T::NAME),
+        &format!("layer_norm_backward_{masked}{}", T::NAME),
         Launch::new([blocks, 1, 1], [THREADS, 1, 1]),
         &[
-            Arg::Input(s.view()),
-            Arg::Input(weight.view()),
-            Arg::Input(mean.view()),
-            Arg::Input(rstd.view()),
-            Arg::Input(dy.view()),
-            Arg::Input(dsum.as_ref().map_or(View::NULL, |dsum| dsum.view())),
-            Arg::Output(ds.view()),
-            Arg::Output(partial.view()),
-            Arg::I32(rows as i32),
-            Arg::I32(width as i32),
-            Arg::I32(warps_per_row(width) as i32),
-        ],
+            &[
+                Arg::Input(s.view()),
+                Arg::Input(weight.view()),
+                Arg::Input(mean.view()),
+                Arg::Input(rstd.view()),
+                Arg::Input(dy.view()),
+                Arg::Input(dsum.as_ref().map_or(View::NULL, |dsum| dsum.view())),
+                Arg::Output(ds.view()),
+                Arg::Output(partial.view()),
+                Arg::I32(rows as i32),
+                Arg::I32(width as i32),
+                Arg::I32(warps_per_row(width) as i32),
+            ][..],
+            &of_residual
+                .iter()
+                .map(|x| Arg::Output(x.view()))
+                .collect::<Vec<_>>(),
+            &mask_args,
+        ]
+        .concat(),
     )?;
     executor.launch(
         "layer_norm_reduce",
@@ -210,6 +276,7 @@ fn backward<T: Storage>(
     )?;
     Ok(Backward {
         ds: ds.download(),
+        of_residual: of_residual.map(|x| x.download()),
         dweight: dweight.download(),
         dbias: dbias.download(),
     })
@@ -246,8 +313,12 @@ fn check_backward<T: Storage>(
         ds += dsum;
     }
     // With two columns nothing is left of the gradient but rounding.
-    let g = (&case.dy * &case.weight) * &rstd.insert_axis(Axis(1));
-    assert_near("ds", &run.ds, &ds, T::TOLERANCE, norm(g));
+    let g = norm((&case.dy * &case.weight) * &rstd.insert_axis(Axis(1)));
+    assert_near("ds", &run.ds, &ds, T::TOLERANCE, g);
+    if let Some(of_residual) = &run.of_residual {
+        case.drop(&mut ds);
+        assert_near("of the residual", of_residual, &ds, T::TOLERANCE, g);
+    }
     assert_close("dweight", &run.dweight, &gradients.dweight, f32::TOLERANCE);
     assert_close("dbias", &run.dbias, &gradients.dbias, f32::TOLERANCE);
 }

@@ -6,7 +6,7 @@ use rayon::prelude::*;
 use super::adapters::draw;
 use super::views::{front, front_mut, matrix, matrix_mut, named};
 use super::{Cpu, ELEMENTS};
-use crate::backend::{Activation, Dropped, ElementwiseOps, Result};
+use crate::backend::{Activation, Buffers, Dropped, ElementwiseOps, Result};
 use crate::batch::PackedBatch;
 
 impl<T: Scalar> ElementwiseOps for Cpu<T> {
@@ -50,26 +50,52 @@ impl<T: Scalar> ElementwiseOps for Cpu<T> {
             })
     }
 
-    fn dropout(&self, dropout: Dropped<PackedBatch>, width: usize, x: &mut Vec<T>) -> Result<()> {
+    fn dropout(
+        &self,
+        dropout: Dropped<PackedBatch>,
+        width: usize,
+        x: Option<&Vec<T>>,
+        y: &mut Vec<T>,
+    ) -> Result<()> {
         const NAME: &str = "dropout";
+        let len = dropout.batch.tokens() * width;
+        if let Some(x) = x {
+            self.copy(x, y, 0, len)?;
+        }
         let rows = ELEMENTS.div_ceil(width.max(1));
-        front_mut(NAME, x, dropout.batch.tokens() * width)?
+        front_mut(NAME, y, len)?
             .par_chunks_mut(rows * width.max(1))
             .enumerate()
-            .try_for_each(|(index, x)| draw(NAME, dropout, index * rows, width, x))
+            .try_for_each(|(index, y)| draw(NAME, dropout, index * rows, width, y))
     }
 
-    fn add(&self, len: usize, x: &Vec<T>, y: &Vec<T>, out: &mut Vec<T>) -> Result<()> {
-        front_mut("add", out, len)?
-            .par_chunks_mut(ELEMENTS)
-            .zip(front("add", x, len)?.par_chunks(ELEMENTS))
-            .zip(front("add", y, len)?.par_chunks(ELEMENTS))
-            .for_each(|((out, x), y)| {
-                for ((out, &x), &y) in out.iter_mut().zip(x).zip(y) {
-                    *out = x + y;
+    fn add(
+        &self,
+        rows: usize,
+        width: usize,
+        x: &Vec<T>,
+        y: &Vec<T>,
+        dropout: Option<Dropped<PackedBatch>>,
+        out: &mut Vec<T>,
+    ) -> Result<()> {
+        const NAME: &str = "add";
+        let (len, rows) = (rows * width, ELEMENTS.div_ceil(width.max(1)));
+        let piece = rows * width.max(1);
+        front_mut(NAME, out, len)?
+            .par_chunks_mut(piece)
+            .zip(front(NAME, x, len)?.par_chunks(piece))
+            .zip(front(NAME, y, len)?.par_chunks(piece))
+            .enumerate()
+            .try_for_each(|(index, ((out, x), y))| {
+                out.copy_from_slice(y);
+                if let Some(dropout) = dropout {
+                    draw(NAME, dropout, index * rows, width, out)?;
                 }
-            });
-        Ok(())
+                for (out, &x) in out.iter_mut().zip(x) {
+                    *out = x + *out;
+                }
+                Ok(())
+            })
     }
 
     fn add_assign(&self, len: usize, y: &Vec<T>, x: &mut Vec<T>) -> Result<()> {

@@ -8,7 +8,7 @@ use rayon::prelude::*;
 
 use super::Cpu;
 use super::views::{front, front_mut, matrix, matrix_mut, named, part};
-use crate::backend::{ElementwiseOps, LayerNorm, LayerNormOps, Residual, Result};
+use crate::backend::{ElementwiseOps, LayerNorm, LayerNormOps, Residual, Result, SummandGradient};
 
 impl<T: Scalar> LayerNormOps for Cpu<T> {
     fn layer_norm(
@@ -17,14 +17,18 @@ impl<T: Scalar> LayerNormOps for Cpu<T> {
         norm: &LayerNorm,
         parameters: &Vec<T>,
         x: &Vec<T>,
-        residual: Option<Residual<Vec<T>>>,
+        residual: Option<Residual<Self>>,
         y: &mut Vec<T>,
         statistics: &mut Vec<T>,
     ) -> Result<()> {
         const NAME: &str = "layer_norm";
         let x = match residual {
-            Some(Residual { summand, sum }) => {
-                self.add(rows * norm.width, x, summand, sum)?;
+            Some(Residual {
+                summand,
+                dropout,
+                sum,
+            }) => {
+                self.add(rows, norm.width, x, summand, dropout, sum)?;
                 sum
             }
             None => x,
@@ -56,6 +60,7 @@ impl<T: Scalar> LayerNormOps for Cpu<T> {
         grad_y: &Vec<T>,
         grad_x: &mut Vec<T>,
         accumulate: bool,
+        summand: Option<SummandGradient<Self>>,
         gradients: &mut Vec<T>,
     ) -> Result<()> {
         const NAME: &str = "layer_norm_backward";
@@ -93,6 +98,9 @@ impl<T: Scalar> LayerNormOps for Cpu<T> {
                 }
                 Ok(())
             })?;
+        if let Some(SummandGradient { dropout, gradient }) = summand {
+            self.dropout(dropout, width, Some(grad_x), gradient)?;
+        }
         if norm.trainable {
             partials.add_to(NAME, gradients, &[norm.weight, norm.bias])?;
         }

@@ -51,36 +51,45 @@ impl<D: Device, T: Compute> ElementwiseOps for Gpu<D, T> {
         &self,
         dropout: Dropped<Self::Batch>,
         width: usize,
-        x: &mut Self::Buffer,
+        x: Option<&Self::Buffer>,
+        y: &mut Self::Buffer,
     ) -> Result<()> {
         let _range = range("dropout");
-        let (device, batch) = (&self.device, dropout.batch);
-        let shape = elementwise::Shape {
-            rows: batch.tokens,
-            width,
-        };
-        let tensors = elementwise::Forward {
+        let device = &self.device;
+        let rows = dropout.batch.tokens;
+        let all = 0..rows * width;
+        let mut tensors = elementwise::Forward {
             dropout: Some(self.mask(dropout)?),
-            ..nothing(x.write(device, 0..batch.tokens * width)?)
+            ..nothing(y.write(device, all.clone())?)
         };
-        Ok(shape.forward(device, tensors)?)
+        if let Some(x) = x {
+            tensors.x = x.read(device, all)?;
+        }
+        Ok(elementwise::Shape { rows, width }.forward(device, tensors)?)
     }
 
     fn add(
         &self,
-        len: usize,
+        rows: usize,
+        width: usize,
         x: &Self::Buffer,
         y: &Self::Buffer,
+        dropout: Option<Dropped<Self::Batch>>,
         out: &mut Self::Buffer,
     ) -> Result<()> {
         let _range = range("add");
         let device = &self.device;
+        let all = 0..rows * width;
         let tensors = elementwise::Forward {
-            x: x.read(device, 0..len)?,
-            residual: Some(y.read(device, 0..len)?),
-            ..nothing(out.write(device, 0..len)?)
+            x: y.read(device, all.clone())?,
+            dropout: match dropout {
+                Some(dropout) => Some(self.mask(dropout)?),
+                None => None,
+            },
+            residual: Some(x.read(device, all.clone())?),
+            ..nothing(out.write(device, all)?)
         };
-        Ok(flat(len).forward(device, tensors)?)
+        Ok(elementwise::Shape { rows, width }.forward(device, tensors)?)
     }
 
     fn add_assign(&self, len: usize, y: &Self::Buffer, x: &mut Self::Buffer) -> Result<()> {

@@ -2,7 +2,7 @@
 
 use super::Gpu;
 use super::device::{Compute, Device};
-use crate::backend::{LayerNorm, LayerNormOps, Residual, Result, range};
+use crate::backend::{LayerNorm, LayerNormOps, Residual, Result, SummandGradient, range};
 use crate::ops::layer_norm;
 
 impl<D: Device, T: Compute> LayerNormOps for Gpu<D, T> {
@@ -12,7 +12,7 @@ impl<D: Device, T: Compute> LayerNormOps for Gpu<D, T> {
         norm: &LayerNorm,
         parameters: &Self::Buffer,
         x: &Self::Buffer,
-        residual: Option<Residual<Self::Buffer>>,
+        residual: Option<Residual<Self>>,
         y: &mut Self::Buffer,
         statistics: &mut Self::Buffer,
     ) -> Result<()> {
@@ -25,8 +25,16 @@ impl<D: Device, T: Compute> LayerNormOps for Gpu<D, T> {
         let tensors = layer_norm::Forward {
             x: x.read(device, all.clone())?,
             residual: match residual {
-                Some(Residual { summand, sum }) => Some(layer_norm::Residual {
+                Some(Residual {
+                    summand,
+                    dropout,
+                    sum,
+                }) => Some(layer_norm::Residual {
                     residual: summand.read(device, all.clone())?,
+                    dropout: match dropout {
+                        Some(dropout) => Some(self.mask(dropout)?),
+                        None => None,
+                    },
                     sum: sum.write(device, all.clone())?,
                 }),
                 None => None,
@@ -55,6 +63,7 @@ impl<D: Device, T: Compute> LayerNormOps for Gpu<D, T> {
         grad_y: &Self::Buffer,
         grad_x: &mut Self::Buffer,
         accumulate: bool,
+        summand: Option<SummandGradient<Self>>,
         gradients: &mut Self::Buffer,
     ) -> Result<()> {
         let _range = range("layer_norm_backward");
@@ -87,9 +96,16 @@ impl<D: Device, T: Compute> LayerNormOps for Gpu<D, T> {
             weight: parameters.read(device, norm.weight.range())?,
             mean: statistics.read_exact(device, 0..rows)?,
             rstd: statistics.read_exact(device, rows..2 * rows)?,
-            dy: grad_y.read(device, all)?,
+            dy: grad_y.read(device, all.clone())?,
             dsum: accumulate.then(|| ds.as_input()),
             ds,
+            summand: match summand {
+                Some(SummandGradient { dropout, gradient }) => Some(layer_norm::Summand {
+                    dropout: self.mask(dropout)?,
+                    gradient: gradient.write(device, all)?,
+                }),
+                None => None,
+            },
             dweight,
             dbias,
             workspace,
