@@ -613,6 +613,9 @@ pub fn bench(arguments: &Bench) -> Result<ExitCode> {
     let report = dtmem::bench::run(arguments.device, &arguments.filter, &mut |row| {
         println!("{row}");
     })?;
+    for comparison in report.comparisons() {
+        println!("both versions: {comparison}");
+    }
     if let Some(file) = &arguments.json {
         let json = serde_json::to_string(&report)? + "\n";
         std::fs::write(file, json)

@@ -15,7 +15,7 @@ use dtmem::model::{
     Model, ModelConfig, OptimiserStep, OrderKind, Spaces, StepMetrics, StrengthKind,
     SupervisedPart, SupervisionConfig, Training,
 };
-use dtmem::ops::Error;
+use dtmem::ops::{Error, Version};
 use dtmem_host::{Executor, Order};
 use dtmem_reference::attention::Denominator;
 use half::{bf16, f16};
@@ -237,14 +237,14 @@ fn train<B: Backend<Element = f32>>(
 
 /// Steps on the GPU backend follow those of the CPU.
 fn check_training<D: Device, T: Compute>(
-    device: D,
+    backend: Gpu<D, T>,
     config: &ModelConfig,
     spaces: &Spaces,
     supervision: Option<SupervisionConfig>,
     limit: f64,
 ) {
     let (expected, _) = train(Cpu::new(), config, spaces, supervision.clone(), 10);
-    let (found, _) = train(Gpu::<D, T>::new(device), config, spaces, supervision, 10);
+    let (found, _) = train(backend, config, spaces, supervision, 10);
     for (step, (found, expected)) in found.iter().zip(&expected).enumerate() {
         for (what, found, expected) in [
             ("loss", found.loss, expected.loss),
@@ -333,10 +333,45 @@ fn cases() -> [Case; 7] {
     ]
 }
 
+/// A model with heads, and one with a memory, for which there are versions for Hopper.
+fn cases_for_hopper() -> [Case; 2] {
+    let wide = ModelConfig {
+        width: 128,
+        heads: 2,
+        ..tuner(FrontEnd::Linear)
+    };
+    [(wide, Some(supervision())), (decision(), Some(recall()))]
+}
+
+#[test]
+fn steps_by_the_versions_for_hopper_follow_the_cpus() {
+    for (config, supervision) in cases_for_hopper() {
+        let backend = Gpu::<_, bf16>::new(HostDevice::default()).with_version(Version::Hopper);
+        check_training(backend, &config, &grid(), supervision, 5e-2);
+    }
+}
+
+#[test]
+fn steps_by_the_versions_for_hopper_on_a_gpu_follow_the_cpus() {
+    on_gpu(|| {
+        for (config, supervision) in cases_for_hopper() {
+            let device = CudaDevice::new(0, Multiply::Exact).unwrap();
+            let backend = Gpu::<_, bf16>::new(device).with_version(Version::Hopper);
+            check_training(backend, &config, &grid(), supervision, 5e-2);
+        }
+    });
+}
+
 #[test]
 fn steps_in_f32_follow_the_cpus() {
     for (config, supervision) in cases() {
-        check_training::<_, f32>(HostDevice::default(), &config, &grid(), supervision, 1e-3);
+        check_training(
+            Gpu::<_, f32>::new(HostDevice::default()),
+            &config,
+            &grid(),
+            supervision,
+            1e-3,
+        );
     }
 }
 
@@ -344,22 +379,52 @@ fn steps_in_f32_follow_the_cpus() {
 fn steps_of_several_families_follow_the_cpus() {
     let host = HostDevice::default;
     let tuner = tuner(FrontEnd::Convolution);
-    check_training::<_, f32>(host(), &tuner, &several(), Some(supervision()), 1e-3);
-    check_training::<_, f32>(host(), &decision(), &all_kinds(), None, 1e-3);
-    check_training::<_, bf16>(host(), &decision(), &all_kinds(), None, 5e-2);
+    check_training(
+        Gpu::<_, f32>::new(host()),
+        &tuner,
+        &several(),
+        Some(supervision()),
+        1e-3,
+    );
+    check_training(
+        Gpu::<_, f32>::new(host()),
+        &decision(),
+        &all_kinds(),
+        None,
+        1e-3,
+    );
+    check_training(
+        Gpu::<_, bf16>::new(host()),
+        &decision(),
+        &all_kinds(),
+        None,
+        5e-2,
+    );
 }
 
 #[test]
 fn steps_in_bf16_follow_the_cpus() {
     for (config, supervision) in cases() {
-        check_training::<_, bf16>(HostDevice::default(), &config, &grid(), supervision, 5e-2);
+        check_training(
+            Gpu::<_, bf16>::new(HostDevice::default()),
+            &config,
+            &grid(),
+            supervision,
+            5e-2,
+        );
     }
 }
 
 #[test]
 fn steps_in_f16_follow_the_cpus() {
     for (config, supervision) in cases() {
-        check_training::<_, f16>(HostDevice::default(), &config, &grid(), supervision, 1e-2);
+        check_training(
+            Gpu::<_, f16>::new(HostDevice::default()),
+            &config,
+            &grid(),
+            supervision,
+            1e-2,
+        );
     }
 }
 
@@ -573,11 +638,29 @@ fn steps_on_a_gpu_follow_the_cpus() {
     on_gpu(|| {
         for (config, supervision) in cases() {
             let exact = CudaDevice::new(0, Multiply::Exact).unwrap();
-            check_training::<_, f32>(exact, &config, &grid(), supervision.clone(), 1e-3);
+            check_training(
+                Gpu::<_, f32>::new(exact),
+                &config,
+                &grid(),
+                supervision.clone(),
+                1e-3,
+            );
             let narrow = CudaDevice::new(0, Multiply::Exact).unwrap();
-            check_training::<_, bf16>(narrow, &config, &grid(), supervision.clone(), 5e-2);
+            check_training(
+                Gpu::<_, bf16>::new(narrow),
+                &config,
+                &grid(),
+                supervision.clone(),
+                5e-2,
+            );
             let narrow = CudaDevice::new(0, Multiply::Exact).unwrap();
-            check_training::<_, f16>(narrow, &config, &grid(), supervision, 1e-2);
+            check_training(
+                Gpu::<_, f16>::new(narrow),
+                &config,
+                &grid(),
+                supervision,
+                1e-2,
+            );
         }
     });
 }

@@ -18,7 +18,7 @@ mkdir -p "$1/programs" || exit 2
 out=$(cd "$1" && pwd)
 cd "$(dirname "$0")" || exit 2
 here=$PWD
-rm -rf "$out"/{summary.*,bench.json,peers.jsonl,logs}
+rm -rf "$out"/{summary.*,versions.txt,bench.json,peers.jsonl,logs}
 mkdir "$out/logs"
 
 # Seconds that all parts have.
@@ -97,6 +97,8 @@ gpu_tests() {
         echo 'tests were skipped although there is a GPU'
         return 1
     fi
+    # Versions for Hopper that this GPU cannot run: on an H100 or H200 a thing to look into.
+    grep '^not run:' "$log" | sort | uniq --count
     return "$code"
 }
 part_tests-ops() { gpu_tests ops gpu; }
@@ -255,6 +257,10 @@ escaped() { sed 's/\\/\\\\/g; s/"/\\"/g; s/\t/ /g' <<< "$1" | tr -d '\000-\037';
 } > "$out/summary.json"
 
 echo
+grep '^both versions: ' "$out/logs/bench.log" | sed 's/^both versions: //' > "$out/versions.txt"
+if [[ -s $out/versions.txt ]]; then
+    { echo; cat "$out/versions.txt"; } >> "$out/summary.txt"
+fi
 cat "$out/summary.txt"
 echo
 echo "logs: $out/logs; $out/summary.json"

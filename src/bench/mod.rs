@@ -24,7 +24,7 @@ use crate::train::device::DeviceChoice;
 pub use ceilings::Ceilings;
 pub use operations::Operation;
 use place::{CpuPlace, Place};
-pub use report::{Outcome, Report, Row, run};
+pub use report::{Comparison, Outcome, Report, Row, run};
 
 /// Why something could not be timed.
 #[derive(Debug, Error)]
@@ -176,6 +176,9 @@ pub struct Cost {
     pub bytes: f64,
 }
 
+/// What the name of an operation ends with by the version for Hopper.
+const FOR_HOPPER: &str = "_hopper";
+
 /// An entry of the table.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Entry {
@@ -190,7 +193,7 @@ pub struct Entry {
 impl Entry {
     /// `operation`, or `operation_hopper`.
     pub fn operation_name(&self) -> String {
-        let version = if self.for_hopper { "_hopper" } else { "" };
+        let version = if self.for_hopper { FOR_HOPPER } else { "" };
         format!("{}{version}", self.operation.name())
     }
 

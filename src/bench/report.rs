@@ -4,7 +4,7 @@ use std::fmt;
 
 use serde::Serialize;
 
-use super::{Case, Ceilings, Cost, Entry, Result, Visit, each};
+use super::{Case, Ceilings, Cost, Entry, FOR_HOPPER, Result, Visit, each};
 use crate::train::device::DeviceChoice;
 
 /// One case on one device.
@@ -101,6 +101,56 @@ pub struct Report {
     pub ceilings: Vec<(String, Ceilings)>,
     /// In the order of the table.
     pub rows: Vec<Row>,
+}
+
+/// One case by both versions, on one device.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Comparison<'a> {
+    /// The row of every GPU's version.
+    pub row: &'a Row,
+    /// Median of one run by that version, and by the one for Hopper.
+    pub seconds: [f64; 2],
+}
+
+impl fmt::Display for Comparison<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        let name = format!("{}/{}", self.row.operation, self.row.scale);
+        let [portable, hopper] = self.seconds;
+        write!(
+            f,
+            "{name:<32} {:>11.4} ms, by the version for Hopper {:>11.4} ms: {:.2} times as fast",
+            1e3 * portable,
+            1e3 * hopper,
+            portable / hopper,
+        )
+    }
+}
+
+impl Report {
+    /// What was timed by both versions.
+    pub fn comparisons(&self) -> impl Iterator<Item = Comparison<'_>> {
+        self.rows.iter().filter_map(|row| {
+            let name = format!("{}{FOR_HOPPER}", row.operation);
+            let same = |other: &&Row| {
+                (&other.operation, other.scale, &other.device) == (&name, row.scale, &row.device)
+            };
+            let hopper = self.rows.iter().find(same)?;
+            match (&row.outcome, &hopper.outcome) {
+                (
+                    Outcome::Timed {
+                        seconds: portable, ..
+                    },
+                    Outcome::Timed {
+                        seconds: hopper, ..
+                    },
+                ) => Some(Comparison {
+                    row,
+                    seconds: [*portable, *hopper],
+                }),
+                _ => None,
+            }
+        })
+    }
 }
 
 /// Seconds after which nothing new is begun.

@@ -73,8 +73,14 @@ impl Launcher for Device<'_> {
         self.on.launch(launch)
     }
 
+    /// Says past the test's captured output which launches are not tested here.
     fn can_launch(&self, launch: &ops::Launch<'_>) -> Result<bool> {
-        self.on.can_launch(launch)
+        let can = self.on.can_launch(launch)?;
+        if !can {
+            let mut text = std::io::stderr().lock();
+            let _ = writeln!(text, "not run: {} on this GPU", launch.kernel());
+        }
+        Ok(can)
     }
 }
 
