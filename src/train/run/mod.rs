@@ -1,130 +1,29 @@
 //! A whole run: prepare, train, save, evaluate, draw.
 
-use std::path::{Path, PathBuf};
+mod folder;
+mod summary;
+
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use serde::Serialize;
 use tracing::info;
 
 use super::adapters::{AdapterHeader, save_adapter};
 use super::checkpoint::{self, ModelHeader, State, StateHeader};
 use super::config::{Config, OptimiserKind, TrainConfig, validate_spaces};
 use super::data::{Batches, Chosen, Mixture, TrainingData};
-use super::evaluate::{self, Episodes, TaskResult, Validation, wilson};
+use super::evaluate::{self, Episodes};
 use super::finetune::{Adaptation, Base, Method};
-use super::metrics::{Line, MetricsFile, Window, per_second};
+use super::metrics::{Line, MetricsFile, Window};
 use super::schedule::Schedule;
 use super::{Error, plots};
 use crate::backend::Backend;
 use crate::batch::Trajectory;
 use crate::model::{Model, ModelError, OptimiserStep, SupervisedPart, TrainedPart, Training};
 use crate::tasks::{Demonstrations, Split, Task, write_beside};
-
-/// The files of an output folder.
-#[derive(Debug, Clone)]
-pub struct Folder(PathBuf);
-
-impl Folder {
-    /// The files of `path`.
-    pub fn new(path: impl Into<PathBuf>) -> Self {
-        Self(path.into())
-    }
-
-    /// The folder.
-    pub fn path(&self) -> &Path {
-        &self.0
-    }
-
-    /// The configuration with all its defaults.
-    pub fn config(&self) -> PathBuf {
-        self.0.join("config.toml")
-    }
-
-    /// One line per logged step.
-    pub fn metrics(&self) -> PathBuf {
-        self.0.join("metrics.jsonl")
-    }
-
-    /// The parameters by name.
-    pub fn model(&self) -> PathBuf {
-        self.0.join("model.safetensors")
-    }
-
-    /// What a resumed run starts from.
-    pub fn state(&self) -> PathBuf {
-        self.0.join("train_state.safetensors")
-    }
-
-    /// Loss and accuracy against tokens.
-    pub fn curves(&self) -> PathBuf {
-        self.0.join("curves.png")
-    }
-
-    /// The last line on stdout.
-    pub fn summary(&self) -> PathBuf {
-        self.0.join("summary.json")
-    }
-
-    /// One head beside its target.
-    pub fn attention(&self) -> PathBuf {
-        self.0.join("attention.png")
-    }
-
-    /// What a supervised memory recalls beside its target.
-    pub fn recall(&self) -> PathBuf {
-        self.0.join("recall.png")
-    }
-
-    /// An adapter's parameters by name, as PEFT calls the file.
-    pub fn adapter(&self) -> PathBuf {
-        self.0.join("adapter_model.safetensors")
-    }
-
-    /// An adapter's settings, as PEFT calls the file.
-    pub fn adapter_config(&self) -> PathBuf {
-        self.0.join("adapter_config.json")
-    }
-
-    /// Makes a folder for something new.
-    ///
-    /// # Errors
-    /// It holds a run, which is not to be replaced; or the system refuses.
-    pub fn prepare(&self, overwrite: bool) -> Result<(), Error> {
-        if !overwrite && self.is_used() {
-            return Err(Error::Taken(self.0.clone()));
-        }
-        self.clear()?;
-        std::fs::create_dir_all(&self.0).map_err(Error::io("create this folder", &self.0))
-    }
-
-    fn is_used(&self) -> bool {
-        self.files().iter().any(|file| file.exists())
-    }
-
-    fn clear(&self) -> Result<(), Error> {
-        for file in self.files().iter().filter(|file| file.exists()) {
-            std::fs::remove_file(file).map_err(Error::io("remove it", file))?;
-        }
-        Ok(())
-    }
-
-    /// All of them; the state first, so that it never outlives what it belongs to.
-    fn files(&self) -> [PathBuf; 10] {
-        [
-            self.state(),
-            self.model(),
-            self.adapter(),
-            self.adapter_config(),
-            self.metrics(),
-            self.config(),
-            self.curves(),
-            self.attention(),
-            self.recall(),
-            self.summary(),
-        ]
-    }
-}
+pub use folder::Folder;
+use summary::save_summary;
+pub use summary::{Summary, TaskSummary, result_lines, validation_line};
 
 /// What to do about a run that the output folder holds already.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -189,109 +88,6 @@ pub enum Outcome {
         /// Steps done.
         step: u64,
     },
-}
-
-/// The last line on stdout.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct Summary {
-    /// Name of the task; none for demonstrations of one's own, and for several tasks.
-    pub task: Option<String>,
-    /// Share of the episodes of all tasks that ended in success.
-    pub success_rate: Option<f64>,
-    /// Its 95 % interval.
-    pub interval: Option<[f64; 2]>,
-    /// Unseen episodes played.
-    pub episodes: u64,
-    /// Each of several tasks.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub tasks: Vec<TaskSummary>,
-    /// The loss on demonstrations that were kept from learning, of each task that has such.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub validation: Vec<Validation>,
-    /// Optimiser steps behind the model.
-    pub steps: u64,
-    /// Seconds of training (`train`) or of acting (`eval`).
-    pub seconds: f64,
-    /// Tokens of these seconds; none of them is padding.
-    pub real_tokens_per_s: f64,
-    /// Number of parameters.
-    pub parameters: usize,
-    /// How many of them are trained.
-    pub trained_parameters: usize,
-    /// How a base was adapted, and what its own tasks lost by it.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub adaptation: Option<Adaptation>,
-}
-
-/// What one of several tasks came to.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct TaskSummary {
-    /// Its name among the tasks of the run.
-    pub label: String,
-    /// Name of the task.
-    pub task: String,
-    /// Whether it was not trained on.
-    pub held_out: bool,
-    /// Share of its episodes that ended in success.
-    pub success_rate: f64,
-    /// Its 95 % interval.
-    pub interval: [f64; 2],
-    /// About the success rate without memory.
-    pub without_memory: f64,
-    /// Mean return of its episodes.
-    pub mean_return: f64,
-    /// Unseen episodes played.
-    pub episodes: u64,
-}
-
-impl From<&TaskResult> for TaskSummary {
-    fn from(result: &TaskResult) -> Self {
-        let evaluation = &result.evaluation;
-        Self {
-            label: result.label.clone(),
-            task: result.task.name().to_owned(),
-            held_out: result.held_out,
-            success_rate: evaluation.success_rate(),
-            interval: evaluation.interval(),
-            without_memory: result.task.chance(),
-            mean_return: evaluation.mean_return,
-            episodes: evaluation.episodes,
-        }
-    }
-}
-
-impl Summary {
-    /// The summary of a model that was trained or only evaluated for `seconds`, over `tokens`.
-    pub fn new<B: Backend<Element = f32>>(
-        results: &[TaskResult],
-        model: &Model<B>,
-        steps: u64,
-        tokens: u64,
-        seconds: f64,
-    ) -> Self {
-        let sum = |of: fn(&TaskResult) -> u64| results.iter().map(of).sum::<u64>();
-        let episodes = sum(|result| result.evaluation.episodes);
-        let successes = sum(|result| result.evaluation.successes);
-        let (task, tasks) = match results {
-            [] => (None, Vec::new()),
-            [only] => (Some(only.task.name().to_owned()), Vec::new()),
-            several => (None, several.iter().map(TaskSummary::from).collect()),
-        };
-        Self {
-            task,
-            success_rate: (episodes > 0).then(|| successes as f64 / episodes as f64),
-            interval: (episodes > 0).then(|| wilson(successes, episodes)),
-            episodes,
-            tasks,
-            validation: Vec::new(),
-            steps,
-            seconds,
-            real_tokens_per_s: per_second(tokens, seconds),
-            parameters: model.parameter_count(),
-            trained_parameters: model.trained_count(),
-            adaptation: None,
-        }
-    }
 }
 
 /// Trains on a backend as the configuration says, from the start, from a base, or from where the
@@ -800,13 +596,6 @@ fn interrupted(
     }
 }
 
-fn save_summary(path: &Path, summary: &Summary) -> Result<(), Error> {
-    let mut text = serde_json::to_string(summary)
-        .map_err(|error| Error::file(path, "contents", error, "numbers"))?;
-    text.push('\n');
-    write_beside(path, text.as_bytes()).map_err(Error::io("write it", path))
-}
-
 /// What a picture of a run is called.
 fn title_of(config: &Config) -> String {
     match (&config.task, &config.tasks[..]) {
@@ -814,45 +603,6 @@ fn title_of(config: &Config) -> String {
         (None, []) => "own demonstrations".to_owned(),
         (None, tasks) => format!("{} tasks", tasks.len()),
     }
-}
-
-/// Success rates, each with its interval and what it is to be compared with.
-pub fn result_lines(results: &[TaskResult]) -> Vec<String> {
-    let line = |result: &TaskResult| {
-        let evaluation = &result.evaluation;
-        let [low, high] = evaluation.interval();
-        let called = match (results.len(), result.held_out) {
-            (1, _) => String::new(),
-            (_, false) => format!("{}: ", result.label),
-            (_, true) => format!("{} (held out): ", result.label),
-        };
-        format!(
-            "{called}success rate {:.1} % (95 % interval {:.1} to {:.1}), mean return {:.3}, on {} \
-             unseen episodes; {}",
-            100.0 * evaluation.success_rate(),
-            100.0 * low,
-            100.0 * high,
-            evaluation.mean_return,
-            evaluation.episodes,
-            without_memory(&result.task)
-        )
-    };
-    results.iter().map(line).collect()
-}
-
-/// A loss on demonstrations that were kept from learning.
-pub fn validation_line(validation: &Validation) -> String {
-    let predicted = match validation.accuracy {
-        Some(accuracy) => format!(", {:.1} % of the actions right", 100.0 * accuracy),
-        None => " (squared error)".to_owned(),
-    };
-    let memory = validation.memory_loss.map_or(String::new(), |loss| {
-        format!(", memory loss {}", plots::significant(loss))
-    });
-    format!(
-        "{}: loss {:.4}{predicted}{memory}, on {} unseen demonstrations",
-        validation.label, validation.loss, validation.episodes
-    )
 }
 
 /// The optimiser's numbers at one step (SPEC section 6).
