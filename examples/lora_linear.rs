@@ -148,7 +148,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     merge.run(
         &on,
         Merging {
-            weight: on.input(&weight).rows(WIDTH),
+            weight: on.input(&weight).slice(0..WIDTH * WIDTH)?.rows(WIDTH),
             a: on.input(&a).slice(0..RANK * WIDTH)?,
             b: on.input(&b).slice(0..WIDTH * RANK)?,
             scaling: 2.0,
