@@ -84,22 +84,32 @@ impl Launcher for Device<'_> {
     }
 }
 
+/// Memory on a GPU with one element more than is used, as it allocates no 0 bytes.
+pub struct Memory<T>(CudaSlice<T>);
+
 impl Machine for Device<'_> {
-    type Memory<T> = CudaSlice<T>;
-    fn upload<T: Cell>(&self, content: &[T]) -> CudaSlice<T> {
-        self.stream.clone_htod(content).unwrap()
+    type Memory<T> = Memory<T>;
+    fn upload<T: Cell>(&self, content: &[T]) -> Memory<T> {
+        let padded = [content, &[T::POISON]].concat();
+        Memory(self.stream.clone_htod(&padded).unwrap())
     }
-    fn scratch<T: Cell>(&self, len: usize) -> CudaSlice<T> {
+    fn scratch<T: Cell>(&self, len: usize) -> Memory<T> {
         self.upload(&vec![T::POISON; len])
     }
-    fn download<T: Cell>(&self, memory: &CudaSlice<T>) -> Vec<T> {
-        self.stream.clone_dtoh(memory).unwrap()
+    fn download<T: Cell>(&self, memory: &Memory<T>) -> Vec<T> {
+        let mut content = self.stream.clone_dtoh(&memory.0).unwrap();
+        content.pop();
+        content
     }
-    fn input<'b, T: Cell>(&'b self, memory: &'b CudaSlice<T>) -> Input<'b, T> {
-        self.on.input(memory)
+    fn input<'b, T: Cell>(&'b self, memory: &'b Memory<T>) -> Input<'b, T> {
+        let all = self.on.input(&memory.0);
+        let used = 0..all.len() - 1;
+        all.slice(used).unwrap()
     }
-    fn output<'b, T: Cell>(&'b self, memory: &'b mut CudaSlice<T>) -> Output<'b, T> {
-        self.on.output(memory)
+    fn output<'b, T: Cell>(&'b self, memory: &'b mut Memory<T>) -> Output<'b, T> {
+        let all = self.on.output(&mut memory.0);
+        let used = 0..all.len() - 1;
+        all.slice(used).unwrap()
     }
 }
 
