@@ -518,6 +518,29 @@ fn table() -> impl Iterator<Item = (&'static CStr, &'static ffi::Kernel)> {
     })
 }
 
+/// What a kernel declares for one of its parameters.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Parameter {
+    /// `const T*`
+    Input,
+    /// `T*`
+    Output,
+    /// A number of so many bytes.
+    Value(usize),
+}
+
+/// The parameters that a kernel declares, and the most threads of a block; nothing for a name that no kernel has.
+pub fn signature(name: &str) -> Option<(Vec<Parameter>, u32)> {
+    let (kernel, parameters) = find(name)?;
+    let parameter = |parameter: &ffi::Parameter| match parameter.kind {
+        ffi::INPUT => Parameter::Input,
+        ffi::OUTPUT => Parameter::Output,
+        _ => Parameter::Value(parameter.bytes as usize),
+    };
+    let parameters = parameters.iter().map(parameter).collect();
+    Some((parameters, kernel.max_threads.unsigned_abs()))
+}
+
 fn find(name: &str) -> Option<(&'static ffi::Kernel, &'static [ffi::Parameter])> {
     let (_, kernel) = table().find(|(found, _)| found.to_bytes() == name.as_bytes())?;
     // SAFETY: the table holds as many parameters as it says.

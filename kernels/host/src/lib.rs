@@ -27,5 +27,7 @@ mod ffi;
 mod finding;
 
 pub use error::{Error, Result};
-pub use executor::{Arg, Buffer, Element, Executor, Launch, Order, View, kernels};
+pub use executor::{
+    Arg, Buffer, Element, Executor, Launch, Order, Parameter, View, kernels, signature,
+};
 pub use finding::{Access, Check, Finding, Location, Memory, Place};

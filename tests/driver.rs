@@ -1,0 +1,336 @@
+//! The code that calls CUDA's driver and cuBLASLt, on the model of both that `driver/` is: the
+//! command as it is, and what the model itself finds.
+#![cfg(target_os = "linux")]
+#![allow(unsafe_code)] // cudarc's copies to memory that is read too early
+
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use cudarc::driver::sys::{CUgraphInstantiate_flags, CUresult, CUstreamCaptureMode};
+use cudarc::driver::{CudaContext, CudaSlice, DriverError};
+use dtmem::backend::gpu::{Compute, Gpu, HostDevice};
+use dtmem::ops::{self, activation};
+use dtmem::train::config::Config;
+use dtmem::train::metrics::Line;
+use dtmem::train::run::{Event, Folder, Options, Outcome, Start, train};
+use dtmem_reference::activation::Activation;
+use half::bf16;
+use tempfile::TempDir;
+
+const TOY: &str = r#"
+seed = 7
+[task]
+name = "hallway"
+length = 1
+[data]
+episodes = 30
+[model]
+front_end = "linear"
+width = 32
+layers = 1
+heads = 2
+feed_forward = 32
+dropout = 0.1
+[loss]
+heads = [1, 2]
+[train]
+steps = 5
+batch_tokens = 90
+learning_rate = 1e-2
+clip = 1.0
+log_every = 1
+checkpoint_every = 2
+precision = "f32"
+[evaluation]
+episodes = 2
+"#;
+
+/// The same in bf16 with a memory that is taught what to recall.
+const MEMORY: [&str; 9] = [
+    "train.precision=bf16",
+    "model.block=pre_ln",
+    "model.attention=segment",
+    "model.segment_steps=3",
+    "model.memory.slots=6",
+    "loss.supervise=memory",
+    "train.learning_rate=1e-3",
+    "train.steps=3",
+    "evaluation.episodes=1",
+];
+
+/// A folder that has the model under the names that the libraries have.
+fn libraries() -> TempDir {
+    let model = std::env::current_exe().unwrap();
+    let model = model.with_file_name("libdtmem_driver.so");
+    assert!(model.is_file(), "{} is not built", model.display());
+    let folder = TempDir::new().unwrap();
+    for name in ["libcuda.so", "libcuda.so.1", "libcublasLt.so"] {
+        symlink(&model, folder.path().join(name)).unwrap();
+    }
+    folder
+}
+
+fn output(command: &mut Command, options: &str) -> Output {
+    let libraries = libraries();
+    let output = command
+        .env("LD_LIBRARY_PATH", libraries.path())
+        .env("DTMEM_DRIVER", options)
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{command:?}\n{text}");
+    output
+}
+
+/// The command, of which the model has nothing to tell. Gives what it printed.
+fn dtmem(options: &str, arguments: &[&str]) -> String {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_dtmem"));
+    let output = output(command.args(arguments), options);
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(!errors.contains("CUDA model:"), "{arguments:?}\n{errors}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// Runs this test again in a process that has the model. True there.
+fn on_the_model(name: &str) -> bool {
+    const HERE: &str = "DTMEM_ON_THE_MODEL";
+    if std::env::var_os(HERE).is_some() {
+        return true;
+    }
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    let command = command.args(["--exact", name]).env(HERE, "1");
+    let said = output(command, "").stdout;
+    assert!(String::from_utf8_lossy(&said).contains("1 passed"));
+    false
+}
+
+struct Toy {
+    folder: TempDir,
+    overrides: Vec<String>,
+}
+
+impl Toy {
+    fn new(overrides: &[&str]) -> Self {
+        let folder = TempDir::new().unwrap();
+        std::fs::write(folder.path().join("toy.toml"), TOY).unwrap();
+        let overrides = overrides.iter().map(|&word| word.to_owned()).collect();
+        Self { folder, overrides }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// Trains on the model of a GPU, into that folder.
+    fn on_cuda(&self, options: &str, name: &str, more: &[&str]) -> Vec<Line> {
+        let [config, out] = ["toy.toml", name].map(|name| self.path(name));
+        let [config, out_word] = [&config, &out].map(|path| path.to_str().unwrap());
+        let mut arguments = vec!["train", config, "--device", "cuda:0", "--out", out_word];
+        arguments.extend(more);
+        for word in &self.overrides {
+            arguments.extend(["--set", word]);
+        }
+        dtmem(options, &arguments);
+        lines(&out)
+    }
+
+    /// Trains on the executor, until it is done or so many steps are.
+    fn on_host<T: Compute>(&self, name: &str, stop_after: Option<u64>) -> Vec<Line> {
+        let config = Config::parse("toy.toml", TOY, &self.overrides).unwrap();
+        let stop = AtomicBool::new(false);
+        let mut watch = |event: Event| {
+            if let Event::Step { step, .. } = event
+                && Some(step) == stop_after
+            {
+                stop.store(true, Ordering::Relaxed);
+            }
+        };
+        let folder = self.path(name);
+        let options = Options {
+            folder: &Folder::new(&folder),
+            start: Start::Fresh,
+            stop: &stop,
+            watch: &mut watch,
+        };
+        let outcome = train(Gpu::<_, T>::new(HostDevice::default()), &config, options).unwrap();
+        let finished = matches!(outcome, Outcome::Finished(_));
+        assert_eq!(finished, stop_after.is_none());
+        lines(&folder)
+    }
+}
+
+/// The metrics, without times.
+fn lines(folder: &Path) -> Vec<Line> {
+    let text = std::fs::read_to_string(Folder::new(folder).metrics()).unwrap();
+    let line = |line| {
+        let line: Line = serde_json::from_str(line).unwrap();
+        Line {
+            tokens_per_s: 0.0,
+            ..line
+        }
+    };
+    text.lines().map(line).collect()
+}
+
+#[test]
+fn training_on_cuda_has_the_executors_bits_whenever_streams_do_what_they_are_given() {
+    let toy = Toy::new(&[]);
+    let expected = toy.on_host::<f32>("host", None);
+    assert!(expected.len() == 5 && expected.iter().all(|line| line.loss > 0.0));
+    assert_eq!(toy.on_cuda("", "late", &[]), expected);
+    for seed in 1..3 {
+        let options = format!("a100,order={seed}");
+        assert_eq!(toy.on_cuda(&options, &options, &[]), expected, "{options}");
+    }
+}
+
+#[test]
+fn a_memory_in_bf16_on_cuda_has_the_executors_bits() {
+    let toy = Toy::new(&MEMORY);
+    let expected = toy.on_host::<bf16>("host", None);
+    assert!(expected.iter().all(|line| line.memory_loss > 0.0));
+    assert_eq!(toy.on_cuda("order=3", "cuda", &[]), expected);
+}
+
+#[test]
+fn cuda_goes_on_from_a_checkpoint_and_evaluates() {
+    let toy = Toy::new(&["train.precision=f16"]);
+    let expected = toy.on_host::<half::f16>("straight", None);
+    let stopped = toy.on_host::<half::f16>("resumed", Some(2));
+    assert_eq!(stopped.len(), 2);
+    assert_eq!(toy.on_cuda("", "resumed", &["--resume"]), expected);
+    let run = toy.path("resumed");
+    let run = run.to_str().unwrap();
+    let said = dtmem(
+        "",
+        &[
+            "eval",
+            run,
+            "--device",
+            "cuda:0",
+            "--episodes",
+            "3",
+            "--seed",
+            "1",
+        ],
+    );
+    assert!(said.contains(r#""episodes":3"#), "{said}");
+}
+
+#[test]
+fn every_fixture_is_verified_on_cuda() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/ops");
+    let files = std::fs::read_dir(folder).unwrap();
+    let files: Vec<PathBuf> = files.map(|file| file.unwrap().path()).collect();
+    let mut arguments = vec!["verify", "--backend", "cuda", "--dtype", "all"];
+    arguments.extend(files.iter().map(|path| path.to_str().unwrap()));
+    let said = dtmem("", &arguments);
+    assert!(said.contains(" 0 failed"), "{said}");
+}
+
+#[test]
+fn whole_steps_of_full_size_are_timed_on_cuda() {
+    let said = dtmem(
+        "idle",
+        &["bench", "--device", "cuda:0", "--filter", "step/"],
+    );
+    let timed = |line: &&str| line.contains("H100") && line.contains("GB/s");
+    assert_eq!(said.lines().filter(timed).count(), 3, "{said}");
+}
+
+#[test]
+fn what_nobody_waits_for_has_not_happened() {
+    if !on_the_model("what_nobody_waits_for_has_not_happened") {
+        return;
+    }
+    let context = CudaContext::new(0).unwrap();
+    // SAFETY: events are what this test is about.
+    unsafe { context.disable_event_tracking() };
+    let [first, second] = [(); 2].map(|()| context.new_stream().unwrap());
+    let mut numbers = first.clone_htod(&[1.0_f32; 4]).unwrap();
+    first.synchronize().unwrap();
+    first.memset_zeros(&mut numbers).unwrap();
+    assert_eq!(second.clone_dtoh(&numbers).unwrap(), [1.0; 4]);
+    second.join(&first).unwrap();
+    assert_eq!(second.clone_dtoh(&numbers).unwrap(), [0.0; 4]);
+    // SAFETY: written before it is read.
+    let mut pinned = unsafe { context.alloc_pinned::<f32>(4) }.unwrap();
+    pinned.as_mut_slice().unwrap().fill(2.0);
+    let raw = pinned.as_mut_ptr().unwrap();
+    first.memcpy_htod(&pinned, &mut numbers).unwrap();
+    // SAFETY: it is alive; that a copy still reads it is the point.
+    unsafe { raw.write(3.0) };
+    assert_eq!(first.clone_dtoh(&numbers).unwrap(), [3.0, 2.0, 2.0, 2.0]);
+}
+
+#[test]
+fn a_graph_has_what_was_captured_and_a_capture_nothing_that_waits() {
+    if !on_the_model("a_graph_has_what_was_captured_and_a_capture_nothing_that_waits") {
+        return;
+    }
+    const MODE: CUstreamCaptureMode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+    let gpu = ops::Gpu::new(0).unwrap();
+    // SAFETY: one stream.
+    unsafe { gpu.context().disable_event_tracking() };
+    let stream = gpu.context().new_stream().unwrap();
+    let on = gpu.on(&stream).unwrap();
+    let x = stream.clone_htod(&[-1.0_f32, 2.0]).unwrap();
+    let mut y = stream.clone_htod(&[9.0_f32; 2]).unwrap();
+    let relu = |y: &mut CudaSlice<f32>| {
+        let tensors = activation::Forward {
+            activation: Activation::Relu,
+            x: on.input(&x),
+            y: on.output(y),
+        };
+        activation::Shape { elements: 2 }.forward(&on, tensors)
+    };
+    relu(&mut y).unwrap();
+    stream.memset_zeros(&mut y).unwrap();
+    stream.begin_capture(MODE).unwrap();
+    relu(&mut y).unwrap();
+    let graph = stream.end_capture(CUgraphInstantiate_flags(0)).unwrap();
+    assert_eq!(stream.clone_dtoh(&y).unwrap(), [0.0; 2]);
+    graph.unwrap().launch().unwrap();
+    assert_eq!(stream.clone_dtoh(&y).unwrap(), [0.0, 2.0]);
+
+    let unsupported = Err(DriverError(CUresult::CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED));
+    let invalidated = CUresult::CUDA_ERROR_STREAM_CAPTURE_INVALIDATED;
+    let waits: [&dyn Fn() -> Result<(), DriverError>; 4] = [
+        &|| stream.synchronize(),
+        &|| stream.context().synchronize(),
+        &|| stream.clone_htod(&[0.0_f32]).map(drop),
+        &|| stream.clone_dtoh(&x).map(drop),
+    ];
+    for wait in waits {
+        stream.begin_capture(MODE).unwrap();
+        assert_eq!(wait(), unsupported);
+        let ended = stream.end_capture(CUgraphInstantiate_flags(0)).map(drop);
+        assert_eq!(ended, Err(DriverError(invalidated)));
+    }
+}
+
+#[test]
+fn memory_that_was_freed_or_never_there_is_refused() {
+    if !on_the_model("memory_that_was_freed_or_never_there_is_refused") {
+        return;
+    }
+    let invalid = Err(DriverError(CUresult::CUDA_ERROR_INVALID_VALUE));
+    let context = CudaContext::new(0).unwrap();
+    let stream = context.new_stream().unwrap();
+    assert_eq!(stream.alloc_zeros::<f32>(0).map(drop), invalid);
+    let numbers = stream.alloc_zeros::<f32>(4).unwrap();
+    let address = numbers.leak();
+    // SAFETY: what is wrong with the memory is refused.
+    let [short, mut long] =
+        [4, 5].map(|len| unsafe { stream.upgrade_device_ptr::<f32>(address, len) });
+    assert_eq!(stream.memset_zeros(&mut long), invalid);
+    std::mem::forget(long);
+    drop(short);
+    // SAFETY: as above.
+    let mut freed = unsafe { stream.upgrade_device_ptr::<f32>(address, 4) };
+    assert_eq!(stream.memset_zeros(&mut freed), invalid);
+    drop(freed);
+    assert_eq!(context.check_err(), invalid);
+}
