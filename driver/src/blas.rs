@@ -463,6 +463,10 @@ functions! {
         }
         let layouts = [a, b, c, d];
         let hash = machine.check(description, layouts)?;
+        let Description { has_bias, bias, .. } = *machine.description(description)?;
+        if has_bias && bias == 0 {
+            return invalid("a bias without an address");
+        }
         let Preference { workspace, alignment } = *machine.preference(preference)?;
         for (handle, alignment) in layouts.into_iter().zip(alignment) {
             if u64::from(alignment) < machine.layout(handle)?.of.bytes() {

@@ -136,7 +136,7 @@ impl Blas {
         let plan = match plans.entry(key) {
             std::collections::hash_map::Entry::Occupied(plan) => plan.into_mut(),
             std::collections::hash_map::Entry::Vacant(place) => place.insert(
-                Plan::new(self.handle, &key, self.multiply)
+                Plan::new(self.handle, &key, bias, self.multiply)
                     .map_err(|source| failed(describe(), source))?,
             ),
         };
@@ -178,9 +178,11 @@ impl Blas {
 }
 
 impl Plan {
+    /// For a bias at this address, or at others that are aligned as well.
     fn new(
         handle: sys::cublasLtHandle_t,
         key: &Key,
+        bias: u64,
         multiply: Multiply,
     ) -> std::result::Result<Self, CublasError> {
         let data_type = |of: Type| match of {
@@ -241,6 +243,14 @@ impl Plan {
                 Of::CUBLASLT_MATMUL_DESC_EPILOGUE,
                 &epilogue,
             )?;
+            if key.bias {
+                // Of which the library looks at the alignment.
+                set(
+                    description.product,
+                    Of::CUBLASLT_MATMUL_DESC_BIAS_POINTER,
+                    &bias,
+                )?;
+            }
             let limit = |attribute, value: *const c_void, bytes| {
                 lt::set_matmul_pref_attribute(preference.0, attribute, value, bytes)
             };
