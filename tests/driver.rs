@@ -312,6 +312,28 @@ fn a_graph_has_what_was_captured_and_a_capture_nothing_that_waits() {
 }
 
 #[test]
+fn what_was_launched_is_done_before_the_kernels_code_goes() {
+    if !on_the_model("what_was_launched_is_done_before_the_kernels_code_goes") {
+        return;
+    }
+    let gpu = ops::Gpu::new(0).unwrap();
+    let stream = gpu.context().new_stream().unwrap();
+    let x = stream.clone_htod(&[-1.0_f32, 2.0]).unwrap();
+    let mut y = stream.clone_htod(&[9.0_f32; 2]).unwrap();
+    let on = gpu.on(&stream).unwrap();
+    let tensors = activation::Forward {
+        activation: Activation::Relu,
+        x: on.input(&x),
+        y: on.output(&mut y),
+    };
+    let shape = activation::Shape { elements: 2 };
+    shape.forward(&on, tensors).unwrap();
+    drop(gpu);
+    assert_eq!(stream.context().check_err(), Ok(()));
+    assert_eq!(stream.clone_dtoh(&y).unwrap(), [0.0, 2.0]);
+}
+
+#[test]
 fn memory_that_was_freed_or_never_there_is_refused() {
     if !on_the_model("memory_that_was_freed_or_never_there_is_refused") {
         return;

@@ -72,6 +72,13 @@ pub struct Gpu {
 /// memory.
 type Needs = (&'static str, u32, u32);
 
+impl Drop for Gpu {
+    /// What was launched is done before the kernels' code goes.
+    fn drop(&mut self) {
+        self.context.record_err(self.context.synchronize());
+    }
+}
+
 impl Gpu {
     /// The primary context of a GPU, which other libraries use as well. Errors: no driver, no such GPU.
     pub fn new(ordinal: usize) -> Result<Self> {
