@@ -283,7 +283,7 @@ impl Operation {
                 (2.0 * element + 4.0) * frames * actions,
             ),
             Self::Activation => (8.0 * tokens * wide, element * 2.0 * tokens * wide),
-            Self::ActivationBackward => (8.0 * tokens * wide, element * 4.0 * tokens * wide),
+            Self::ActivationBackward => (8.0 * tokens * wide, element * 3.0 * tokens * wide),
             Self::Dropout => (rows, element * 2.0 * rows),
             Self::Add => (rows, element * 3.0 * rows),
             Self::Norm => (2.0 * weights, 4.0 * weights),
