@@ -76,7 +76,7 @@ pub trait AttentionOps: Buffers {
     fn log_sum_exp<'a>(&self, state: &'a Self::AttentionState) -> &'a Self::Buffer;
 
     /// Packed causal attention; `out` [tokens, width]. A supervised layer writes
-    /// [`Metric::MemoryLoss`].
+    /// [`Metric::MemoryLoss`](super::Metric::MemoryLoss).
     fn attention(
         &self,
         batch: &Self::Batch,

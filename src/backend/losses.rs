@@ -10,6 +10,9 @@ pub trait LossOps: Buffers {
     /// Cross-entropy of a family's targets: writes [`Metric::ActionLoss`] (the sum),
     /// [`Metric::Correct`] and dlogits [the family's observations, actions] of the sum · its weight
     /// in the batch.
+    ///
+    /// [`Metric::ActionLoss`]: super::Metric::ActionLoss
+    /// [`Metric::Correct`]: super::Metric::Correct
     fn cross_entropy(
         &self,
         batch: &Self::Batch,
@@ -24,6 +27,9 @@ pub trait LossOps: Buffers {
     /// writes [`Metric::ActionLoss`] (the sum), [`Metric::Correct`] = 0 and the gradient [the
     /// family's observations, size] of the sum · its weight in the batch. Rows whose target is
     /// negative count for nothing.
+    ///
+    /// [`Metric::ActionLoss`]: super::Metric::ActionLoss
+    /// [`Metric::Correct`]: super::Metric::Correct
     fn squared_error(
         &self,
         batch: &Self::Batch,

@@ -73,7 +73,8 @@ pub trait MemoryOps: Buffers {
         links: usize,
     ) -> Result<Self::MemoryState>;
 
-    /// The chain over the segments of each sequence; `read` [tokens, D].
+    /// The chain over the segments of each sequence; `read` [tokens, D]. A supervised memory writes
+    /// [`Metric::MemoryLoss`](super::Metric::MemoryLoss).
     fn memory(
         &self,
         batch: &Self::Batch,
@@ -86,8 +87,8 @@ pub trait MemoryOps: Buffers {
         metrics: &mut Self::Buffer,
     ) -> Result<()>;
 
-    /// Gradients of [`Self::memory`] from the learned start. `grad_states` [2·sequences, N·D] is
-    /// scratch.
+    /// Gradients of [`Self::memory`] from the learned start, with those of the memory loss · its weight
+    /// in the batch. `grad_states` [2·sequences, N·D] is scratch, and may grow.
     fn memory_backward(
         &self,
         batch: &Self::Batch,

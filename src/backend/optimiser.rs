@@ -17,6 +17,10 @@ pub trait OptimiserOps: Buffers {
     /// [`Metric::GradientScale`], which makes it at most `clip`. Where losses are scaled, g is what
     /// it would be without that; then [`Metric::LossScale`] is written, and the scale is lowered
     /// where the norm is not finite and raised after many steps where it is.
+    ///
+    /// [`Metric::GradientNorm`]: super::Metric::GradientNorm
+    /// [`Metric::GradientScale`]: super::Metric::GradientScale
+    /// [`Metric::LossScale`]: super::Metric::LossScale
     fn norm(
         &self,
         len: usize,
@@ -28,6 +32,8 @@ pub trait OptimiserOps: Buffers {
 
     /// The batch's AdamW step on the start of the four arenas, with gradients ·
     /// [`Metric::GradientScale`]. Where that is NaN nothing changes.
+    ///
+    /// [`Metric::GradientScale`]: super::Metric::GradientScale
     fn adamw(
         &self,
         batch: &Self::Batch,

@@ -172,8 +172,8 @@ impl Pieces {
 }
 
 impl Shape {
-    /// Errors: sequences, tokens, slots or width beyond their bounds, `top_k` of 0, a scale that is not finite, with
-    /// cosine addressing an epsilon that is not above 0.
+    /// Errors: sequences, tokens, longest, slots or widths beyond their bounds, `top_k` of 0, a scale that is not finite,
+    /// with cosine addressing an epsilon that is not above 0.
     pub fn validate(&self) -> Result<()> {
         for (argument, found, least, most) in [
             ("sequences", self.sequences, 0, MAX_SEQUENCES),
@@ -206,8 +206,10 @@ impl Shape {
         Ok(())
     }
 
-    /// Checks on the host what [`Inputs::cu_seqlens`] holds for a whole pack: offsets from 0 to `tokens` that do not decrease, and no
-    /// sequence with more tokens than `longest`.
+    /// Checks on the host what [`Inputs::cu_seqlens`] holds for a whole pack: offsets from 0 to `tokens` that do not
+    /// decrease, and no sequence with more tokens than `longest`. The kernels trust what is uploaded.
+    ///
+    /// Errors: those of [`validate`](Self::validate), and what does not hold.
     pub fn validate_offsets(&self, cu_seqlens: &[i32]) -> Result<()> {
         const NAME: &str = "cu_seqlens";
         self.validate()?;

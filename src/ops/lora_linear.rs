@@ -1,7 +1,7 @@
 //! Linear maps with low-rank adapters: y = x·Wᵀ + b + s·(x̃·Aᵀ)·Bᵀ, one launch for all projections of x, with other
 //! adapters for each group of rows if need be. Kernels and equations: `kernels/lora_linear.cu` (for compute capability
-//! 9.0 also `kernels/lora_hopper.cu`), `kernels/lora_linear_backward.cu`, `kernels/lora_dropout.cu`, `kernels/lora_merge.cu`; definition:
-//! `dtmem_reference::lora_linear`, SPEC section 5.
+//! 9.0 also `kernels/lora_hopper.cu`), `kernels/lora_linear_backward.cu`, `kernels/lora_dropout.cu`,
+//! `kernels/lora_merge.cu`; definition: `dtmem_reference::lora_linear`, SPEC section 5.
 //!
 //! Gradients of W and b, where those are trained, are a product and a sum that libraries have.
 

@@ -93,7 +93,8 @@ impl<D: Device, T: Compute> Gpu<D, T> {
         }
     }
 
-    /// The same with operations by this version, where there is one for the shape.
+    /// The same with operations by this version, where there is one for the shape. Attention to a cache, in acting, stays
+    /// with the portable one: a query or two of each episode fill no tile.
     pub fn with_version(self, version: Version) -> Self {
         Self { version, ..self }
     }
