@@ -270,7 +270,7 @@ impl Shape {
             return Err(Error::value("key_heads", self.key_heads, expected));
         }
         if !WIDTHS.contains(&self.width) {
-            let expected = format_args!("one of {WIDTHS:?}");
+            let expected = format_args!("one of {WIDTHS:?}, of each head");
             return Err(Error::value("width", self.width, expected));
         }
         match self.mask {
