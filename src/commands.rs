@@ -618,7 +618,7 @@ pub fn bench(arguments: &Bench) -> Result<ExitCode> {
     }
     if let Some(file) = &arguments.json {
         let json = serde_json::to_string(&report)? + "\n";
-        std::fs::write(file, json)
+        dtmem::tasks::write_beside(file, json.as_bytes())
             .map_err(|error| format!("{}: cannot write it: {error}", file.display()))?;
     }
     Ok(ExitCode::SUCCESS)

@@ -307,6 +307,9 @@ fn on<P: Place>(
             scale,
             for_hopper,
         } = entry;
+        if for_hopper && place.is_cpu() {
+            continue;
+        }
         let cost = operation.cost(scale, P::ELEMENT_BYTES);
         let own = match for_hopper {
             true => hopper.as_ref(),

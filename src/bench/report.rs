@@ -70,7 +70,7 @@ pub enum Outcome {
 impl fmt::Display for Row {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         let name = format!("{}/{}", self.operation, self.scale);
-        write!(f, "{name:<32} {:<12} ", self.device)?;
+        write!(f, "{name:<38} {:<12} ", self.device)?;
         match &self.outcome {
             Outcome::Timed {
                 seconds,
@@ -118,7 +118,7 @@ impl fmt::Display for Comparison<'_> {
         let [portable, hopper] = self.seconds;
         write!(
             f,
-            "{name:<32} {:>11.4} ms, by the version for Hopper {:>11.4} ms: {:.2} times as fast",
+            "{name:<38} {:>11.4} ms, by the version for Hopper {:>11.4} ms: {:.2} times as fast",
             1e3 * portable,
             1e3 * hopper,
             portable / hopper,
