@@ -8,10 +8,8 @@ use super::TaskError;
 /// A cell code: (type, colour, state).
 pub type Cell = [u8; 3];
 
-/// Cells along each side of the view.
+/// Cells along each side of the view: an observation is 7 × 7 × 3 codes, indexed `[vx][vy][channel]`.
 pub const VIEW: usize = 7;
-/// Codes of one observation: 7 × 7 × 3, indexed `[vx][vy][channel]`.
-pub const VIEW_CODES: usize = VIEW * VIEW * 3;
 /// Number of codes of each channel: types, colours, door states.
 pub const CARDINALITIES: [usize; 3] = [11, 6, 3];
 /// Number of actions of every grid task.
