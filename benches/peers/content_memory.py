@@ -40,7 +40,10 @@ def main():
         tokens = scale.tokens // scale.sequences
         of_segment = scale.per_step * scale.segment_steps
         rows = (scale.sequences, tokens, scale.width)
+        memories = scale.sequences * math.ceil(tokens / of_segment) * scale.slots
         for dtype in peers.types:
+            copies = peers.copies((4 * math.prod(rows) + memories * scale.width) * dtype.itemsize)
+
             def inputs():
                 keys = [peers.draw(*rows, dtype=dtype, grad=True) for _ in range(3)]
                 strength = (1 + peers.draw(*rows[:2]).abs()).to(dtype).requires_grad_()
@@ -59,8 +62,8 @@ def main():
                 def gradients():
                     held = inputs()
                     return backward([run(*held, of_segment)], held)
-                peers.case("content_memory", scale, how, dtype, forward)
-                peers.case("content_memory_backward", scale, how, dtype, gradients)
+                peers.case("content_memory", scale, how, dtype, forward, copies)
+                peers.case("content_memory_backward", scale, how, dtype, gradients, copies)
 
 
 if __name__ == "__main__":
