@@ -770,6 +770,30 @@ fn a_repeated_step_has_the_bits_of_one_that_is_computed_as_it_comes() {
 }
 
 #[test]
+fn dropout_of_a_branch_is_no_launch_but_for_its_gradient_in_pre_ln_blocks() {
+    let commands = |config: &ModelConfig, dropout| {
+        let device = HostDevice::default();
+        let graphs = device.graphs();
+        let config = ModelConfig {
+            dropout,
+            ..config.clone()
+        };
+        train(Gpu::<_, bf16>::new(device), &config, &grid(), None, 4);
+        assert!(counts(&graphs)[0] > 0);
+        graphs.commands.load(atomic::Ordering::Relaxed)
+    };
+    let post_ln = tuner(FrontEnd::Linear);
+    let pre_ln = ModelConfig {
+        block: Block::PreLn,
+        ..post_ln.clone()
+    };
+    // That of the embedding, forward and backward, is.
+    for (config, launches) in [(&post_ln, 2), (&pre_ln, 2 + pre_ln.layers)] {
+        assert_eq!(commands(config, 0.1), commands(config, 0.0) + launches);
+    }
+}
+
+#[test]
 fn two_runs_on_a_gpu_have_the_same_bits() {
     let device = || CudaDevice::new(0, Multiply::Exact).unwrap();
     on_gpu(|| assert!(bits(device) == bits(device)));

@@ -39,6 +39,8 @@ pub struct Graphs {
     pub recorded: AtomicUsize,
     /// Repetitions.
     pub replayed: AtomicUsize,
+    /// Launches, copies and zeros of the last recording.
+    pub commands: AtomicUsize,
 }
 
 /// What the device was asked for.
@@ -207,10 +209,14 @@ impl Device for HostDevice {
     ) -> std::result::Result<Recording, E> {
         *self.recording() = Some(Recording::default());
         let done = work();
-        let recording = self.recording().take();
+        let recording = self.recording().take().unwrap_or_default();
         done?;
-        self.graphs.recorded.fetch_add(1, Ordering::Relaxed);
-        Ok(recording.unwrap_or_default())
+        let Graphs {
+            recorded, commands, ..
+        } = &*self.graphs;
+        recorded.fetch_add(1, Ordering::Relaxed);
+        commands.store(recording.0.len(), Ordering::Relaxed);
+        Ok(recording)
     }
 
     fn replay(&self, recording: &Recording) -> Result<()> {
