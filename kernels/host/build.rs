@@ -55,6 +55,9 @@ fn main() -> ExitCode {
 }
 
 fn build() -> Result<()> {
+    if std::env::var_os("CARGO_FEATURE_KERNELS").is_none() {
+        return Ok(());
+    }
     for path in [
         "build.rs",
         "build",

@@ -17,6 +17,7 @@
 //!     .unwrap();
 //! assert_eq!(y.download(), [2.0, 4.0, 6.0]);
 //! ```
+#![cfg(any(doc, feature = "kernels"))]
 
 mod error;
 #[allow(unsafe_code)] // the boundary to the runtime in C++
