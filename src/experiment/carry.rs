@@ -29,27 +29,30 @@ fn grid(size: Size) -> Grid {
     let (delayed, associative, hallways): (&[Lengths], &[Lengths], &[[&str; 2]]) = match size {
         Size::Quick => (
             &[("30", &["16"], "600")],
-            &[("12", &["32"], "1000")],
+            &[("24", &["32"], "1200")],
             &[["2", "3000"]],
         ),
         Size::Full => (
             &[("30", &["16", "64"], "1600"), ("62", &["16", "64"], "1600")],
             &[
                 ("12", &["32"], "1600"),
-                ("24", &["16", "32"], "3600"),
-                ("48", &["64"], "3600"),
+                ("24", &["16", "32", "64"], "1600"),
+                ("48", &["64"], "1600"),
             ],
             &[["2", "4500"], ["3", "4500"]],
         ),
     };
-    for (kind, group, lengths) in [
-        ("delayed", "delayed recall", delayed),
-        ("associative", "associative recall, four pairs", associative),
+    // Tokens of one segment see the same slots, so two pairs of one segment often go to the same
+    // slot: where there are several pairs, a segment is one step.
+    for (kind, group, segment, lengths) in [
+        ("delayed", "delayed recall", "4", delayed),
+        ("associative", "associative recall, four pairs", "1", associative),
     ] {
         for &(length, slots, steps) in lengths {
             let settings = [
                 format!("task.kind={kind}"),
                 format!("task.steps={length}"),
+                format!("model.segment_steps={segment}"),
                 format!("train.steps={steps}"),
             ];
             let common: Vec<&str> = settings.iter().map(String::as_str).collect();
