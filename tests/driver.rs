@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use cudarc::driver::sys::{CUgraphInstantiate_flags, CUresult, CUstreamCaptureMode};
 use cudarc::driver::{CudaContext, CudaSlice, DriverError};
 use dtmem::backend::gpu::{Compute, Gpu, HostDevice};
-use dtmem::ops::{self, activation};
+use dtmem::ops::{self, Launcher as _, Version, activation, attention};
 use dtmem::train::config::Config;
 use dtmem::train::metrics::Line;
 use dtmem::train::run::{Event, Folder, Options, Outcome, Start, train};
@@ -94,14 +94,14 @@ fn dtmem(options: &str, arguments: &[&str]) -> String {
 }
 
 /// Runs this test again in a process that has the model. True there.
-fn on_the_model(name: &str) -> bool {
+fn on_the_model(options: &str, name: &str) -> bool {
     const HERE: &str = "DTMEM_ON_THE_MODEL";
     if std::env::var_os(HERE).is_some() {
         return true;
     }
     let mut command = Command::new(std::env::current_exe().unwrap());
     let command = command.args(["--exact", name]).env(HERE, "1");
-    let said = output(command, "").stdout;
+    let said = output(command, options).stdout;
     assert!(String::from_utf8_lossy(&said).contains("1 passed"));
     false
 }
@@ -269,7 +269,7 @@ fn configurations_train_on_cuda_at_their_full_size() {
 
 #[test]
 fn what_nobody_waits_for_has_not_happened() {
-    if !on_the_model("what_nobody_waits_for_has_not_happened") {
+    if !on_the_model("", "what_nobody_waits_for_has_not_happened") {
         return;
     }
     let context = CudaContext::new(0).unwrap();
@@ -294,7 +294,10 @@ fn what_nobody_waits_for_has_not_happened() {
 
 #[test]
 fn a_graph_has_what_was_captured_and_a_capture_nothing_that_waits() {
-    if !on_the_model("a_graph_has_what_was_captured_and_a_capture_nothing_that_waits") {
+    if !on_the_model(
+        "",
+        "a_graph_has_what_was_captured_and_a_capture_nothing_that_waits",
+    ) {
         return;
     }
     const MODE: CUstreamCaptureMode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
@@ -340,7 +343,7 @@ fn a_graph_has_what_was_captured_and_a_capture_nothing_that_waits() {
 
 #[test]
 fn what_was_launched_is_done_before_the_kernels_code_goes() {
-    if !on_the_model("what_was_launched_is_done_before_the_kernels_code_goes") {
+    if !on_the_model("", "what_was_launched_is_done_before_the_kernels_code_goes") {
         return;
     }
     let gpu = ops::Gpu::new(0).unwrap();
@@ -360,9 +363,59 @@ fn what_was_launched_is_done_before_the_kernels_code_goes() {
     assert_eq!(stream.clone_dtoh(&y).unwrap(), [0.0, 2.0]);
 }
 
+/// Its kernel is empty there, so the launch would succeed and write nothing.
+#[test]
+fn a_launch_for_hopper_is_refused_by_other_gpus() {
+    if !on_the_model("a100", "a_launch_for_hopper_is_refused_by_other_gpus") {
+        return;
+    }
+    const TOKENS: usize = 5;
+    let shape = attention::Shape {
+        sequences: 1,
+        queries: TOKENS,
+        keys: TOKENS,
+        heads: 1,
+        key_heads: 1,
+        width: 64,
+        mask: attention::Mask::Causal,
+    };
+    let gpu = ops::Gpu::new(0).unwrap();
+    let stream = gpu.context().default_stream();
+    let bounds = stream.clone_htod(&[0, TOKENS as i32]).unwrap();
+    let x = stream.clone_htod(&[bf16::ONE; TOKENS * 64]).unwrap();
+    let mut out = stream.clone_htod(&[bf16::ZERO; TOKENS * 64]).unwrap();
+    let mut lse = stream.clone_htod(&[0.0_f32; TOKENS]).unwrap();
+    let on = gpu.on(&stream).unwrap();
+    let [q, k, v] = [(); 3].map(|()| on.input(&x).rows(64));
+    let tensors = attention::Forward {
+        q,
+        k,
+        v,
+        pack: attention::Pack {
+            cu_seqlens_q: on.input(&bounds),
+            cu_seqlens_k: on.input(&bounds),
+            groups: None,
+        },
+        scale: 0.125,
+        out: on.output(&mut out).rows(64),
+        lse: on.output(&mut lse),
+        memory_loss: None,
+    };
+    let launch = |version| {
+        let [launch, _] = shape.plan_forward_by(version, &tensors).unwrap();
+        on.launch(&launch.unwrap())
+    };
+    let refused = launch(Version::Hopper);
+    assert!(
+        matches!(refused, Err(ops::Error::CannotLaunch { .. })),
+        "{refused:?}"
+    );
+    launch(Version::Portable).unwrap();
+}
+
 #[test]
 fn memory_that_was_freed_or_never_there_is_refused() {
-    if !on_the_model("memory_that_was_freed_or_never_there_is_refused") {
+    if !on_the_model("", "memory_that_was_freed_or_never_there_is_refused") {
         return;
     }
     let invalid = Err(DriverError(CUresult::CUDA_ERROR_INVALID_VALUE));

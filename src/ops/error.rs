@@ -126,6 +126,15 @@ pub enum Error {
         /// What the driver said.
         source: cudarc::driver::DriverError,
     },
+    /// A kernel for other GPUs, or one that this build has no machine code of.
+    #[error(
+        "{kernel} cannot run on this GPU: it needs compute capability 9.0 (with clusters: or above), the shared memory \
+         that it asks for, and a build with nvcc; `Version::Portable` does the same on every GPU"
+    )]
+    CannotLaunch {
+        /// Name of the kernel.
+        kernel: &'static str,
+    },
     /// There is no cuBLASLt.
     #[error(
         "the library cublasLt cannot be loaded: install CUDA's libraries (PyTorch's packages have it), or set \

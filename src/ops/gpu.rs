@@ -289,6 +289,12 @@ impl Launcher for OnStream<'_> {
         if launch.is_empty() {
             return Ok(());
         }
+        if !self.can_launch(launch)? {
+            // Compiled for another target, the kernel would do nothing and call that success.
+            return Err(Error::CannotLaunch {
+                kernel: launch.kernel(),
+            });
+        }
         let kernel = self.gpu.kernel(launch.family(), launch.kernel())?;
         let mut values = [ptr::null_mut::<c_void>(); MAX_ARGS];
         for (value, arg) in values.iter_mut().zip(launch.args()) {

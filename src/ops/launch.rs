@@ -163,7 +163,7 @@ impl<'a> Launch<'a> {
 /// Who runs kernels: a CUDA stream ([`OnStream`](super::OnStream)), or the host executor (`ops::host`).
 pub trait Launcher {
     /// Starts a kernel, behind those that were started before; a launch without blocks does nothing. Errors:
-    /// [`Launch::check_home`], and what keeps the kernel from starting.
+    /// [`Launch::check_home`], a launch that it cannot do, and what keeps the kernel from starting.
     fn launch(&self, launch: &Launch<'_>) -> Result<()>;
 
     /// Whether there is what a launch needs. Kernels for Hopper want compute capability 9.0 and machine code for it;
