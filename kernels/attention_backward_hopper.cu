@@ -38,7 +38,7 @@ using namespace attention;
 
 constexpr int kTurns = 3;    // that a tile stays
 constexpr int kOthers = 64;  // rows of a tile
-constexpr int kTiles = kOthers / kColumns, kDepths = kOthers / warpgroup::kDepth;
+[[maybe_unused]] constexpr int kTiles = kOthers / kColumns, kDepths = kOthers / warpgroup::kDepth;
 
 // Tensor 0 is the one of the scores, tensor 1 that of dP.
 template <int kWidth, typename T>
