@@ -56,7 +56,7 @@ done
 
 # Libraries that the system may lack and that a Python's packages hold.
 for library in libcublasLt libnccl; do
-    if ldconfig -p 2> /dev/null | grep -q "$library\.so"; then continue; fi
+    if grep -q "$library\.so" <(ldconfig -p 2> /dev/null); then continue; fi
     if compgen -G "/usr/local/cuda/lib64/$library.so*" > /dev/null; then
         export LD_LIBRARY_PATH=/usr/local/cuda/lib64${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
         continue
