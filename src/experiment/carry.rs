@@ -6,7 +6,7 @@ use super::{Experiment, Size};
 pub(super) const CARRY: Experiment = Experiment {
     name: "carry",
     about: "memory on and off where attention sees segments only (Recall of several lengths, Hallway)",
-    takes: ["10 minutes", "an hour on two cores"],
+    takes: ["12 minutes", "an hour on two cores"],
     grid,
 };
 
@@ -37,7 +37,7 @@ fn grid(size: Size) -> Grid {
             &[
                 ("12", &["32"], "1600"),
                 ("24", &["16", "32", "64"], "1600"),
-                ("48", &["64"], "1600"),
+                ("48", &["64"], "3600"),
             ],
             &[["2", "4500"], ["3", "4500"]],
         ),
@@ -46,7 +46,12 @@ fn grid(size: Size) -> Grid {
     // slot: where there are several pairs, a segment is one step.
     for (kind, group, segment, lengths) in [
         ("delayed", "delayed recall", "4", delayed),
-        ("associative", "associative recall, four pairs", "1", associative),
+        (
+            "associative",
+            "associative recall, four pairs",
+            "1",
+            associative,
+        ),
     ] {
         for &(length, slots, steps) in lengths {
             let settings = [
