@@ -12,7 +12,7 @@ use dtmem::backend::{Backend, BackendError, Cpu, Member};
 use dtmem::batch::TokenLayout;
 use dtmem::model::{
     Actor, AdapterConfig, AddressingKind, AttentionSpan, Block, EraseKind, FrontEnd, MemoryConfig,
-    Model, ModelConfig, OptimiserStep, OrderKind, Spaces, StepMetrics, StrengthKind,
+    Model, ModelConfig, ModelError, OptimiserStep, OrderKind, Spaces, StepMetrics, StrengthKind,
     SupervisedPart, SupervisionConfig, Training,
 };
 use dtmem::ops::{Error, Version};
@@ -331,6 +331,65 @@ fn cases() -> [Case; 7] {
         (decision(), Some(recall())),
         (paper(), Some(recall())),
     ]
+}
+
+/// They are known before anything is allocated, and by the names that a configuration gives them.
+#[test]
+fn sizes_that_the_kernels_are_not_made_for_are_refused_when_a_model_is_made() {
+    fn refused<B: Backend<Element = f32>>(
+        backend: B,
+        config: &ModelConfig,
+    ) -> Option<&'static str> {
+        match Model::new(backend, config.clone(), grid(), None) {
+            Ok(_) => None,
+            Err(ModelError::Setting { setting, .. }) => Some(setting),
+            Err(error) => panic!("{error}"),
+        }
+    }
+    let slots = MemoryConfig {
+        slots: 4097,
+        ..MemoryConfig::default()
+    };
+    let rank = AdapterConfig {
+        rank: 65,
+        ..AdapterConfig::default()
+    };
+    let narrow = |width| ModelConfig {
+        width,
+        ..tuner(FrontEnd::Linear)
+    };
+    let wide = |config, width| ModelConfig {
+        width,
+        heads: width / 16,
+        layers: 1,
+        ..config
+    };
+    for (setting, config) in [
+        (None, narrow(64)),
+        (Some("heads"), narrow(48)),
+        (None, wide(tuner(FrontEnd::Linear), 1040)),
+        (Some("width"), wide(tuner(FrontEnd::Linear), 4112)),
+        (Some("width"), wide(decision(), 1040)),
+        (
+            Some("memory.slots"),
+            ModelConfig {
+                memory: Some(slots),
+                ..decision()
+            },
+        ),
+        (
+            Some("adapter.rank"),
+            ModelConfig {
+                width: 128,
+                adapter: Some(rank),
+                ..decision()
+            },
+        ),
+    ] {
+        let gpu = Gpu::<_, bf16>::new(HostDevice::default());
+        assert_eq!(refused(gpu, &config), setting);
+        assert_eq!(refused(Cpu::new(), &config), None);
+    }
 }
 
 /// A model with heads, and one with a memory, for which there are versions for Hopper.

@@ -17,6 +17,7 @@ mod embeddings;
 #[cfg(feature = "cuda")]
 pub mod gpu;
 mod layer_norm;
+mod limits;
 mod linear;
 mod losses;
 mod memory;
@@ -38,6 +39,7 @@ pub use cpu::Cpu;
 pub use elementwise::{Dropped, ElementwiseOps};
 pub use embeddings::{Codes, Convolutions, EmbeddingOps, OneHot, Reals};
 pub use layer_norm::{LayerNorm, LayerNormOps, Residual, SummandGradient};
+pub use limits::Limits;
 pub use linear::{Adapter, Linear, LinearOps};
 pub use losses::{FIRST_LOSS_SCALE, LossOps};
 pub use memory::{Memory, MemoryGradients, MemoryInputs, MemoryOps, MemoryStart};
@@ -155,6 +157,9 @@ pub trait Backend:
 
     /// Short name for messages: `cpu`.
     fn name(&self) -> &'static str;
+
+    /// For which sizes of models its operations are made.
+    fn limits(&self) -> Limits;
 
     /// Which one of several ranks this is that train a model together.
     fn rank(&self) -> Rank;

@@ -27,7 +27,7 @@ pub use training::{OptimiserStep, StepMetrics, Training};
 
 pub use crate::spaces::{ActionSpace, Content, Family, ObservationSpace, SpaceError, Spaces};
 
-use crate::backend::{Backend, BackendError, Bytes, Kind, Positions, Rank, Room};
+use crate::backend::{Backend, BackendError, Bytes, Kind, Limits, Positions, Rank, Room};
 use crate::batch::{BatchError, PackedBatch, Packer};
 use activations::Activations;
 use adapters::Adaptation;
@@ -170,6 +170,7 @@ impl<B: Backend> Model<B> {
         let mut spaces = known;
         spaces.families.extend_from_slice(new);
         validate(&config, &spaces, supervision.as_ref(), trained)?;
+        validate_sizes(&config, backend.name(), backend.limits())?;
         let (parameters, network) = Parameters::plan(|declare| {
             Network::declare(declare, &config, &spaces, supervision.as_ref(), &adaptation)
         });
@@ -491,6 +492,36 @@ fn validate(
             supervision.lambda,
             "more than 0",
         ));
+    }
+    Ok(())
+}
+
+/// Checks the sizes of a configuration against those that a backend takes.
+fn validate_sizes(config: &ModelConfig, backend: &str, limits: Limits) -> Result<(), ModelError> {
+    let head_width = config.width / config.heads;
+    if let Some(widths) = limits.head_widths
+        && !widths.contains(&head_width)
+    {
+        let expected = format!(
+            "so many that width / heads, now {head_width}, is one of {widths:?}, as {backend} needs"
+        );
+        return Err(ModelError::setting("heads", config.heads, expected));
+    }
+    let width = match config.memory {
+        Some(_) => ("width", config.width, limits.memory_width),
+        None => ("width", config.width, limits.width),
+    };
+    let slots = config.memory.as_ref().map_or(0, |memory| memory.slots);
+    let rank = config.adapter.as_ref().map_or(0, |adapter| adapter.rank);
+    for (name, value, limit) in [
+        width,
+        ("memory.slots", slots, limits.slots),
+        ("adapter.rank", rank, limits.rank),
+    ] {
+        if value > limit {
+            let expected = format!("at most {limit} on {backend}");
+            return Err(ModelError::setting(name, value, expected));
+        }
     }
     Ok(())
 }

@@ -37,8 +37,8 @@ const HOPPER_RUNS: u32 = 8 * HOPPER_ROWS as u32;
 /// The same of the key gradient, for what it knows of the queries.
 const HOPPER_QUERIES: u32 = 9216;
 const LOSS_THREADS: u32 = 1024;
-/// Of the heads; the kernels copy them by vectors of 16 bytes.
-const WIDTHS: [usize; 5] = [16, 32, 64, 128, 256];
+/// Widths of a head. The kernels copy heads by vectors of 16 bytes.
+pub const WIDTHS: [usize; 5] = [16, 32, 64, 128, 256];
 const VECTOR_BYTES: usize = 16;
 const MAX_HEADS: usize = 65535;
 /// So that blocks, at most one for each token and one for each sequence, have 32-bit numbers.

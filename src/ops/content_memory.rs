@@ -33,8 +33,10 @@ const GRADIENT_COLUMN_BYTES: usize = 128;
 const MAX_SEQUENCES: usize = 65535;
 const MAX_TOKENS: usize = 1 << 30;
 const MAX_LONGEST: usize = 1 << 16;
-const MAX_SLOTS: usize = 4096;
-const MAX_KEY_WIDTH: usize = 1024;
+/// Most slots.
+pub const MAX_SLOTS: usize = 4096;
+/// Largest width of keys.
+pub const MAX_KEY_WIDTH: usize = 1024;
 const MAX_WIDTH: usize = 1 << 16;
 
 /// A segment of each sequence of a pack, and what is done with it.

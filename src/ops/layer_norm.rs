@@ -10,7 +10,8 @@ const FAMILY: &str = "layer_norm";
 const THREADS: u32 = 256;
 const WARPS: usize = 8;
 const COLUMNS_PER_WARP: usize = 512;
-const MAX_WIDTH: usize = WARPS * COLUMNS_PER_WARP;
+/// Most numbers in a row.
+pub const MAX_WIDTH: usize = WARPS * COLUMNS_PER_WARP;
 /// Row numbers of the kernels are 32-bit, and go beyond the last row by what all blocks take in a turn.
 const MAX_ROWS: usize = 1 << 30;
 /// Fixed, not the number of a GPU's processors: the bits of dweight and dbias depend on it.

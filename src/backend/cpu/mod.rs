@@ -25,7 +25,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use dtmem_reference::Scalar;
 use rayon::prelude::*;
 
-use super::{Backend, BackendError, Bytes, Rank, Result};
+use super::{Backend, BackendError, Bytes, Limits, Rank, Result};
 use crate::batch::PackedBatch;
 
 /// Numbers that one task of an element-wise operation touches.
@@ -86,6 +86,10 @@ impl<T: Scalar> Backend for Cpu<T> {
 
     fn name(&self) -> &'static str {
         "cpu"
+    }
+
+    fn limits(&self) -> Limits {
+        Limits::NONE
     }
 
     fn rank(&self) -> Rank {

@@ -48,7 +48,7 @@ pub use recordings::Repeated;
 use embeddings::Known;
 use scratch::Scratch;
 
-use super::{Backend, BackendError, Bytes, Rank, Result, is_heard};
+use super::{Backend, BackendError, Bytes, Limits, Rank, Result, is_heard};
 use crate::ops::{self, Version};
 
 /// Most episodes that act at once.
@@ -125,6 +125,16 @@ impl<D: Device, T: Compute> Backend for Gpu<D, T> {
 
     fn name(&self) -> &'static str {
         self.device.name()
+    }
+
+    fn limits(&self) -> Limits {
+        Limits {
+            head_widths: Some(&ops::attention::WIDTHS),
+            width: ops::layer_norm::MAX_WIDTH,
+            memory_width: ops::content_memory::MAX_KEY_WIDTH,
+            slots: ops::content_memory::MAX_SLOTS,
+            rank: ops::lora_linear::MAX_RANK,
+        }
     }
 
     fn rank(&self) -> Rank {
