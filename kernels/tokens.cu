@@ -1,5 +1,5 @@
 // Rows of a packed batch: tokens put together from their embeddings, taken apart again, and rows copied by index.
-// Reference: the CPU backend, `src/backend/cpu/mod.rs`.
+// Reference: the CPU backend, `src/backend/cpu/tokens.rs`.
 //
 //   assemble           out_t = embedding of the kind of token t, row rows[t]  +  positions[times[t]]
 //   take apart         dobservations_i = dout[observation_tokens[i]], and so for actions and returns
