@@ -1,5 +1,5 @@
-//! Layer normalisation, with the residual sum, and dropout of a summand, before it. Kernels and equations: `kernels/layer_norm.cu`; definition:
-//! `dtmem_reference::layer_norm`.
+//! Layer normalisation, with the residual sum, and dropout of a summand, before it. Kernels and equations:
+//! `kernels/layer_norm.cu`; definition: `dtmem_reference::layer_norm`.
 
 use super::elementwise::{self, Dropout, dropout_args};
 use super::launch::{Arg, Launch, Launcher, blocks};
