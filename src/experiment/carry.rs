@@ -6,7 +6,7 @@ use super::{Experiment, Size};
 pub(super) const CARRY: Experiment = Experiment {
     name: "carry",
     about: "memory on and off where attention sees segments only (Recall of several lengths, Hallway)",
-    takes: ["12 minutes", "an hour on two cores"],
+    takes: ["10 minutes", "an hour on two cores"],
     grid,
 };
 
