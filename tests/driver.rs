@@ -6,46 +6,26 @@
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use cudarc::driver::sys::{CUgraphInstantiate_flags, CUresult, CUstreamCaptureMode};
 use cudarc::driver::{CudaContext, CudaSlice, DriverError};
 use dtmem::backend::gpu::{Compute, Gpu, HostDevice};
 use dtmem::ops::{self, Launcher as _, Version, activation, attention};
-use dtmem::train::config::Config;
 use dtmem::train::metrics::Line;
-use dtmem::train::run::{Event, Folder, Options, Outcome, Start, train};
+use dtmem::train::run::{Outcome, Start};
 use dtmem_reference::activation::Activation;
 use half::bf16;
 use tempfile::TempDir;
+use toy::{HALLWAY_FOR_KERNELS, run_on};
 
-const TOY: &str = r#"
-seed = 7
-[task]
-name = "hallway"
-length = 1
-[data]
-episodes = 30
-[model]
-front_end = "linear"
-width = 32
-layers = 1
-heads = 2
-feed_forward = 32
-dropout = 0.1
-[loss]
-heads = [1, 2]
-[train]
-steps = 5
-batch_tokens = 90
-learning_rate = 1e-2
-clip = 1.0
-log_every = 1
-checkpoint_every = 2
-precision = "f32"
-[evaluation]
-episodes = 2
-"#;
+mod toy;
+
+/// What the toy has here.
+const SHORT: [&str; 3] = [
+    "train.steps=5",
+    "train.precision=f32",
+    "evaluation.episodes=2",
+];
 
 /// The same in bf16 with a memory that is taught what to recall.
 const MEMORY: [&str; 9] = [
@@ -108,14 +88,14 @@ fn on_the_model(options: &str, name: &str) -> bool {
 
 struct Toy {
     folder: TempDir,
-    overrides: Vec<String>,
+    overrides: Vec<&'static str>,
 }
 
 impl Toy {
-    fn new(overrides: &[&str]) -> Self {
+    fn new(overrides: &[&'static str]) -> Self {
         let folder = TempDir::new().unwrap();
-        std::fs::write(folder.path().join("toy.toml"), TOY).unwrap();
-        let overrides = overrides.iter().map(|&word| word.to_owned()).collect();
+        std::fs::write(folder.path().join("toy.toml"), HALLWAY_FOR_KERNELS).unwrap();
+        let overrides = SHORT.iter().chain(overrides).copied().collect();
         Self { folder, overrides }
     }
 
@@ -138,23 +118,9 @@ impl Toy {
 
     /// Trains on the executor, until it is done or so many steps are.
     fn on_host<T: Compute>(&self, name: &str, stop_after: Option<u64>) -> Vec<Line> {
-        let config = Config::parse("toy.toml", TOY, &self.overrides).unwrap();
-        let stop = AtomicBool::new(false);
-        let mut watch = |event: Event| {
-            if let Event::Step { step, .. } = event
-                && Some(step) == stop_after
-            {
-                stop.store(true, Ordering::Relaxed);
-            }
-        };
-        let folder = self.path(name);
-        let options = Options {
-            folder: &Folder::new(&folder),
-            start: Start::Fresh,
-            stop: &stop,
-            watch: &mut watch,
-        };
-        let outcome = train(Gpu::<_, T>::new(HostDevice::default()), &config, options).unwrap();
+        let config = toy::config(HALLWAY_FOR_KERNELS, &self.overrides);
+        let (backend, folder) = (Gpu::<_, T>::new(HostDevice::default()), self.path(name));
+        let outcome = run_on(backend, &config, &folder, Start::Fresh, stop_after).unwrap();
         let finished = matches!(outcome, Outcome::Finished(_));
         assert_eq!(finished, stop_after.is_none());
         lines(&folder)
@@ -163,15 +129,9 @@ impl Toy {
 
 /// The metrics, without times.
 fn lines(folder: &Path) -> Vec<Line> {
-    let text = std::fs::read_to_string(Folder::new(folder).metrics()).unwrap();
-    let line = |line| {
-        let line: Line = serde_json::from_str(line).unwrap();
-        Line {
-            tokens_per_s: 0.0,
-            ..line
-        }
-    };
-    text.lines().map(line).collect()
+    let mut lines = toy::lines(folder);
+    lines.iter_mut().for_each(|line| line.tokens_per_s = 0.0);
+    lines
 }
 
 /// Nothing waits between the first step and the last: a step whose batch is overwritten, or computed

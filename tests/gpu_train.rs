@@ -2,92 +2,33 @@
 //! devices that are too small or get lost.
 
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 
 use dtmem::backend::gpu::{Compute, Gpu, HostDevice};
-use dtmem::backend::{Backend, Cpu, Member};
+use dtmem::backend::{Cpu, Member};
 use dtmem::model::{Model, ModelConfig, ModelError, Training};
-use dtmem::train::Error;
 use dtmem::train::config::Config;
 use dtmem::train::metrics::Line;
-use dtmem::train::run::{Event, Folder, Options, Outcome, Start, train};
+use dtmem::train::run::{Outcome, Start};
 use half::bf16;
 use tempfile::TempDir;
+use toy::{HALLWAY_FOR_KERNELS, lines, run_on};
 
 mod data;
-
-const HALLWAY: &str = r#"
-seed = 7
-[task]
-name = "hallway"
-length = 1
-[data]
-episodes = 30
-[model]
-front_end = "linear"
-width = 32
-layers = 1
-heads = 2
-feed_forward = 32
-dropout = 0.1
-[loss]
-heads = [1, 2]
-[train]
-steps = 6
-batch_tokens = 90
-learning_rate = 1e-2
-clip = 1.0
-log_every = 1
-checkpoint_every = 2
-[evaluation]
-episodes = 3
-"#;
+mod toy;
 
 fn config(overrides: &[&str]) -> Config {
-    let overrides: Vec<String> = overrides.iter().map(|&s| s.to_owned()).collect();
-    Config::parse("toy.toml", HALLWAY, &overrides).unwrap()
+    toy::config(HALLWAY_FOR_KERNELS, overrides)
 }
 
 fn host() -> Gpu<HostDevice, f32> {
     Gpu::new(HostDevice::default())
 }
 
-/// Until it is done, or until `stop_after` steps are.
-fn run<B: Backend<Element = f32>>(
-    backend: B,
-    config: &Config,
-    folder: &Path,
-    start: Start,
-    stop_after: Option<u64>,
-) -> Result<Outcome, Error> {
-    let stop = AtomicBool::new(false);
-    let mut watch = |event: Event| {
-        if let Event::Step { step, .. } = event
-            && Some(step) == stop_after
-        {
-            stop.store(true, Ordering::Relaxed);
-        }
-    };
-    let options = Options {
-        folder: &Folder::new(folder),
-        start,
-        stop: &stop,
-        watch: &mut watch,
-    };
-    train(backend, config, options)
-}
-
-fn lines(folder: &Path) -> Vec<Line> {
-    let text = std::fs::read_to_string(Folder::new(folder).metrics()).unwrap();
-    text.lines()
-        .map(|line| serde_json::from_str(line).unwrap())
-        .collect()
-}
-
 /// A run on the CPU.
 fn straight(config: &Config) -> Vec<Line> {
     let folder = TempDir::new().unwrap();
-    let outcome = run(Cpu::new(), config, folder.path(), Start::Fresh, None).unwrap();
+    let outcome = run_on(Cpu::new(), config, folder.path(), Start::Fresh, None).unwrap();
     assert!(matches!(outcome, Outcome::Finished(_)));
     lines(folder.path())
 }
@@ -116,11 +57,11 @@ fn a_checkpoint_of_one_device_goes_on_on_another_and_back() {
     let config = config(&[]);
     let folder = TempDir::new().unwrap();
     let path = folder.path();
-    let outcome = run(host(), &config, path, Start::Fresh, Some(2)).unwrap();
+    let outcome = run_on(host(), &config, path, Start::Fresh, Some(2)).unwrap();
     assert_eq!(outcome, Outcome::Stopped { step: 2 });
-    let outcome = run(Cpu::new(), &config, path, Start::Resume, Some(4)).unwrap();
+    let outcome = run_on(Cpu::new(), &config, path, Start::Resume, Some(4)).unwrap();
     assert_eq!(outcome, Outcome::Stopped { step: 4 });
-    let outcome = run(host(), &config, path, Start::Resume, None).unwrap();
+    let outcome = run_on(host(), &config, path, Start::Resume, None).unwrap();
     assert!(matches!(outcome, Outcome::Finished(_)));
     assert_follows(&lines(path), &straight(&config));
 }
@@ -129,7 +70,7 @@ fn a_checkpoint_of_one_device_goes_on_on_another_and_back() {
 fn on_host<T: Compute>(config: &Config) -> Vec<Line> {
     let backend = Gpu::<_, T>::new(HostDevice::default());
     let folder = TempDir::new().unwrap();
-    let outcome = run(backend, config, folder.path(), Start::Fresh, None).unwrap();
+    let outcome = run_on(backend, config, folder.path(), Start::Fresh, None).unwrap();
     assert!(matches!(outcome, Outcome::Finished(_)));
     lines(folder.path())
 }
@@ -164,7 +105,7 @@ fn two_ranks_train_as_one_and_the_first_writes() {
                 .map(|member| {
                     let backend = Gpu::<_, f32>::new(HostDevice::default().with_member(member));
                     let (config, path) = (&config, folder.path());
-                    scope.spawn(move || run(backend, config, path, start, stop_after).unwrap())
+                    scope.spawn(move || run_on(backend, config, path, start, stop_after).unwrap())
                 })
                 .collect();
             let join = |thread: std::thread::ScopedJoinHandle<'_, _>| thread.join().unwrap();
@@ -182,7 +123,7 @@ fn two_ranks_train_as_one_and_the_first_writes() {
     assert_eq!(steps, [2, 3, 4, 6]);
     // Alone, with the same lines.
     let alone = TempDir::new().unwrap();
-    run(host(), &config, alone.path(), Start::Fresh, None).unwrap();
+    run_on(host(), &config, alone.path(), Start::Fresh, None).unwrap();
     assert_follows(&found, &lines(alone.path()));
     let files = |folder: &TempDir| std::fs::read_dir(folder.path()).unwrap().count();
     assert_eq!(files(&folder), files(&alone));
@@ -196,7 +137,7 @@ fn a_lost_device_is_an_error_and_its_checkpoint_goes_on_elsewhere() {
     let error = loop {
         let device = HostDevice::default().with_lifetime(lifetime);
         let backend = Gpu::<_, f32>::new(device);
-        let error = run(backend, &config, folder.path(), Start::Overwrite, None).unwrap_err();
+        let error = run_on(backend, &config, folder.path(), Start::Overwrite, None).unwrap_err();
         if error.to_string().contains("the checkpoint of step") {
             break error.to_string();
         }
@@ -209,7 +150,7 @@ fn a_lost_device_is_an_error_and_its_checkpoint_goes_on_elsewhere() {
     ] {
         assert!(error.contains(part), "{part} is missing in: {error}");
     }
-    let outcome = run(Cpu::new(), &config, folder.path(), Start::Resume, None).unwrap();
+    let outcome = run_on(Cpu::new(), &config, folder.path(), Start::Resume, None).unwrap();
     assert!(matches!(outcome, Outcome::Finished(_)));
     assert_follows(&lines(folder.path()), &straight(&config));
 }
@@ -246,7 +187,7 @@ fn steps_of_the_quick_configurations_are_one_recording_from_the_third_on() {
         let folder = TempDir::new().unwrap();
         let backend = Gpu::<_, bf16>::new(device);
         let stop_after = Some(STEPS as u64);
-        run(
+        run_on(
             backend,
             &small(&path),
             folder.path(),

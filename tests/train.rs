@@ -15,11 +15,10 @@ use dtmem::tasks::{Demonstrations, EpisodeView, Task};
 use dtmem::train::checkpoint::{load_model, model_from_bytes, state_from_bytes};
 use dtmem::train::config::Config;
 use dtmem::train::evaluate::{Conditions, evaluate};
-use dtmem::train::metrics::Line;
 use dtmem::train::run::{Folder, Outcome, Start};
 use proptest::prelude::*;
 use tempfile::TempDir;
-use toy::{MANY, RECALL, config, dtmem, finish, run, text};
+use toy::{MANY, RECALL, config, dtmem, finish, lines, run, text};
 
 /// AttentionTuner in a hallway; dropout on, so that the masks matter.
 const HALLWAY: &str = r#"
@@ -55,13 +54,6 @@ fn message(config: &Config, folder: &Path, start: Start) -> String {
 
 fn model_bytes(folder: &Path) -> Vec<u8> {
     std::fs::read(Folder::new(folder).model()).unwrap()
-}
-
-fn lines(folder: &Path) -> Vec<Line> {
-    let text = std::fs::read_to_string(Folder::new(folder).metrics()).unwrap();
-    text.lines()
-        .map(|line| serde_json::from_str(line).unwrap())
-        .collect()
 }
 
 /// One finished run, for the tests that only read it.

@@ -5,10 +5,39 @@ use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use dtmem::backend::Cpu;
+use dtmem::backend::{Backend, Cpu};
 use dtmem::train::Error;
 use dtmem::train::config::Config;
+use dtmem::train::metrics::Line;
 use dtmem::train::run::{Event, Folder, Options, Outcome, Start, Summary, train};
+
+/// AttentionTuner in a hallway, of sizes that the kernels take; dropout on, so that the masks matter.
+pub const HALLWAY_FOR_KERNELS: &str = r#"
+seed = 7
+[task]
+name = "hallway"
+length = 1
+[data]
+episodes = 30
+[model]
+front_end = "linear"
+width = 32
+layers = 1
+heads = 2
+feed_forward = 32
+dropout = 0.1
+[loss]
+heads = [1, 2]
+[train]
+steps = 6
+batch_tokens = 90
+learning_rate = 1e-2
+clip = 1.0
+log_every = 1
+checkpoint_every = 2
+[evaluation]
+episodes = 3
+"#;
 
 /// DT-Mem on recall: other tokens, segments, memory.
 pub const RECALL: &str = r#"
@@ -93,8 +122,19 @@ pub fn config(text: &str, overrides: &[&str]) -> Config {
     Config::parse("toy.toml", text, &overrides).unwrap()
 }
 
-/// Runs until it is done, or until `stop_after` steps are.
+/// Runs on the CPU until it is done, or until `stop_after` steps are.
 pub fn run(
+    config: &Config,
+    folder: &Path,
+    start: Start,
+    stop_after: Option<u64>,
+) -> Result<Outcome, Error> {
+    run_on(Cpu::new(), config, folder, start, stop_after)
+}
+
+/// The same on a backend.
+pub fn run_on<B: Backend<Element = f32>>(
+    backend: B,
     config: &Config,
     folder: &Path,
     start: Start,
@@ -114,7 +154,7 @@ pub fn run(
         stop: &stop,
         watch: &mut watch,
     };
-    train(Cpu::new(), config, options)
+    train(backend, config, options)
 }
 
 pub fn finish(config: &Config, folder: &Path, start: Start) -> Summary {
@@ -122,6 +162,14 @@ pub fn finish(config: &Config, folder: &Path, start: Start) -> Summary {
         Outcome::Finished(summary) => *summary,
         stopped => panic!("{stopped:?}"),
     }
+}
+
+/// The metrics of a run.
+pub fn lines(folder: &Path) -> Vec<Line> {
+    let text = std::fs::read_to_string(Folder::new(folder).metrics()).unwrap();
+    text.lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect()
 }
 
 pub fn dtmem(folder: &Path, arguments: &[&str]) -> Output {
