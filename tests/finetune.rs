@@ -211,6 +211,20 @@ fn new_family() -> &'static Path {
 }
 
 #[test]
+fn an_adaptation_does_not_take_the_place_of_its_base() {
+    let folder = TempDir::new().unwrap();
+    let own = folder.path().join("base");
+    std::fs::create_dir(&own).unwrap();
+    std::fs::copy(Folder::new(base()).model(), Folder::new(&own).model()).unwrap();
+    let config = try_adapt(&own, "lora", &[]).unwrap();
+    let before = bytes(&own, "model.safetensors");
+    let same = folder.path().join("base/../base");
+    let error = run(&config, &same, Start::Overwrite, None).unwrap_err();
+    assert!(error.to_string().contains("--out DIR"), "{error}");
+    assert_eq!(bytes(&own, "model.safetensors"), before);
+}
+
+#[test]
 fn a_new_family_is_trained_and_not_a_bit_of_the_base() {
     let (before, base_file) = (bits(&model_of(base())), bytes(base(), "model.safetensors"));
     // Embeddings of two codes and of actions with their biases, and a head.

@@ -276,6 +276,22 @@ fn a_folder_with_a_run_is_not_overwritten_unless_asked() {
 }
 
 #[test]
+fn a_run_that_is_refused_leaves_its_folder_as_it_was() {
+    let folder = TempDir::new().unwrap();
+    let (right, wrong) = (
+        config(HALLWAY, &[]),
+        config(HALLWAY, &["train.batch_tokens=19"]),
+    );
+    assert!(message(&wrong, folder.path(), Start::Fresh).contains("train.batch_tokens"));
+    finish(&right, folder.path(), Start::Fresh);
+    let files = |name: &str| std::fs::read(folder.path().join(name)).unwrap();
+    let names = ["config.toml", "metrics.jsonl", "model.safetensors"];
+    let before = names.map(files);
+    assert!(message(&wrong, folder.path(), Start::Overwrite).contains("train.batch_tokens"));
+    assert_eq!(names.map(files), before);
+}
+
+#[test]
 fn a_kill_between_the_two_files_leaves_a_run_that_resumes() {
     let config = config(HALLWAY, &[]);
     let folder = TempDir::new().unwrap();

@@ -93,6 +93,17 @@ impl FinetuneConfig {
     fn whole() -> f64 {
         1.0
     }
+
+    /// Refuses an output folder that is the base's own: what is written there would take the base's place.
+    pub(super) fn check_apart_from(&self, folder: &Path) -> config::Result<()> {
+        let real = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_owned());
+        if real(&self.base) != real(folder) {
+            return Ok(());
+        }
+        let found = format!("the output folder {}", folder.display());
+        let expected = "another one: choose it with --out DIR";
+        Err(ConfigError::value("finetune.base", found, expected))
+    }
 }
 
 /// Settings of a model that say how it is trained, not what it is: they may differ from the base's.

@@ -105,9 +105,12 @@ pub fn train<B: Backend<Element = f32>>(
         watch,
     } = options;
     config.validate()?;
+    if let Some(finetune) = &config.finetune {
+        finetune.check_apart_from(folder.path())?;
+    }
     let rank = backend.rank();
     let saved = match rank.is_first() {
-        true => open_folder(folder, start, config)?,
+        true => check_folder(folder, start, config)?,
         false if start == Start::Resume => saved_state(folder, config)?,
         false => None,
     };
@@ -166,6 +169,9 @@ pub fn train<B: Backend<Element = f32>>(
         }
         None => StateHeader::start(config, base.as_ref().map(Base::fingerprint)),
     };
+    if rank.is_first() {
+        claim_folder(folder, start, config)?;
+    }
     let mut run = Run {
         config,
         folder,
@@ -201,27 +207,34 @@ pub fn train<B: Backend<Element = f32>>(
     }
 }
 
-/// Makes the folder ready and returns the state to resume from, if there is one.
-fn open_folder(folder: &Folder, start: Start, config: &Config) -> Result<Option<Vec<u8>>, Error> {
+/// The state to resume from, if there is one, of a folder that can be written to.
+fn check_folder(folder: &Folder, start: Start, config: &Config) -> Result<Option<Vec<u8>>, Error> {
     let path = folder.path();
     let used = folder.is_used();
     let mut saved = None;
     match start {
         Start::Fresh if used => return Err(Error::Exists(path.to_owned())),
         Start::Resume if !used => return Err(Error::NothingToResume(path.to_owned())),
-        Start::Overwrite => folder.clear()?,
         Start::Resume => {
             saved = saved_state(folder, config)?;
             if saved.is_none() {
                 info!("no checkpoint yet: starting from the beginning");
             }
         }
-        Start::Fresh => {}
+        Start::Fresh | Start::Overwrite => {}
     }
     std::fs::create_dir_all(path).map_err(Error::io("create this folder", path))?;
-    let file = folder.config();
-    write_beside(&file, config.to_toml()?.as_bytes()).map_err(Error::io("write it", &file))?;
     Ok(saved)
+}
+
+/// Makes the folder this run's. Only once nothing more can be wrong with the run: one that was refused leaves the
+/// folder as it was.
+fn claim_folder(folder: &Folder, start: Start, config: &Config) -> Result<(), Error> {
+    if start == Start::Overwrite {
+        folder.clear()?;
+    }
+    let file = folder.config();
+    write_beside(&file, config.to_toml()?.as_bytes()).map_err(Error::io("write it", &file))
 }
 
 /// The state that a folder holds, of a run of this configuration.
@@ -230,7 +243,7 @@ fn saved_state(folder: &Folder, config: &Config) -> Result<Option<Vec<u8>>, Erro
     if !file.exists() {
         return Ok(None);
     }
-    let bytes = std::fs::read(&file).map_err(Error::io("read it", &file))?;
+    let bytes = checkpoint::read(&file)?;
     let before = checkpoint::state_config(&file, &bytes)?;
     match before.difference(config)? {
         Some((key, saved, found)) => Err(Error::Changed {
