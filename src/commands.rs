@@ -610,11 +610,10 @@ pub fn verify(arguments: &Verify) -> Result<ExitCode> {
 
 /// `dtmem bench`: a line per row while it runs, and the report in a file.
 pub fn bench(arguments: &Bench) -> Result<ExitCode> {
-    let report = dtmem::bench::run(arguments.device, &arguments.filter, &mut |row| {
-        println!("{row}");
-    })?;
+    let mut out = std::io::stdout().lock();
+    let report = dtmem::bench::run(arguments.device, &arguments.filter, &mut out)?;
     for comparison in report.comparisons() {
-        println!("both versions: {comparison}");
+        writeln!(out, "both versions: {comparison}").map_err(|error| format!("stdout: {error}"))?;
     }
     if let Some(file) = &arguments.json {
         let json = serde_json::to_string(&report)? + "\n";

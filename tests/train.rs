@@ -715,7 +715,9 @@ fn command_refuses_bad_input_with_exit_code_2() {
             "length",
         ),
         (vec!["demos", "hallway"], "--out"),
-        (vec!["info", "--threads", "0"], "--threads"),
+        (vec!["info", "--threads", "0"], "--threads: found 0"),
+        (vec!["bench", "--filter", "none"], "attention_backward"),
+        (vec!["bench", "--device", "cuda:99"], "--device cuda:99: "),
         (vec!["verify", "none.safetensors"], "none.safetensors"),
         (vec!["fly"], "fly"),
     ] {
@@ -736,6 +738,27 @@ fn command_says_what_this_build_can_do() {
     let shown = text(&dtmem(folder.path(), &["info"]).stdout);
     for part in ["version", "features", "cpu", "gpus", "kernel images"] {
         assert!(shown.contains(part), "{shown}");
+    }
+}
+
+#[test]
+fn a_reader_that_leaves_ends_the_command_without_a_panic() {
+    let bench = ["bench", "--device", "cpu", "--filter", "layer_norm/acting"];
+    for arguments in [&["info"][..], &bench] {
+        let mut child = Command::new(env!("CARGO_BIN_EXE_dtmem"))
+            .args(arguments)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        drop(child.stdout.take());
+        let output = child.wait_with_output().unwrap();
+        let error = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{arguments:?}: {error}");
+        assert!(
+            error.contains("error: ") && !error.contains("panicked"),
+            "{error}"
+        );
     }
 }
 

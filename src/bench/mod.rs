@@ -41,6 +41,25 @@ pub enum BenchError {
     /// A GPU does not work.
     #[error("{0}")]
     Device(String),
+    /// A GPU that was asked for is not there.
+    #[error("--device cuda:{number}: {reason}; or time the CPU alone, with --device cpu")]
+    NoGpu {
+        /// Which one.
+        number: usize,
+        /// Why not.
+        reason: String,
+    },
+    /// A filter that leaves nothing.
+    #[error("--filter {filter}: no row has that in its name; there are these operations: {known}")]
+    Filter {
+        /// The filter.
+        filter: String,
+        /// What could be filtered for.
+        known: String,
+    },
+    /// A row cannot be shown.
+    #[error("cannot write a row: {0}")]
+    Write(#[from] std::io::Error),
 }
 
 /// Result of a timing.
@@ -247,21 +266,25 @@ const CPU_OPERATIONS: f64 = 1e10;
 /// then those that take the CPU a moment on the CPU. Skips what is left after `seconds`.
 ///
 /// # Errors
-/// A GPU that was asked for and does not work; what an operation or the visitor returns.
+/// A filter that leaves no case; a GPU that was asked for by its number and does not work; what an operation or the
+/// visitor returns.
 pub fn each(
     device: DeviceChoice,
     filter: &str,
     seconds: f64,
     visit: &mut dyn FnMut(Visit) -> Result<()>,
 ) -> Result<()> {
+    if table(filter).next().is_none() {
+        let known = Operation::ALL.map(Operation::name).join(", ");
+        let filter = filter.to_owned();
+        return Err(BenchError::Filter { filter, known });
+    }
     let until = Until {
         start: Instant::now(),
         seconds,
     };
-    match device {
-        DeviceChoice::Cpu => {}
-        DeviceChoice::Auto => on_gpu(0, filter, until, visit)?,
-        DeviceChoice::Cuda(number) => on_gpu(number, filter, until, visit)?,
+    if device != DeviceChoice::Cpu {
+        on_gpu(device, filter, until, visit)?;
     }
     on(&CpuPlace, filter, until, visit)
 }
@@ -378,32 +401,42 @@ const MOST_COPIES: f64 = 64.0;
 
 #[cfg(feature = "cuda")]
 fn on_gpu(
-    number: usize,
+    device: DeviceChoice,
     filter: &str,
     until: Until,
     visit: &mut dyn FnMut(Visit) -> Result<()>,
 ) -> Result<()> {
+    let number = match device {
+        DeviceChoice::Cuda(number) => number,
+        _ => 0,
+    };
     match place::CudaPlace::new(number) {
         Ok(place) => on(&place, filter, until, visit),
-        Err(reason) => no_gpu(&reason, filter, visit),
+        Err(reason) => no_gpu(device, reason, filter, visit),
     }
 }
 
 #[cfg(not(feature = "cuda"))]
 fn on_gpu(
-    _number: usize,
+    device: DeviceChoice,
     filter: &str,
     _until: Until,
     visit: &mut dyn FnMut(Visit) -> Result<()>,
 ) -> Result<()> {
-    no_gpu(
-        "this binary was built without the feature `cuda`",
-        filter,
-        visit,
-    )
+    let reason = "this binary was built without the feature `cuda`".to_owned();
+    no_gpu(device, reason, filter, visit)
 }
 
-fn no_gpu(reason: &str, filter: &str, visit: &mut dyn FnMut(Visit) -> Result<()>) -> Result<()> {
+/// Skips the table, unless the GPU was asked for.
+fn no_gpu(
+    device: DeviceChoice,
+    reason: String,
+    filter: &str,
+    visit: &mut dyn FnMut(Visit) -> Result<()>,
+) -> Result<()> {
+    if let DeviceChoice::Cuda(number) = device {
+        return Err(BenchError::NoGpu { number, reason });
+    }
     let reason = format!("no GPU: {reason}");
     table(filter).try_for_each(|entry| {
         visit(Visit::Skipped {

@@ -1,6 +1,7 @@
 //! What `dtmem bench` writes.
 
 use std::fmt;
+use std::io::Write;
 
 use serde::Serialize;
 
@@ -160,11 +161,11 @@ const SAMPLES: usize = 9;
 /// Seconds that the samples of a case take together, where one run takes less.
 const CASE_SECONDS: f64 = 0.3;
 
-/// Times the table, or what of it the filter leaves, and shows each row.
+/// Times the table, or what of it the filter leaves, and writes a line for each row.
 ///
 /// # Errors
-/// As [`each`].
-pub fn run(device: DeviceChoice, filter: &str, show: &mut dyn FnMut(&Row)) -> Result<Report> {
+/// As [`each`]; a line that cannot be written.
+pub fn run(device: DeviceChoice, filter: &str, out: &mut impl Write) -> Result<Report> {
     let mut report = Report {
         version: env!("CARGO_PKG_VERSION"),
         threads: rayon::current_num_threads(),
@@ -196,7 +197,7 @@ pub fn run(device: DeviceChoice, filter: &str, show: &mut dyn FnMut(&Row)) -> Re
                 },
             ),
         };
-        show(&row);
+        writeln!(out, "{row}")?;
         report.rows.push(row);
         Ok(())
     })?;
