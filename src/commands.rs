@@ -17,7 +17,7 @@ use dtmem::tasks::{Demonstrations, Task};
 use dtmem::train::adapters::{apply_adapter, merge_adapter};
 use dtmem::train::checkpoint::{self, ModelHeader};
 use dtmem::train::config::{Config, TaskConfig};
-use dtmem::train::device::{Job, Place, run_on};
+use dtmem::train::device::{DeviceChoice, Job, Place, run_on};
 use dtmem::train::evaluate::{self, Episodes, TaskResult};
 use dtmem::train::finetune::Adaptation;
 use dtmem::train::ranks::Ranks;
@@ -40,8 +40,8 @@ pub fn in_pool<T: Send>(
     command: impl FnOnce() -> Result<T> + Send,
 ) -> Result<T> {
     const MOST: usize = 1024;
-    if threads.is_some_and(|threads| !(1..=MOST).contains(&threads)) {
-        return Err(format!("--threads: found {threads:?}, expected 1 to {MOST}").into());
+    if let Some(threads) = threads.filter(|threads| !(1..=MOST).contains(threads)) {
+        return Err(format!("--threads: found {threads}, expected 1 to {MOST}").into());
     }
     rayon::ThreadPoolBuilder::new()
         .num_threads(threads.unwrap_or(0))
@@ -141,6 +141,9 @@ fn start(config: &Config, arguments: &Run, folder: PathBuf, mut again: String) -
         Outcome::Stopped { step } => {
             for argument in &arguments.overrides {
                 write!(again, " --set '{argument}'")?;
+            }
+            if arguments.device != DeviceChoice::default() {
+                write!(again, " --device {}", arguments.device)?;
             }
             write!(again, " --out {} --resume", folder.path().display())?;
             info!("stopped after step {step}, saved; continue with: {again}");
@@ -256,8 +259,7 @@ pub fn eval(arguments: &Eval) -> Result<ExitCode> {
         )
         .into());
     }
-    let bytes = std::fs::read(&file)
-        .map_err(|error| format!("{}: cannot read it: {error}", file.display()))?;
+    let bytes = checkpoint::read(&file)?;
     let header = checkpoint::model_header(&file, &bytes)?;
     if arguments
         .target_return
@@ -586,7 +588,7 @@ fn continuation(arguments: &Experiment, size: Size) -> Result<String> {
     if let Some(out) = &arguments.out {
         write!(command, " --out {}", out.display())?;
     }
-    if arguments.device != Default::default() {
+    if arguments.device != DeviceChoice::default() {
         write!(command, " --device {}", arguments.device)?;
     }
     Ok(command)
@@ -629,6 +631,8 @@ pub fn info() -> Result<ExitCode> {
     writeln!(text, "version        {}", env!("CARGO_PKG_VERSION"))?;
     let features = [
         ("cuda", cfg!(feature = "cuda")),
+        ("cust", cfg!(feature = "cust")),
+        ("host", cfg!(feature = "host")),
         ("nccl", cfg!(feature = "nccl")),
         ("nvtx", cfg!(feature = "nvtx")),
         ("trainer", true),

@@ -17,7 +17,7 @@ mod progress;
 #[command(version, arg_required_else_help = true)]
 struct Cli {
     /// Number of threads; the results do not depend on it [default: one per core]
-    #[arg(long, global = true, value_name = "N")]
+    #[arg(long, global = true, value_name = "N", display_order = 900)]
     threads: Option<usize>,
     #[command(subcommand)]
     command: Command,

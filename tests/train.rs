@@ -769,7 +769,14 @@ fn interrupt_saves_and_says_how_to_go_on() {
 
     let folder = TempDir::new().unwrap();
     std::fs::write(folder.path().join("toy.toml"), HALLWAY).unwrap();
-    let long = ["train", "toy.toml", "--set", "train.steps=1000000"];
+    let long = [
+        "train",
+        "toy.toml",
+        "--device",
+        "cpu",
+        "--set",
+        "train.steps=1000000",
+    ];
     let mut child = Command::new(env!("CARGO_BIN_EXE_dtmem"))
         .args(long)
         .current_dir(folder.path())
@@ -798,7 +805,9 @@ fn interrupt_saves_and_says_how_to_go_on() {
     assert_eq!(child.wait().unwrap().code(), Some(130), "{rest:?}");
     let hint = rest.last().unwrap();
     assert!(
-        hint.contains("dtmem train toy.toml --set 'train.steps=1000000' --out runs/toy --resume"),
+        hint.contains(
+            "dtmem train toy.toml --set 'train.steps=1000000' --device cpu --out runs/toy --resume"
+        ),
         "{hint}"
     );
     let (_, header) = load_model(&files.model(), Cpu::new()).unwrap();

@@ -48,15 +48,20 @@ struct Header {
 #[derive(Debug, thiserror::Error)]
 pub enum DemonstrationError {
     /// The file system refused.
-    #[error("{}: {source}", path.display())]
+    #[error("{}: cannot {action}: {source}", path.display())]
     Io {
+        /// What was tried.
+        action: &'static str,
         /// The file.
         path: PathBuf,
         /// What it said.
         source: io::Error,
     },
     /// Not a complete safetensors file.
-    #[error("{}: not a readable safetensors file: {source}", path.display())]
+    #[error(
+        "{}: contents: found {source}, expected a whole safetensors file, as `dtmem demos` writes it \
+         (docs/demonstrations.md)", path.display()
+    )]
     Format {
         /// The file.
         path: PathBuf,
@@ -107,6 +112,7 @@ impl Demonstrations {
                 source,
             })?;
         write_beside(path, &bytes).map_err(|source| DemonstrationError::Io {
+            action: "write it",
             path: path.into(),
             source,
         })
@@ -118,6 +124,7 @@ impl Demonstrations {
     /// A file that cannot be read, is cut off or damaged, or holds what [`Demonstrations::push`] does not accept.
     pub fn load(path: &Path) -> Result<Self, DemonstrationError> {
         let bytes = fs::read(path).map_err(|source| DemonstrationError::Io {
+            action: "read it",
             path: path.into(),
             source,
         })?;

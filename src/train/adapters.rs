@@ -247,11 +247,10 @@ pub fn load_adapter<B: Backend<Element = f32>>(
     folder: &Folder,
     base: &Model<B>,
 ) -> Result<(AdapterWeights<f32>, AdapterHeader), Error> {
-    let read = |path: &Path| std::fs::read(path).map_err(Error::io("read it", path));
     let (settings, numbers) = (folder.adapter_config(), folder.adapter());
     adapter_from_bytes(
-        (&settings, &read(&settings)?),
-        (&numbers, &read(&numbers)?),
+        (&settings, &checkpoint::read(&settings)?),
+        (&numbers, &checkpoint::read(&numbers)?),
         base,
     )
 }

@@ -132,8 +132,15 @@ pub fn load_model<B: Backend<Element = f32>>(
     path: &Path,
     backend: B,
 ) -> Result<(Model<B>, ModelHeader), Error> {
-    let bytes = std::fs::read(path).map_err(Error::io("read it", path))?;
-    model_from_bytes(path, &bytes, backend)
+    model_from_bytes(path, &read(path)?, backend)
+}
+
+/// The bytes of a file of a run.
+pub fn read(path: &Path) -> Result<Vec<u8>, Error> {
+    std::fs::read(path).map_err(|source| Error::Read {
+        path: path.to_owned(),
+        source,
+    })
 }
 
 /// What a model file says beside its numbers.

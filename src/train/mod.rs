@@ -53,6 +53,16 @@ pub enum Error {
         /// What the system says.
         source: io::Error,
     },
+    /// A file of a run that is not there, or cannot be read.
+    #[error(
+        "{}: cannot read it: {source}; expected the output folder of a run that has this file", path.display()
+    )]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// What the system says.
+        source: io::Error,
+    },
     /// A file that is damaged, or belongs to something else.
     #[error("{}: {what}: found {found}, expected {expected}", path.display())]
     File {

@@ -37,7 +37,7 @@ use report::{Comparison, Error, Table};
 #[derive(Debug, thiserror::Error)]
 pub enum VerifyError {
     /// The file cannot be read.
-    #[error("{}: {source}", file.display())]
+    #[error("{}: cannot read it: {source}; expected a fixture file (docs/fixtures.md)", file.display())]
     Read {
         /// The file.
         file: PathBuf,
@@ -45,7 +45,9 @@ pub enum VerifyError {
         source: io::Error,
     },
     /// The file is no safetensors file, or only a part of one.
-    #[error("{}: no complete safetensors file: {source}", file.display())]
+    #[error(
+        "{}: contents: found {source}, expected a whole safetensors file (docs/fixtures.md)", file.display()
+    )]
     Format {
         /// The file.
         file: PathBuf,

@@ -207,7 +207,7 @@ fn probability(key: &str, value: f64) -> Result<()> {
 
 fn positive(key: &str, value: f64) -> Result<()> {
     if !(value > 0.0 && value.is_finite()) {
-        return Err(ConfigError::value(key, value, "a number above 0"));
+        return Err(ConfigError::value(key, value, "a finite number above 0"));
     }
     Ok(())
 }

@@ -8,7 +8,9 @@ use thiserror::Error;
 #[derive(Debug, Clone, PartialEq, Error)]
 pub enum ConfigError {
     /// The file cannot be read.
-    #[error("{file}: {message}")]
+    #[error(
+        "{file}: cannot read it: {message}; expected a configuration, such as configs/hallway-quick.toml"
+    )]
     Read {
         /// The file.
         file: String,
