@@ -1,5 +1,5 @@
-//! How model code calls attention on a CUDA device: two packed sequences, q, k and v in one matrix as a projection leaves
-//! them, and one head that is taught by the memory loss where to look; forward and backward.
+//! How model code calls attention on a CUDA device: two packed sequences, q, k and v in one matrix as a projection
+//! leaves them, and one head that is taught by the memory loss where to look; forward and backward.
 //!
 //! `cargo run --release --example attention`; without a GPU it says so and ends well.
 

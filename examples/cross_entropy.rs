@@ -1,5 +1,5 @@
-//! How model code gets the loss of its predictions, their number of hits and the gradient of the logits on a CUDA device,
-//! without waiting for any of them.
+//! How model code gets the loss of its predictions, their number of hits and the gradient of the logits on a CUDA
+//! device, without waiting for any of them.
 //!
 //! `cargo run --release --example cross_entropy`; without a GPU it says so and ends well.
 

@@ -1,5 +1,5 @@
-//! How model code puts bias, activation, dropout and residual sum into one launch on a CUDA device, and their gradients, with
-//! that of the bias, into two.
+//! How model code puts bias, activation, dropout and residual sum into one launch on a CUDA device, and their
+//! gradients, with that of the bias, into two.
 //!
 //! `cargo run --release --example elementwise`; without a GPU it says so and ends well.
 

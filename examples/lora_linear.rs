@@ -48,8 +48,8 @@ fn main() -> Result<(), Box<dyn Error>> {
         }),
     };
 
-    // The caller's memory. The first group is of task 1, the second has no adapter, the third is of task 0; A of task t is
-    // (t + 1)/1000 everywhere, B is 1, the weight 0, x 1: so y is 2·512·16·(t + 1)/1000 for a row of task t.
+    // The caller's memory. The first group is of task 1, the second has no adapter, the third is of task 0; A of task t
+    // is (t + 1)/1000 everywhere, B is 1, the weight 0, x 1: so y is 2·512·16·(t + 1)/1000 for a row of task t.
     let ones = |len: usize| vec![bf16::ONE; len];
     let x = stream.clone_htod(&ones(ROWS * WIDTH))?;
     let weight = stream.alloc_zeros::<bf16>(3 * WIDTH * WIDTH)?;

@@ -32,7 +32,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     };
     let y = stream.clone_htod(READ.as_flattened())?;
     let to = stream.clone_htod(&[0, 1])?;
-    // The third token lies in their own segment. The first of the two is to recall the first token, the other the second.
+    // The third token lies in their own segment. The first of the two is to recall the first token, the other the
+    // second.
     let earlier = stream.clone_htod(&[2, 2])?;
     let wanted = stream.clone_htod(&[0b01, 0b10])?;
     let weight = stream.clone_htod(&[1.0_f32])?;

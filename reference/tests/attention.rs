@@ -531,8 +531,8 @@ proptest! {
         check_saturated("loss", &arr0(found.loss), &arr0(expected.loss));
         let (found, expected) = (case.backward(&narrow), case.backward(&wide));
         check_saturated("dv", &found.dv, &expected.dv);
-        // Where a row is nearly one-hot, dP − Δ of its peak is a difference of equal numbers, whose rounding alone can be
-        // more than 1e-4 of what is left of dq and dk.
+        // Where a row is nearly one-hot, dP − Δ of its peak is a difference of equal numbers, whose rounding alone can
+        // be more than 1e-4 of what is left of dq and dk.
         let norm = |x: &Array3<f64>| x.iter().map(|x| x * x).sum::<f64>().sqrt();
         let scores = case.scale * norm(&wide.grad_out) * norm(&wide.v);
         for (name, found, expected, factor) in [

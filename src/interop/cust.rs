@@ -42,8 +42,8 @@ pub struct OnCust<'a> {
 }
 
 impl<'a> OnCust<'a> {
-    /// Errors: a stream of another context than the GPU's, which is the primary one where both crates were asked for the
-    /// same device.
+    /// Errors: a stream of another context than the GPU's, which is the primary one where both crates were asked for
+    /// the same device.
     pub fn new(gpu: &'a Gpu, stream: &'a Stream) -> Result<Self> {
         let context = gpu.context();
         context.bind_to_thread()?;
@@ -56,8 +56,8 @@ impl<'a> OnCust<'a> {
         }
         Ok(Self {
             gpu,
-            // SAFETY: a stream of this context; its owner is borrowed for as long as this lives, and all that goes to it
-            // goes there in the order of the calls, by whichever crate.
+            // SAFETY: a stream of this context; its owner is borrowed for as long as this lives, and all that goes to
+            // it goes there in the order of the calls, by whichever crate.
             stream: unsafe { context.wrap_borrowed_stream(raw) },
             owner: PhantomData,
         })

@@ -1,8 +1,8 @@
 //! The driver's functions that `cust` is linked to, each of which looks its namesake up in the driver's library when it
 //! is called. So a binary with the feature `cust` starts on a machine without a driver, and `cust` has errors there.
 //!
-//! `cust` 0.3.2 names 105 functions. All of them take numbers and pointers of at most 64 bits and no floats, so that 64-bit
-//! calling conventions pass them on as words, whatever their types.
+//! `cust` 0.3.2 names 105 functions. All of them take numbers and pointers of at most 64 bits and no floats, so that
+//! 64-bit calling conventions pass them on as words, whatever their types.
 
 use std::ffi::{CStr, c_char, c_int};
 

@@ -41,7 +41,8 @@ pub struct Norm<'a> {
     pub norm_and_scale: Output<'a, f32>,
     /// Above 0; infinity to clip nothing.
     pub max_norm: f32,
-    /// Where `gradient` is that of scaled losses ([`scale_losses`]): norm and scale are those of the losses as they are.
+    /// Where `gradient` is that of scaled losses ([`scale_losses`]): norm and scale are those of the losses as they
+    /// are.
     pub loss_scale: Option<LossScale<'a>>,
     /// At least [`Shape::workspace`] elements, of any content.
     pub workspace: Output<'a, f32>,
@@ -205,8 +206,8 @@ impl Shape {
         launcher.launch(&self.plan_step(&tensors)?)
     }
 
-    /// What [`step`](Self::step) launches. Errors: sizes, alignment, overlaps, more decayed parameters than there are, a
-    /// copy that is not narrower.
+    /// What [`step`](Self::step) launches. Errors: sizes, alignment, overlaps, more decayed parameters than there are,
+    /// a copy that is not narrower.
     pub fn plan_step<'a, T: Storage>(&self, tensors: &'a Step<'_, T>) -> Result<Launch<'a>> {
         let grid = [self.blocks()?, 1, 1];
         let n = self.parameters;

@@ -1,7 +1,7 @@
 //! Attention over a pack of sequences, with the attention-BCE (memory) loss. Kernels and equations:
 //! `kernels/attention_forward.cu`, `kernels/attention_backward.cu`, for compute capability 9.0 also
-//! `kernels/attention_hopper.cu`, `kernels/attention_backward_hopper.cu`; definition: `dtmem_reference::attention`, SPEC
-//! section 3.
+//! `kernels/attention_hopper.cu`, `kernels/attention_backward_hopper.cu`; definition: `dtmem_reference::attention`,
+//! SPEC section 3.
 //!
 //! Offsets, pairs and groups lie in device memory: [`Shape::validate_pack`] checks them on the host, before they are
 //! uploaded. No launch depends on their content, so that a CUDA graph can be replayed with those of the next batch.
@@ -335,8 +335,8 @@ impl Shape {
         self.forward_by(Version::default(), launcher, tensors)
     }
 
-    /// The same by this version, where there is one for the shape and type (for Hopper: bf16 and f16, widths 64 and 128)
-    /// and the GPU has it; otherwise by the portable one.
+    /// The same by this version, where there is one for the shape and type (for Hopper: bf16 and f16, widths 64 and
+    /// 128) and the GPU has it; otherwise by the portable one.
     pub fn forward_by<T: Storage>(
         &self,
         version: Version,

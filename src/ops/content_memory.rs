@@ -1,6 +1,6 @@
-//! Content-addressed memory: one segment of each sequence of a pack. Kernels and equations: `kernels/content_memory.cu`,
-//! `kernels/content_memory_backward.cu`, and `kernels/content_memory_short.cu` for segments of up to 64 tokens in bf16
-//! or f16; definition: `dtmem_reference::content_memory`, SPEC section 4.
+//! Content-addressed memory: one segment of each sequence of a pack. Kernels and equations:
+//! `kernels/content_memory.cu`, `kernels/content_memory_backward.cu`, and `kernels/content_memory_short.cu` for
+//! segments of up to 64 tokens in bf16 or f16; definition: `dtmem_reference::content_memory`, SPEC section 4.
 //!
 //! Slots may be wider than keys: keys are compared with their first columns, and the others are written and read alike,
 //! but carried along unseen. What such columns recall is in [`recall`](super::recall).
@@ -78,8 +78,8 @@ pub struct Inputs<'a, T> {
     pub cu_seqlens: Input<'a, i32>,
 }
 
-/// The tensors of M′ = keep·M + Σ_t w·β·v and y = w·M, or w·M′. Where [`Shape::vectors`] says so, all of type T begin at
-/// multiples of 16 bytes, and so do their rows.
+/// The tensors of M′ = keep·M + Σ_t w·β·v and y = w·M, or w·M′. Where [`Shape::vectors`] says so, all of type T begin
+/// at multiples of 16 bytes, and so do their rows.
 #[derive(Debug)]
 pub struct Forward<'a, T> {
     /// What is read.
@@ -174,8 +174,8 @@ impl Pieces {
 }
 
 impl Shape {
-    /// Errors: sequences, tokens, longest, slots or widths beyond their bounds, `top_k` of 0, a scale that is not finite,
-    /// with cosine addressing an epsilon that is not above 0.
+    /// Errors: sequences, tokens, longest, slots or widths beyond their bounds, `top_k` of 0, a scale that is not
+    /// finite, with cosine addressing an epsilon that is not above 0.
     pub fn validate(&self) -> Result<()> {
         for (argument, found, least, most) in [
             ("sequences", self.sequences, 0, MAX_SEQUENCES),
@@ -270,8 +270,8 @@ impl Shape {
         self.forward_by(Version::default(), launcher, tensors)
     }
 
-    /// The same by this version, where there is one for the shape and type (for Hopper: bf16 and f16, a short segment and
-    /// a memory that the shared memory of a cluster holds) and the GPU has it; otherwise by the portable one.
+    /// The same by this version, where there is one for the shape and type (for Hopper: bf16 and f16, a short segment
+    /// and a memory that the shared memory of a cluster holds) and the GPU has it; otherwise by the portable one.
     pub fn forward_by<T: Storage>(
         &self,
         version: Version,
@@ -528,7 +528,8 @@ impl Shape {
         [Some(scores), Some(update), Some(read), None]
     }
 
-    /// Gradients of all inputs: six launches. Errors: those of [`plan_backward`](Self::plan_backward) and of the launcher.
+    /// Gradients of all inputs: six launches. Errors: those of [`plan_backward`](Self::plan_backward) and of the
+    /// launcher.
     pub fn backward<T: Storage>(
         &self,
         launcher: &impl Launcher,
@@ -836,9 +837,9 @@ impl Shape {
         [plane, plane, self.sequences * self.slots]
     }
 
-    /// f32 elements for five planes [tokens, N], the four planes of coefficients, four numbers of each slot, the norms of
-    /// the keys, the sums over 32 slots of each token (twice), the shares of db, two matrices tokens × tokens, and the
-    /// shares of da, ds and dv.
+    /// f32 elements for five planes [tokens, N], the four planes of coefficients, four numbers of each slot, the norms
+    /// of the keys, the sums over 32 slots of each token (twice), the shares of db, two matrices tokens × tokens, and
+    /// the shares of da, ds and dv.
     fn backward_pieces(&self) -> [usize; 17] {
         const SHARED: usize = 3;
         let [plane, of_slots] = [self.tokens, self.sequences].map(|n| n * self.slots);

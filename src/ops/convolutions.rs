@@ -108,8 +108,8 @@ struct Tiling {
 }
 
 impl Shape {
-    /// Errors: numbers beyond their bounds; a grid with channels that do not fit into 99 KiB of shared memory. 16×16 cells
-    /// of 20→40→80 channels do in 16 bits, 9×9 in f32.
+    /// Errors: numbers beyond their bounds; a grid with channels that do not fit into 99 KiB of shared memory. 16×16
+    /// cells of 20→40→80 channels do in 16 bits, 9×9 in f32.
     pub fn validate<T: Storage>(&self) -> Result<()> {
         let bounds = [
             ("rows", self.rows, 0, MAX_ROWS),
@@ -410,8 +410,8 @@ impl Shape {
         self.rows.clamp(1, MAX_GRADIENT_BLOCKS) as u32
     }
 
-    /// Partial sums of both convolutions: per block and output channel nine for each channel of the input, and one chunk
-    /// for the bias.
+    /// Partial sums of both convolutions: per block and output channel nine for each channel of the input, and one
+    /// chunk for the bias.
     fn partial_len(&self) -> [usize; 2] {
         [
             (self.middle, self.chunks()),

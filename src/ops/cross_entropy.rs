@@ -27,15 +27,15 @@ pub struct Shape {
 pub struct Tensors<'a, T> {
     /// [rows, classes]
     pub logits: Input<'a, T>,
-    /// \[rows\], each a class ([`Shape::validate_targets`]), or negative: such a row counts for nothing, and its gradient
-    /// is 0.
+    /// \[rows\], each a class ([`Shape::validate_targets`]), or negative: such a row counts for nothing, and its
+    /// gradient is 0.
     pub targets: Input<'a, i32>,
     /// What the sum of the losses is multiplied by before its gradient is taken \[1\].
     pub scale: Input<'a, f32>,
     /// Overwritten [rows, classes]; may be logits.
     pub dlogits: Output<'a, T>,
-    /// Overwritten: the sum of the losses (not scaled), and the number of rows whose largest logit, the first of equals, is
-    /// the target \[2\].
+    /// Overwritten: the sum of the losses (not scaled), and the number of rows whose largest logit, the first of
+    /// equals, is the target \[2\].
     pub metrics: Output<'a, f32>,
     /// At least [`Shape::workspace`] elements, of any content.
     pub workspace: Output<'a, f32>,
@@ -55,8 +55,8 @@ impl Shape {
         Ok(())
     }
 
-    /// Checks on the host what the device's array is to hold: targets \[rows\], each negative or a class. Errors: those of
-    /// [`validate`](Self::validate), and what does not hold.
+    /// Checks on the host what the device's array is to hold: targets \[rows\], each negative or a class. Errors: those
+    /// of [`validate`](Self::validate), and what does not hold.
     pub fn validate_targets(&self, targets: &[i32]) -> Result<()> {
         self.validate()?;
         if targets.len() != self.rows {

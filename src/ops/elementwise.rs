@@ -1,9 +1,9 @@
-//! What stands between two matrix products of a model, in one pass: bias, activation, dropout and the residual sum; and the
-//! column sums that are a bias's gradient. Kernels and equations: `kernels/elementwise.cu`; definitions:
+//! What stands between two matrix products of a model, in one pass: bias, activation, dropout and the residual sum; and
+//! the column sums that are a bias's gradient. Kernels and equations: `kernels/elementwise.cu`; definitions:
 //! `dtmem_reference::{activation, dropout}`.
 //!
-//! Every part can be left out. So a sum of two tensors is a [`Forward`] with nothing but a residual, dropout in place one with
-//! nothing but dropout whose y is x, and column sums a [`Backward`] with nothing but a bias's gradient.
+//! Every part can be left out. So a sum of two tensors is a [`Forward`] with nothing but a residual, dropout in place
+//! one with nothing but dropout whose y is x, and column sums a [`Backward`] with nothing but a bias's gradient.
 
 pub use dtmem_reference::activation::Activation;
 pub use dtmem_reference::dropout::Mask;
@@ -258,7 +258,8 @@ impl Shape {
         Ok([Some(rows), sums])
     }
 
-    /// out ← x, rounded to the nearest: one launch. Errors: those of [`plan_narrow`](Self::plan_narrow) and of the launcher.
+    /// out ← x, rounded to the nearest: one launch. Errors: those of [`plan_narrow`](Self::plan_narrow) and of the
+    /// launcher.
     pub fn narrow<T: Storage>(
         &self,
         launcher: &impl Launcher,
@@ -268,8 +269,8 @@ impl Shape {
         launcher.launch(&self.plan_narrow(&x, &out)?)
     }
 
-    /// What [`narrow`](Self::narrow) launches, for tensors that begin at multiples of 16 bytes. Errors: sizes, alignment,
-    /// overlaps.
+    /// What [`narrow`](Self::narrow) launches, for tensors that begin at multiples of 16 bytes. Errors: sizes,
+    /// alignment, overlaps.
     pub fn plan_narrow<'a, T: Storage>(
         &self,
         x: &'a Input<'_, f32>,

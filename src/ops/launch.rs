@@ -14,9 +14,9 @@ pub enum Version {
     /// By products of a warp: every type and shape, every GPU from compute capability 8.0 on.
     #[default]
     Portable,
-    /// By products of a warpgroup, or by clusters of blocks that share their memory: compute capability 9.0 (H100, H200),
-    /// bf16 and f16, the shapes that the operation names. Not measured yet, and so not the default: only the host
-    /// executor's model of these instructions has run them.
+    /// By products of a warpgroup, or by clusters of blocks that share their memory: compute capability 9.0 (H100,
+    /// H200), bf16 and f16, the shapes that the operation names. Not measured yet, and so not the default: only the
+    /// host executor's model of these instructions has run them.
     Hopper,
 }
 
@@ -167,8 +167,8 @@ pub trait Launcher {
     fn launch(&self, launch: &Launch<'_>) -> Result<()>;
 
     /// Whether there is what a launch needs. Kernels for Hopper want compute capability 9.0 and machine code for it;
-    /// clusters want compute capability 9.0 or above, machine code, and multiprocessors with enough shared memory next to
-    /// each other. Errors: what keeps the kernel from loading.
+    /// clusters want compute capability 9.0 or above, machine code, and multiprocessors with enough shared memory next
+    /// to each other. Errors: what keeps the kernel from loading.
     fn can_launch(&self, launch: &Launch<'_>) -> Result<bool>;
 }
 

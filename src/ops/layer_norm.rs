@@ -122,8 +122,8 @@ impl Shape {
         Ok(2 * self.backward_blocks()? as usize * self.width)
     }
 
-    /// y, mean, rstd and the sum ← x and the residual: one launch. Errors: those of [`plan_forward`](Self::plan_forward)
-    /// and of the launcher.
+    /// y, mean, rstd and the sum ← x and the residual: one launch. Errors: those of
+    /// [`plan_forward`](Self::plan_forward) and of the launcher.
     pub fn forward<T: Storage>(
         &self,
         launcher: &impl Launcher,

@@ -850,8 +850,8 @@ impl Merge {
         Ok(())
     }
 
-    /// merged ← weight, a, b, computed in f32 and rounded once: one launch. Errors: those of [`plan`](Self::plan) and of
-    /// the launcher.
+    /// merged ← weight, a, b, computed in f32 and rounded once: one launch. Errors: those of [`plan`](Self::plan) and
+    /// of the launcher.
     pub fn run<M: Storage, T: Storage>(
         &self,
         launcher: &impl Launcher,
@@ -860,8 +860,8 @@ impl Merge {
         launcher.launch(&self.plan(&tensors)?)
     }
 
-    /// What [`run`](Self::run) launches. Errors: shape, sizes, overlaps, a master that is neither f32 nor of the type of
-    /// `merged`.
+    /// What [`run`](Self::run) launches. Errors: shape, sizes, overlaps, a master that is neither f32 nor of the type
+    /// of `merged`.
     pub fn plan<'a, M: Storage, T: Storage>(
         &self,
         tensors: &'a Merging<'_, M, T>,

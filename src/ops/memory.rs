@@ -230,8 +230,8 @@ impl<'a, T> Input<'a, T> {
 }
 
 impl<'a, T> Output<'a, T> {
-    /// Several parts of the elements, to write each on its own. Errors: a range that it does not have, or two that share
-    /// elements.
+    /// Several parts of the elements, to write each on its own. Errors: a range that it does not have, or two that
+    /// share elements.
     pub fn parts<const N: usize>(self, ranges: [Range<usize>; N]) -> Result<[Self; N]> {
         for (index, range) in ranges.iter().enumerate() {
             let shared = ranges[..index].iter().any(|other| {

@@ -34,10 +34,10 @@
 //! * Whatever is wrong with sizes, alignment, overlaps or contexts is an [`Error`] before anything is launched.
 //!   Tensors are contiguous, and a part of a buffer is passed as a cudarc view; where an operation takes [`Rows`], they
 //!   may be columns of a larger matrix.
-//! * A launch does not wait, allocate or panic; only the first one of each kernel loads it. Operations that need scratch
-//!   memory take a workspace, which begins at a multiple of 16 bytes; their shape says how large it is. So a sequence
-//!   that has run once can be captured in a CUDA graph (on a stream of its own, and with cudarc's event tracking switched
-//!   off before anything is allocated).
+//! * A launch does not wait, allocate or panic; only the first one of each kernel loads it. Operations that need
+//!   scratch memory take a workspace, which begins at a multiple of 16 bytes; their shape says how large it is. So a
+//!   sequence that has run once can be captured in a CUDA graph (on a stream of its own, and with cudarc's event
+//!   tracking switched off before anything is allocated).
 //! * What would be launched can be looked at without a GPU: `Shape::plan_…`.
 //! * The same calls run on a CPU, through any other [`Launcher`]: the feature `host` has one that checks each access of
 //!   the kernels.

@@ -19,8 +19,8 @@ const REDUCE_COLUMNS: usize = 32;
 const MAX_ROWS: usize = 1 << 30;
 /// So that the blocks along fields and columns have numbers below 65536.
 const MAX_SIDE: usize = 1 << 20;
-/// Of the backward pass, at least as many as the weight has tiles. Fixed, not the number of a GPU's processors: the bits
-/// of the gradients depend on it.
+/// Of the backward pass, at least as many as the weight has tiles. Fixed, not the number of a GPU's processors: the
+/// bits of the gradients depend on it.
 const BACKWARD_BLOCKS: usize = 256;
 /// Fewer are not worth a row of partial sums.
 const MIN_CHUNK: usize = 64;
@@ -96,8 +96,8 @@ impl Shape {
         Ok(())
     }
 
-    /// Checks on the host what the device's arrays are to hold: offsets that ascend, codes [rows, fields] that are below
-    /// the size of their field. Errors: those of [`validate`](Self::validate), and what does not hold.
+    /// Checks on the host what the device's arrays are to hold: offsets that ascend, codes [rows, fields] that are
+    /// below the size of their field. Errors: those of [`validate`](Self::validate), and what does not hold.
     pub fn validate_codes(&self, codes: &[u8], offsets: &[usize]) -> Result<()> {
         self.validate()?;
         let matrix = ArrayView2::from_shape((self.rows, self.fields), codes);

@@ -2,10 +2,10 @@
 //! then carry a column more for each recalled token. Kernels and equations: `kernels/recall.cu`; definition:
 //! `dtmem_reference::recall`, SPEC section 3.
 //!
-//! Memories are widened by columns of zeros and the values of tokens by one-hot columns ([`WidenShape`]); what is read in
-//! those columns is a token's recall, of which [`LossShape`] takes the loss and the gradient; and on the way back the
-//! gradient of what is read is widened by that. No launch depends on which tokens are recalled, only on how many columns
-//! there are, so that a CUDA graph can be replayed with the next batch.
+//! Memories are widened by columns of zeros and the values of tokens by one-hot columns ([`WidenShape`]); what is read
+//! in those columns is a token's recall, of which [`LossShape`] takes the loss and the gradient; and on the way back
+//! the gradient of what is read is widened by that. No launch depends on which tokens are recalled, only on how many
+//! columns there are, so that a CUDA graph can be replayed with the next batch.
 
 use super::launch::{Arg, Launch, Launcher, blocks, launch_all};
 use super::memory::{Check, Input, Output, Rows, Span, Storage, for_each_type, kernel_for};
@@ -75,15 +75,17 @@ pub struct LossShape {
     pub columns: usize,
 }
 
-/// The tensors of the loss −Σ (E log R + (1−E) log(1−R)) and of dR = weight·(R − E)/max(R (1−R), 1e-12). So that no rounded
-/// share outweighs a batch, 1 − R counts as at least 2⁻¹⁰ in bf16 and 2⁻¹³ in f16, and R as at least 2⁻¹⁴ in f16.
+/// The tensors of the loss −Σ (E log R + (1−E) log(1−R)) and of dR = weight·(R − E)/max(R (1−R), 1e-12). So that no
+/// rounded share outweighs a batch, 1 − R counts as at least 2⁻¹⁰ in bf16 and 2⁻¹³ in f16, and R as at least 2⁻¹⁴ in
+/// f16.
 #[derive(Debug)]
 pub struct Loss<'a, T> {
     /// What was read and, behind it, R [tokens, D + C].
     pub y: Input<'a, T>,
     /// Row of `read` for each token, no two alike \[tokens\].
     pub to: Input<'a, i32>,
-    /// So many columns from the first take part in a token's loss: those of tokens before its segment \[tokens\], 0 to C.
+    /// So many columns from the first take part in a token's loss: those of tokens before its segment \[tokens\], 0 to
+    /// C.
     pub earlier: Input<'a, i32>,
     /// E: bit c mod 32 of word c / 32 says whether a token is to recall column c [tokens, [`words`]].
     pub wanted: Input<'a, i32>,

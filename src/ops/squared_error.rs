@@ -1,5 +1,5 @@
-//! Squared error of predicted numbers, with its gradient. Kernels and equations: `kernels/cross_entropy.cu`; definition:
-//! `dtmem_reference::squared_error`.
+//! Squared error of predicted numbers, with its gradient. Kernels and equations: `kernels/cross_entropy.cu`;
+//! definition: `dtmem_reference::squared_error`.
 
 use super::cross_entropy;
 use super::launch::{Arg, Launch, Launcher, launch_all};

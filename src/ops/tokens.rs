@@ -1,5 +1,6 @@
-//! Rows of a packed batch: tokens put together from their embeddings, taken apart again, and rows copied by index. Kernels
-//! and equations: `kernels/tokens.cu`; definition: the CPU backend's `assemble_tokens` and what stands around it.
+//! Rows of a packed batch: tokens put together from their embeddings, taken apart again, and rows copied by index.
+//! Kernels and equations: `kernels/tokens.cu`; definition: the CPU backend's `assemble_tokens` and what stands around
+//! it.
 //!
 //! What a batch looks like lies in device memory, and no launch depends on its content, so that a CUDA graph can be
 //! replayed with the next one; a shorter batch is padded with tokens of no kind and rows without a token.
@@ -39,8 +40,8 @@ pub struct Shape {
 /// The tensors of out = embedding of each token's kind + position of its time step.
 #[derive(Debug)]
 pub struct Assemble<'a, T> {
-    /// Kind of each token, as `TokenKind` numbers them: 0 observation, 1 action, 2 return; anything else is padding, whose
-    /// row becomes 0 \[tokens\].
+    /// Kind of each token, as `TokenKind` numbers them: 0 observation, 1 action, 2 return; anything else is padding,
+    /// whose row becomes 0 \[tokens\].
     pub kinds: Input<'a, u8>,
     /// Row of each token among those of its kind \[tokens\].
     pub rows: Input<'a, i32>,
@@ -195,8 +196,8 @@ impl Shape {
         ))
     }
 
-    /// Gradients of the embeddings ← dout: one launch. Errors: those of [`plan_take_apart`](Self::plan_take_apart) and of
-    /// the launcher.
+    /// Gradients of the embeddings ← dout: one launch. Errors: those of [`plan_take_apart`](Self::plan_take_apart) and
+    /// of the launcher.
     pub fn take_apart<T: Storage>(
         &self,
         launcher: &impl Launcher,
@@ -262,8 +263,8 @@ impl Shape {
         ))
     }
 
-    /// dpositions are added to: one launch. Errors: those of [`plan_position_gradient`](Self::plan_position_gradient) and
-    /// of the launcher.
+    /// dpositions are added to: one launch. Errors: those of [`plan_position_gradient`](Self::plan_position_gradient)
+    /// and of the launcher.
     pub fn position_gradient<T: Storage>(
         &self,
         launcher: &impl Launcher,
@@ -354,7 +355,8 @@ impl CopyShape {
         launcher.launch(&self.plan(&tensors)?)
     }
 
-    /// What [`copy`](Self::copy) launches. Errors: shape, sizes, overlaps, more rows than there are where no index says which.
+    /// What [`copy`](Self::copy) launches. Errors: shape, sizes, overlaps, more rows than there are where no index says
+    /// which.
     pub fn plan<'a, T: Storage>(&self, tensors: &'a Copy<'_, T>) -> Result<Launch<'a>> {
         self.validate()?;
         let (x, y) = ([self.x_rows, self.width], [self.y_rows, self.width]);

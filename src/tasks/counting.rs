@@ -111,8 +111,8 @@ pub fn max_steps(length: usize) -> usize {
 /// Success of the best policy without memory: it takes the green door in every test room.
 ///
 /// After n normal rooms the count of an object is binomial with 6n draws of probability q = (1 − empty)/18, so it is
-/// odd with probability (1 − (1 − 2q)^6n)/2. Approximate, and a little low: test rooms are taken to ask independently of
-/// each other. For 20 rooms this gives 0.059, where 400 000 drawn episodes give 0.063.
+/// odd with probability (1 − (1 − 2q)^6n)/2. Approximate, and a little low: test rooms are taken to ask independently
+/// of each other. For 20 rooms this gives 0.059, where 400 000 drawn episodes give 0.063.
 pub fn chance(length: usize, test_frequency: f64, empty_frequency: f64) -> f64 {
     let keep_parity = (1.0 - (1.0 - empty_frequency) / 9.0).powi(6);
     // alive[n]: probability of being alive after n normal rooms.

@@ -138,9 +138,9 @@ impl Demonstrations {
         })
     }
 
-    /// Lets the expert play the episodes 0 .. `episodes` of [`Split::Demonstration`], on all threads; the result depends
-    /// only on the arguments. `annotated_share` of them keep their pairs ([`Demonstrations::limit_annotations`]).
-    /// `progress` is told now and then how many are done.
+    /// Lets the expert play the episodes 0 .. `episodes` of [`Split::Demonstration`], on all threads; the result
+    /// depends only on the arguments. `annotated_share` of them keep their pairs
+    /// ([`Demonstrations::limit_annotations`]). `progress` is told now and then how many are done.
     ///
     /// # Errors
     /// Parameters of the task out of range, no episodes, a share outside 0 to 1.

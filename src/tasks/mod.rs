@@ -222,7 +222,8 @@ impl Display for Task {
 impl FromStr for Task {
     type Err = TaskError;
 
-    /// Reads a name and, after commas, the parameters that are not the defaults: `hallway`, `recall,kind=delayed,steps=9`.
+    /// Reads a name and, after commas, the parameters that are not the defaults: `hallway`,
+    /// `recall,kind=delayed,steps=9`.
     fn from_str(text: &str) -> Result<Self, TaskError> {
         let expected = "NAME or NAME,parameter=value,…";
         let mut parts = text.split(',').map(str::trim);

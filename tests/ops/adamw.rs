@@ -146,8 +146,8 @@ fn clipped_steps_on_a_gpu_agree_with_the_reference() {
     });
 }
 
-/// The state after a gradient of `size`, computed from losses that were scaled by `state`; found norm and scale are those
-/// of the losses as they are.
+/// The state after a gradient of `size`, computed from losses that were scaled by `state`; found norm and scale are
+/// those of the losses as they are.
 fn check_loss_scale(machine: &impl Machine, size: f64, max_norm: f32, state: [f32; 2]) -> [f32; 2] {
     let shape = Shape { parameters: 1025 };
     let mut random = ChaCha8Rng::seed_from_u64(state[0].to_bits().into());

@@ -120,7 +120,8 @@ pub fn host(seed: u64) -> Host {
     Host(executor)
 }
 
-/// Runs the checks on the first GPU, or says past the test's captured output that they were skipped, and how many so far.
+/// Runs the checks on the first GPU, or says past the test's captured output that they were skipped, and how many so
+/// far.
 pub fn on_gpu(check: impl FnOnce(&Device<'_>)) {
     let gpu = match Gpu::new(0) {
         Ok(gpu) => gpu,

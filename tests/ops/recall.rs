@@ -11,7 +11,8 @@ use crate::machines::{Machine, host, on_gpu};
 
 const WEIGHT: f32 = 0.5;
 
-/// Tokens recall what tokens before them have written: widened, as if each of them had read its own slot alone, and judged.
+/// Tokens recall what tokens before them have written: widened, as if each of them had read its own slot alone, and
+/// judged.
 fn check<T: Number>(machine: &impl Machine, [tokens, width, columns]: [usize; 3], seed: u64) {
     let mut random = ChaCha8Rng::seed_from_u64(seed);
     let x = draw::<T, _>(&mut random, (tokens, width));

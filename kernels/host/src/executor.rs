@@ -43,8 +43,8 @@ impl Drop for Machine {
     }
 }
 
-/// In which order the threads of a block, and the blocks of a grid, take their turns. A right kernel gives the same bits
-/// in all.
+/// In which order the threads of a block, and the blocks of a grid, take their turns. A right kernel gives the same
+/// bits in all.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Order {
     /// From the first to the last.

@@ -117,7 +117,8 @@ unsafe extern "C" {
     pub fn dtmem_host_kernels() -> *const Kernel;
     /// # Safety
     /// `machine` is alive and used by nobody else. There are `count` arguments of the kernel's kinds and sizes; values
-    /// are readable, the file is null or a string, views lie in memory that the machine holds. The grid has blocks, the block has 1 to 1024 threads.
+    /// are readable, the file is null or a string, views lie in memory that the machine holds. The grid has blocks, the
+    /// block has 1 to 1024 threads.
     pub fn dtmem_host_launch(
         machine: *mut Machine,
         kernel: *const Kernel,

@@ -2,8 +2,8 @@
 //!
 //! The files are the very ones that nvcc compiles. Blocks run one after another; the threads of a block are fibers that
 //! switch only where they wait for each other (barriers, shuffles, matrix instructions). The compiler announces every
-//! access to memory, and the executor answers with what a GPU would not tell: see [`Check`] for what it finds. The first
-//! defect ends the launch and is returned as a [`Finding`] with thread, memory and source line.
+//! access to memory, and the executor answers with what a GPU would not tell: see [`Check`] for what it finds. The
+//! first defect ends the launch and is returned as a [`Finding`] with thread, memory and source line.
 //!
 //! ```
 //! use dtmem_host::{Arg, Executor, Launch};

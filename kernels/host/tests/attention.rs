@@ -1,5 +1,5 @@
-//! attention_forward.cu and attention_backward.cu, and attention_hopper.cu and attention_backward_hopper.cu, against the
-//! reference.
+//! attention_forward.cu and attention_backward.cu, and attention_hopper.cu and attention_backward_hopper.cu, against
+//! the reference.
 
 mod common;
 
