@@ -226,7 +226,9 @@ impl Evaluating<'_> {
         let asked = self.arguments.target_return;
         let targets: Vec<f64> = targets.iter().map(|own| asked.unwrap_or(*own)).collect();
         let results = self.play(model, config, &tasks, &targets)?;
-        let validation = evaluate::validate_all(model, config, self.stop)?;
+        let kept = evaluate::validation_data(config)?;
+        let kept = kept.iter().map(|(label, data)| (label.as_str(), data));
+        let validation = evaluate::validate_all(model, kept, self.stop)?;
         Ok(results.zip(validation).map(|(results, validation)| {
             let lines = run::result_lines(&results).into_iter();
             for line in lines.chain(validation.iter().map(run::validation_line)) {

@@ -318,6 +318,11 @@ fn values_out_of_range_are_named_with_what_was_expected() {
             "1 to",
         ),
         (vec!["evaluation.episodes=0"], "evaluation.episodes", "1 to"),
+        (
+            vec!["evaluation.every=4294967296"],
+            "evaluation.every",
+            "0 to",
+        ),
         (vec!["task="], "task", "data.file"),
     ] {
         let error = message(&overrides);

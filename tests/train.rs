@@ -7,15 +7,15 @@ mod toy;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::OnceLock;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use dtmem::backend::Cpu;
 use dtmem::spaces::{ActionSpace, Family, ObservationSpace};
 use dtmem::tasks::{Demonstrations, EpisodeView, Task};
 use dtmem::train::checkpoint::{load_model, model_from_bytes, state_from_bytes};
 use dtmem::train::config::Config;
-use dtmem::train::evaluate::{Conditions, evaluate};
-use dtmem::train::run::{Folder, Outcome, Start};
+use dtmem::train::evaluate::{Conditions, Validation, evaluate};
+use dtmem::train::run::{Evaluated, Event, Folder, Options, Outcome, Start, train};
 use proptest::prelude::*;
 use tempfile::TempDir;
 use toy::{MANY, RECALL, config, dtmem, finish, lines, run, text};
@@ -54,6 +54,13 @@ fn message(config: &Config, folder: &Path, start: Start) -> String {
 
 fn model_bytes(folder: &Path) -> Vec<u8> {
     std::fs::read(Folder::new(folder).model()).unwrap()
+}
+
+/// The parameters, without the header, which has the configuration.
+fn weights(folder: &Path) -> Vec<u8> {
+    let mut bytes = model_bytes(folder);
+    let header = u64::from_le_bytes(bytes[..8].try_into().unwrap());
+    bytes.split_off(8 + header as usize)
 }
 
 /// One finished run, for the tests that only read it.
@@ -123,6 +130,69 @@ fn stopping_anywhere_and_resuming_gives_the_bits_of_never_stopping() {
                 "stopped after {stop}"
             );
             assert_eq!(lines(folder.path()).last().unwrap().step, steps);
+        }
+    }
+}
+
+fn evaluations(folder: &Path) -> Vec<Evaluated> {
+    let text = std::fs::read_to_string(Folder::new(folder).evaluations()).unwrap();
+    text.lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect()
+}
+
+#[test]
+fn evaluations_on_the_way_are_recorded_and_change_nothing() {
+    let kept = ["tasks.1.data.validation=0.2", "train.steps=9"];
+    let straight = TempDir::new().unwrap();
+    finish(&config(MANY, &kept), straight.path(), Start::Fresh);
+    assert!(!Folder::new(straight.path()).evaluations().exists());
+
+    let config = config(MANY, &[&kept[..], &["evaluation.every=4"]].concat());
+    let folder = TempDir::new().unwrap();
+    let summary = finish(&config, folder.path(), Start::Fresh);
+    assert!(weights(folder.path()) == weights(straight.path()));
+    let all = evaluations(folder.path());
+    let steps: Vec<u64> = all.iter().map(|line| line.step).collect();
+    assert_eq!(steps, [4, 8, 9]);
+    let last = all.last().unwrap();
+    assert_eq!(last.tasks, summary.tasks);
+    let loss = |all: &[Validation]| all.iter().map(|one| one.loss).collect::<Vec<_>>();
+    assert_eq!(loss(&last.validation), loss(&summary.validation));
+    assert_ne!(loss(&all[0].validation), loss(&all[1].validation));
+    let tokens = |step| {
+        let lines = lines(folder.path());
+        lines.iter().find(|line| line.step == step).unwrap().tokens
+    };
+    assert!(all.iter().all(|line| line.tokens == tokens(line.step)));
+
+    // Stopped at a step, or by the first task that an evaluation has played.
+    for stop in 1..=9 {
+        for during in [false, true] {
+            let folder = TempDir::new().unwrap();
+            let reached = AtomicU64::new(0);
+            let stopper = AtomicBool::new(false);
+            let mut watch = |event: Event| {
+                let stops = match event {
+                    Event::Step { step, .. } => {
+                        reached.store(step, Ordering::Relaxed);
+                        !during && step == stop
+                    }
+                    Event::Evaluation { .. } => during && reached.load(Ordering::Relaxed) >= stop,
+                    _ => false,
+                };
+                stopper.fetch_or(stops, Ordering::Relaxed);
+            };
+            let options = Options {
+                folder: &Folder::new(folder.path()),
+                start: Start::Fresh,
+                stop: &stopper,
+                watch: &mut watch,
+            };
+            let outcome = train(Cpu::new(), &config, options).unwrap();
+            assert!(matches!(outcome, Outcome::Stopped { .. }), "{outcome:?}");
+            finish(&config, folder.path(), Start::Resume);
+            assert_eq!(evaluations(folder.path()), all, "stopped after {stop}");
         }
     }
 }

@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::Error;
 use super::config::{Config, ConfigError, TaskConfig};
@@ -121,7 +121,7 @@ pub fn evaluate_all<B: Backend<Element = f32>>(
 }
 
 /// The loss on demonstrations that were not learnt from.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Validation {
     /// The task's name among those of the run.
     pub label: String,
@@ -141,24 +141,29 @@ pub struct Validation {
     pub seconds: f64,
 }
 
-/// The loss on each task's demonstrations that were kept for that. None if `stop` was set meanwhile.
-pub fn validate_all<B: Backend<Element = f32>>(
+/// The demonstrations of a run's tasks that keep some of them from learning, by the task's label.
+pub fn validation_data(config: &Config) -> Result<Vec<(String, TrainingData)>, Error> {
+    let tasks = config.task_list().into_iter();
+    tasks
+        .filter(TaskConfig::has_validation)
+        .map(|task| {
+            let data = TrainingData::prepare(&task, config, "", |_| {})?;
+            Ok((task.label.unwrap_or_default(), data))
+        })
+        .collect()
+}
+
+/// The loss on each task's demonstrations that were not learnt from. None if `stop` was set
+/// meanwhile.
+pub fn validate_all<'a, B: Backend<Element = f32>>(
     model: &Model<B>,
-    config: &Config,
+    tasks: impl Iterator<Item = (&'a str, &'a TrainingData)>,
     stop: &AtomicBool,
 ) -> Result<Option<Vec<Validation>>, Error> {
-    let mut all = Vec::new();
-    for task in config.task_list() {
-        if task.has_validation() {
-            let data = TrainingData::prepare(&task, config, "", |_| {})?;
-            let label = task.label.unwrap_or_default();
-            let Some(validation) = validate(model, label, &data, stop)? else {
-                return Ok(None);
-            };
-            all.push(validation);
-        }
-    }
-    Ok(Some(all))
+    tasks
+        .filter(|(_, data)| !data.unseen().is_empty())
+        .map(|(label, data)| validate(model, label.to_owned(), data, stop))
+        .collect()
 }
 
 /// The loss on a task's demonstrations that were not learnt from.

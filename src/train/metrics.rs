@@ -1,9 +1,10 @@
-//! `metrics.jsonl`: one line per logged step.
+//! `metrics.jsonl`, with one line per logged step, and other files of lines that a run adds to.
 
 use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::Error;
@@ -100,15 +101,27 @@ pub fn per_second(tokens: u64, seconds: f64) -> f64 {
     }
 }
 
-/// The file, open for appending.
-#[derive(Debug)]
-pub struct MetricsFile {
-    path: PathBuf,
-    file: File,
-    lines: Vec<Line>,
+/// One line of a file, a JSON object.
+pub trait Record: Serialize + DeserializeOwned {
+    /// Optimiser steps done.
+    fn step(&self) -> u64;
 }
 
-impl MetricsFile {
+impl Record for Line {
+    fn step(&self) -> u64 {
+        self.step
+    }
+}
+
+/// A file of lines, open for appending.
+#[derive(Debug)]
+pub struct Records<R> {
+    path: PathBuf,
+    file: File,
+    lines: Vec<R>,
+}
+
+impl<R: Record> Records<R> {
     /// Opens the file with its lines up to `step`; later ones, and what a kill cut off, are
     /// dropped. `step` 0 starts a new file.
     pub fn open(path: &Path, step: u64) -> Result<Self, Error> {
@@ -116,10 +129,10 @@ impl MetricsFile {
             Ok(text) if step > 0 => text,
             _ => String::new(),
         };
-        let lines: Vec<Line> = text
+        let lines: Vec<R> = text
             .lines()
             .map_while(|line| serde_json::from_str(line).ok())
-            .take_while(|line: &Line| line.step <= step)
+            .take_while(|line: &R| line.step() <= step)
             .collect();
         let kept: String = text
             .lines()
@@ -139,7 +152,7 @@ impl MetricsFile {
     }
 
     /// Appends a line.
-    pub fn append(&mut self, line: Line) -> Result<(), Error> {
+    pub fn append(&mut self, line: R) -> Result<(), Error> {
         let mut text = serde_json::to_string(&line)
             .map_err(|error| Error::file(&self.path, "a line", error, "numbers"))?;
         text.push('\n');
@@ -151,7 +164,7 @@ impl MetricsFile {
     }
 
     /// All lines so far.
-    pub fn lines(&self) -> &[Line] {
+    pub fn lines(&self) -> &[R] {
         &self.lines
     }
 }
@@ -220,24 +233,24 @@ mod tests {
     fn resuming_drops_later_and_broken_lines() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("metrics.jsonl");
-        let mut file = MetricsFile::open(&path, 0).unwrap();
+        let mut file = Records::<Line>::open(&path, 0).unwrap();
         for step in [10, 20, 30] {
             file.append(line(step)).unwrap();
         }
         let mut text = std::fs::read_to_string(&path).unwrap();
-        assert_eq!(MetricsFile::open(&path, 20).unwrap().lines().len(), 2);
+        assert_eq!(Records::<Line>::open(&path, 20).unwrap().lines().len(), 2);
         text.truncate(text.len() - 5);
         std::fs::write(&path, &text).unwrap();
-        let mut file = MetricsFile::open(&path, 100).unwrap();
+        let mut file = Records::<Line>::open(&path, 100).unwrap();
         assert_eq!(file.lines(), [line(10), line(20)]);
         file.append(line(40)).unwrap();
-        let steps: Vec<u64> = MetricsFile::open(&path, 100)
+        let steps: Vec<u64> = Records::<Line>::open(&path, 100)
             .unwrap()
             .lines()
             .iter()
             .map(|line| line.step)
             .collect();
         assert_eq!(steps, [10, 20, 40]);
-        assert!(MetricsFile::open(&path, 0).unwrap().lines().is_empty());
+        assert!(Records::<Line>::open(&path, 0).unwrap().lines().is_empty());
     }
 }

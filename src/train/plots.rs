@@ -11,8 +11,9 @@ use plotters::style::text_anchor::{HPos, Pos, VPos};
 use plotters::style::{FontStyle, register_font};
 
 use super::Error;
-use super::evaluate::TaskResult;
+use super::evaluate::{TaskResult, Validation};
 use super::metrics::Line;
+use super::run::Evaluated;
 use crate::batch::PackedBatch;
 use crate::tasks::write_beside;
 
@@ -30,15 +31,17 @@ pub(crate) type Drawing<'a> = DrawingArea<BitMapBackend<'a>, Shift>;
 /// Whatever plotters reports; only its text is used.
 pub(crate) type Drawn = Result<(), Box<dyn std::error::Error + Send + Sync>>;
 
-/// Draws losses, accuracy and learning rate against real tokens, with the success rate at the end.
+/// Draws losses, accuracy and learning rate against real tokens, with the success rates at the end
+/// and those of evaluations on the way.
 pub fn curves(
     path: &Path,
     title: &str,
     lines: &[Line],
+    evaluated: &[Evaluated],
     results: &[TaskResult],
 ) -> Result<(), Error> {
     picture(path, (1280, 960), |area| {
-        draw_curves(area, title, lines, results)
+        draw_curves(area, title, lines, evaluated, results)
     })
 }
 
@@ -90,7 +93,13 @@ pub fn target(batch: &PackedBatch, across: bool) -> Array2<f64> {
 /// Colours of the tasks' results, again from the first where there are more tasks.
 const OF_TASKS: [RGBColor; 4] = [GREEN, ORANGE, PURPLE, RED];
 
-fn draw_curves(area: &Drawing, title: &str, lines: &[Line], results: &[TaskResult]) -> Drawn {
+fn draw_curves(
+    area: &Drawing,
+    title: &str,
+    lines: &[Line],
+    evaluated: &[Evaluated],
+    results: &[TaskResult],
+) -> Drawn {
     let area = area.margin(10, 0, 10, 0).titled(title, text(28))?;
     let most_tokens = lines.last().map_or(1.0, |line| line.tokens as f64).max(1.0);
     // A little room at the right for the success rate.
@@ -112,9 +121,11 @@ fn draw_curves(area: &Drawing, title: &str, lines: &[Line], results: &[TaskResul
         ),
     ];
     let drawn = |value: f64| value > 0.0 && value.is_finite();
+    let unseen = evaluated.iter().flat_map(|line| &line.validation);
     let values: Vec<f64> = lines
         .iter()
         .flat_map(|line| [line.action_loss, line.memory_loss])
+        .chain(unseen.map(|validation| validation.loss))
         .filter(|value| drawn(*value))
         .collect();
     let least = values.iter().copied().fold(1.0, f64::min);
@@ -143,6 +154,18 @@ fn draw_curves(area: &Drawing, title: &str, lines: &[Line], results: &[TaskResul
         chart
             .draw_series(LineSeries::new(points, colour.stroke_width(2)))?
             .label(name)
+            .legend(move |at| swatch(at, colour));
+    }
+    let tasks = evaluated.first().map_or(&[][..], |line| &line.validation);
+    for (index, Validation { label, .. }) in tasks.iter().enumerate() {
+        let colour = OF_TASKS[index % OF_TASKS.len()];
+        let points = evaluated.iter().filter_map(|line| {
+            let of_task = line.validation.iter().find(|one| one.label == *label)?;
+            drawn(of_task.loss).then_some((line.tokens as f64, of_task.loss))
+        });
+        chart
+            .draw_series(LineSeries::new(points, colour.stroke_width(2)).point_size(3))?
+            .label(format!("{label}: loss on unseen demonstrations"))
             .legend(move |at| swatch(at, colour));
     }
     legend(&mut chart)?;
@@ -184,6 +207,11 @@ fn draw_curves(area: &Drawing, title: &str, lines: &[Line], results: &[TaskResul
                 "{of_task}success without memory, about {chance:.2}"
             ))
             .legend(move |at| swatch(at, without));
+        let on_the_way = evaluated.iter().filter_map(|line| {
+            let task = line.tasks.iter().find(|task| task.label == result.label)?;
+            Some((line.tokens as f64, task.success_rate))
+        });
+        chart.draw_series(LineSeries::new(on_the_way, colour.stroke_width(2)).point_size(3))?;
         let rate = result.evaluation.success_rate();
         let [low, high] = result.evaluation.interval();
         // Side by side in the room at the right.

@@ -407,6 +407,7 @@ impl EvaluationConfig {
     fn validate(&self) -> Result<()> {
         whole("evaluation.episodes", self.episodes, 1, 10_000_000)?;
         whole("evaluation.seed", self.seed, 0, MOST_SEED)?;
+        whole("evaluation.every", self.every, 0, u64::from(u32::MAX))?;
         match self.target_return {
             Some(target) => real("evaluation.target_return", target, -1e9, 1e9),
             None => Ok(()),

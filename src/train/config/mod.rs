@@ -283,7 +283,7 @@ impl Default for TrainConfig {
     }
 }
 
-/// The evaluation after training.
+/// The evaluation after training, and during it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct EvaluationConfig {
@@ -291,6 +291,8 @@ pub struct EvaluationConfig {
     pub episodes: u64,
     /// Their seed.
     pub seed: u64,
+    /// Optimiser steps between two evaluations during training; 0: there is only the one at the end.
+    pub every: u64,
     /// Return to ask for; default: the best one of the demonstrations.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub target_return: Option<f64>,
@@ -301,6 +303,7 @@ impl Default for EvaluationConfig {
         Self {
             episodes: 500,
             seed: 0,
+            every: 0,
             target_return: None,
         }
     }

@@ -29,6 +29,11 @@ impl Folder {
         self.0.join("metrics.jsonl")
     }
 
+    /// One line per evaluation, where there are some during training.
+    pub fn evaluations(&self) -> PathBuf {
+        self.0.join("evaluations.jsonl")
+    }
+
     /// The parameters by name.
     pub fn model(&self) -> PathBuf {
         self.0.join("model.safetensors")
@@ -93,13 +98,14 @@ impl Folder {
     }
 
     /// All of them; the state first, so that it never outlives what it belongs to.
-    fn files(&self) -> [PathBuf; 10] {
+    fn files(&self) -> [PathBuf; 11] {
         [
             self.state(),
             self.model(),
             self.adapter(),
             self.adapter_config(),
             self.metrics(),
+            self.evaluations(),
             self.config(),
             self.curves(),
             self.attention(),

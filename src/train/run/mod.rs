@@ -12,9 +12,9 @@ use super::adapters::{AdapterHeader, save_adapter};
 use super::checkpoint::{self, ModelHeader, State, StateHeader};
 use super::config::{Config, OptimiserKind, TrainConfig, validate_spaces};
 use super::data::{Batches, Chosen, Mixture, TrainingData};
-use super::evaluate::{self, Episodes};
+use super::evaluate::{self, Episodes, TaskResult, Validation};
 use super::finetune::{Adaptation, Base, Method};
-use super::metrics::{Line, MetricsFile, Window};
+use super::metrics::{Line, Records, Window};
 use super::schedule::Schedule;
 use super::{Error, plots};
 use crate::backend::Backend;
@@ -23,7 +23,7 @@ use crate::model::{Model, ModelError, OptimiserStep, SupervisedPart, TrainedPart
 use crate::tasks::{Demonstrations, Split, Task, write_beside};
 pub use folder::Folder;
 use summary::save_summary;
-pub use summary::{Summary, TaskSummary, result_lines, validation_line};
+pub use summary::{Evaluated, Summary, TaskSummary, result_lines, validation_line};
 
 /// What to do about a run that the output folder holds already.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -183,7 +183,11 @@ pub fn train<B: Backend<Element = f32>>(
             .collect(),
         steps,
         metrics: match rank.is_first() {
-            true => Some(MetricsFile::open(&folder.metrics(), state.step)?),
+            true => Some(Records::open(&folder.metrics(), state.step)?),
+            false => None,
+        },
+        evaluations: match rank.is_first() && config.evaluation.every > 0 {
+            true => Some(Records::open(&folder.evaluations(), state.step)?),
             false => None,
         },
         saved_step: (state.step > 0).then_some(state.step),
@@ -194,6 +198,7 @@ pub fn train<B: Backend<Element = f32>>(
         model,
         training,
         batches,
+        data: &data,
     };
     run.learn(stop, watch)?;
     if run.state.step < steps {
@@ -202,7 +207,7 @@ pub fn train<B: Backend<Element = f32>>(
         });
     }
     match rank.is_first() {
-        true => run.finish(&data, stop, watch),
+        true => run.finish(stop, watch),
         false => Ok(Outcome::Helped),
     }
 }
@@ -355,12 +360,15 @@ struct Run<'a, B: Backend> {
     target_returns: Vec<f64>,
     steps: u64,
     /// None but for the first of several ranks, which writes all files.
-    metrics: Option<MetricsFile>,
+    metrics: Option<Records<Line>>,
+    /// None also where there is only the one at the end.
+    evaluations: Option<Records<Evaluated>>,
     saved_step: Option<u64>,
     state: StateHeader,
     model: Model<B>,
     training: Training<B>,
     batches: Batches<'a>,
+    data: &'a Mixture,
 }
 
 impl<B: Backend<Element = f32>> Run<'_, B> {
@@ -369,6 +377,8 @@ impl<B: Backend<Element = f32>> Run<'_, B> {
     fn learn(&mut self, stop: &AtomicBool, watch: &mut dyn FnMut(Event)) -> Result<(), Error> {
         let train = &self.config.train;
         let schedule = Schedule::new(train, self.steps);
+        // A run that was stopped meanwhile has still to do it.
+        self.evaluate_on_the_way(stop, watch)?;
         let mut clock = Instant::now();
         let alone = self.model.rank().is_alone();
         let mut stopped = self
@@ -389,7 +399,9 @@ impl<B: Backend<Element = f32>> Run<'_, B> {
                 steps: self.steps,
             });
             let logs = step.is_multiple_of(train.log_every);
+            let evaluates = self.evaluates();
             let mut save = step == self.steps || step.is_multiple_of(train.checkpoint_every);
+            save |= evaluates;
             // Several ranks have to stop at one step, and do not talk about it after each.
             if alone || logs || save {
                 stopped = self
@@ -411,10 +423,81 @@ impl<B: Backend<Element = f32>> Run<'_, B> {
                 if save {
                     self.save()?;
                 }
+                if evaluates && !stopped {
+                    self.evaluate_on_the_way(stop, watch)?;
+                    stopped = self
+                        .training
+                        .any(&self.model, stop.load(Ordering::Relaxed))?;
+                }
                 clock = Instant::now();
             }
         }
         Ok(())
+    }
+
+    /// Whether there is an evaluation behind the last step that is not the one at the end.
+    fn evaluates(&self) -> bool {
+        let step = self.state.step;
+        let every = self.config.evaluation.every;
+        every > 0 && step > 0 && step < self.steps && step.is_multiple_of(every)
+    }
+
+    /// The evaluation behind the last step, if one is due and not recorded yet.
+    fn evaluate_on_the_way(
+        &mut self,
+        stop: &AtomicBool,
+        watch: &mut dyn FnMut(Event),
+    ) -> Result<(), Error> {
+        if self.evaluates() && self.lacks_evaluation() {
+            info!("after step {}:", self.state.step);
+            self.evaluate(stop, watch)?;
+        }
+        Ok(())
+    }
+
+    /// Whether evaluations are recorded here, and that of the last step is not.
+    fn lacks_evaluation(&self) -> bool {
+        let lines = self.evaluations.as_ref().map(Records::lines);
+        let recorded = |line: &Evaluated| line.step == self.state.step;
+        lines.is_some_and(|lines| !lines.last().is_some_and(recorded))
+    }
+
+    /// Plays all tasks, measures the loss on what was kept from learning, and says and records what
+    /// came out. None if `stop` was set meanwhile.
+    fn evaluate(
+        &mut self,
+        stop: &AtomicBool,
+        watch: &mut dyn FnMut(Event),
+    ) -> Result<Option<Results>, Error> {
+        let (tasks, episodes) = (self.config.task_list(), self.episodes());
+        let progress = |done, total| watch(Event::Evaluation { done, total });
+        let (model, targets) = (&self.model, &self.target_returns);
+        let played = evaluate::evaluate_all(model, &tasks, targets, episodes, stop, progress)?;
+        let validation = evaluate::validate_all(model, self.data.parts(), stop)?;
+        let Some((played, validation)) = played.zip(validation) else {
+            return Ok(None);
+        };
+        let lines = result_lines(&played).into_iter();
+        for line in lines.chain(validation.iter().map(validation_line)) {
+            info!("{line}");
+        }
+        let lacks = self.lacks_evaluation();
+        if let Some(evaluations) = self.evaluations.as_mut().filter(|_| lacks) {
+            evaluations.append(Evaluated {
+                step: self.state.step,
+                tokens: self.state.tokens,
+                tasks: played.iter().map(TaskSummary::from).collect(),
+                validation: validation.clone(),
+            })?;
+        }
+        Ok(Some(Results { played, validation }))
+    }
+
+    fn episodes(&self) -> Episodes {
+        Episodes {
+            each: self.config.evaluation.episodes,
+            seed: self.config.evaluation.seed,
+        }
     }
 
     /// The steps since the last time. Errors: one of them was not finite.
@@ -494,38 +577,15 @@ impl<B: Backend<Element = f32>> Run<'_, B> {
     }
 
     /// Evaluates, draws and sums up.
-    fn finish(
-        mut self,
-        data: &Mixture,
-        stop: &AtomicBool,
-        watch: &mut dyn FnMut(Event),
-    ) -> Result<Outcome, Error> {
+    fn finish(mut self, stop: &AtomicBool, watch: &mut dyn FnMut(Event)) -> Result<Outcome, Error> {
         let (config, folder) = (self.config, self.folder);
         // A resumed run may have been killed before this.
         self.save_model()?;
-        let tasks = config.task_list();
-        let episodes = Episodes {
-            each: config.evaluation.episodes,
-            seed: config.evaluation.seed,
-        };
-        let (model, targets) = (&self.model, &self.target_returns);
-        let mut progress = |done, total| watch(Event::Evaluation { done, total });
-        let results =
-            evaluate::evaluate_all(model, &tasks, targets, episodes, stop, &mut progress)?;
-        let Some(results) = results else {
+        let Some(Results { played, validation }) = self.evaluate(stop, watch)? else {
             return Ok(Outcome::Stopped {
                 step: self.state.step,
             });
         };
-        let Some(validation) = evaluate::validate_all(model, config, stop)? else {
-            return Ok(Outcome::Stopped {
-                step: self.state.step,
-            });
-        };
-        let lines = result_lines(&results).into_iter();
-        for line in lines.chain(validation.iter().map(validation_line)) {
-            info!("{line}");
-        }
         let title = format!(
             "{}, {} parameters, {} steps",
             title_of(config),
@@ -533,12 +593,13 @@ impl<B: Backend<Element = f32>> Run<'_, B> {
             self.steps
         );
         if self.steps > 0 {
-            let lines = self.metrics.as_ref().map_or(&[][..], MetricsFile::lines);
-            plots::curves(&folder.curves(), &title, lines, &results)?;
+            let lines = self.metrics.as_ref().map_or(&[][..], Records::lines);
+            let evaluated = self.evaluations.as_ref().map_or(&[][..], Records::lines);
+            plots::curves(&folder.curves(), &title, lines, evaluated, &played)?;
         }
-        draw_map(config, &self.model, data, folder)?;
+        draw_map(config, &self.model, self.data, folder)?;
         let mut summary = Summary::new(
-            &results,
+            &played,
             &self.model,
             self.state.step,
             self.state.tokens,
@@ -546,7 +607,7 @@ impl<B: Backend<Element = f32>> Run<'_, B> {
         );
         summary.validation = validation;
         if let Some(base) = self.base.take() {
-            let Some(adaptation) = self.forgetting(&base, episodes, stop, progress)? else {
+            let Some(adaptation) = self.forgetting(&base, stop, watch)? else {
                 return Ok(Outcome::Stopped {
                     step: self.state.step,
                 });
@@ -563,14 +624,15 @@ impl<B: Backend<Element = f32>> Run<'_, B> {
     fn forgetting(
         &mut self,
         base: &Base,
-        episodes: Episodes,
         stop: &AtomicBool,
-        mut progress: impl FnMut(u64, u64),
+        watch: &mut dyn FnMut(Event),
     ) -> Result<Option<Adaptation>, Error> {
         info!("the base's own tasks, after and before");
         let (tasks, targets) = base.header().trained_tasks();
+        let episodes = self.episodes();
         let mut play = |model: &Model<B>| {
-            evaluate::evaluate_all(model, &tasks, &targets, episodes, stop, &mut progress)
+            let progress = |done, total| watch(Event::Evaluation { done, total });
+            evaluate::evaluate_all(model, &tasks, &targets, episodes, stop, progress)
         };
         let after = play(&self.model)?;
         // An adapter's B is 0 at first: it changes nothing.
@@ -583,6 +645,12 @@ impl<B: Backend<Element = f32>> Run<'_, B> {
         let results = before.zip(after);
         Ok(results.map(|(before, after)| base.adaptation(&before, &after)))
     }
+}
+
+/// What an evaluation came to.
+struct Results {
+    played: Vec<TaskResult>,
+    validation: Vec<Validation>,
 }
 
 /// What a run that fails leaves behind.

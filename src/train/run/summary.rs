@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::without_memory;
 use crate::backend::Backend;
@@ -10,7 +10,7 @@ use crate::model::Model;
 use crate::tasks::write_beside;
 use crate::train::evaluate::{TaskResult, Validation, wilson};
 use crate::train::finetune::Adaptation;
-use crate::train::metrics::per_second;
+use crate::train::metrics::{Record, per_second};
 use crate::train::{Error, plots};
 
 /// The last line on stdout.
@@ -45,8 +45,28 @@ pub struct Summary {
     pub adaptation: Option<Adaptation>,
 }
 
+/// A line of `evaluations.jsonl`: what the model was worth during training.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Evaluated {
+    /// Optimiser steps done.
+    pub step: u64,
+    /// Tokens learnt from so far.
+    pub tokens: u64,
+    /// Each task that can be played, also if it is the only one.
+    pub tasks: Vec<TaskSummary>,
+    /// The loss on demonstrations that were kept from learning, of each task that has such.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub validation: Vec<Validation>,
+}
+
+impl Record for Evaluated {
+    fn step(&self) -> u64 {
+        self.step
+    }
+}
+
 /// What one of several tasks came to.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct TaskSummary {
     /// Its name among the tasks of the run.
     pub label: String,
