@@ -1,12 +1,37 @@
 //! Launches on the CPU, by the executor that checks every access and every barrier of a kernel.
 
-use dtmem_host::{Buffer, Element, Executor, View};
+pub use dtmem_host::{Buffer, Element, Executor, Order};
+
+use dtmem_host::View;
 
 use super::launch::{Arg, Launch, Launcher};
 use super::memory::{Home, Input, Output, Span};
 use super::{Error, Result};
 
 /// The host executor. Memory is its buffers'.
+///
+/// ```
+/// use dtmem::ops::{host::Host, layer_norm};
+///
+/// # fn main() -> dtmem::ops::Result<()> {
+/// let host = Host::default();
+/// let x = host.0.upload(&[1.0_f32, 2.0, 3.0, 5.0]);
+/// let [weight, bias] = [host.0.upload(&[1.0_f32; 4]), host.0.upload(&[0.0_f32; 4])];
+/// let [mut y, mut mean, mut rstd] = [4, 1, 1].map(|len| host.0.scratch::<f32>(len));
+/// layer_norm::Shape { rows: 1, width: 4 }.forward(&host, layer_norm::Forward {
+///     x: host.input(&x),
+///     residual: None,
+///     weight: host.input(&weight),
+///     bias: host.input(&bias),
+///     y: host.output(&mut y),
+///     mean: host.output(&mut mean),
+///     rstd: host.output(&mut rstd),
+///     epsilon: 1e-5,
+/// })?;
+/// assert_eq!(mean.download(), [2.75]);
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug, Default)]
 pub struct Host(pub Executor);
 

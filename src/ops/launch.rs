@@ -1,5 +1,6 @@
 //! One launch of one kernel, as plain data, and who carries it out.
 
+use std::fmt;
 use std::marker::PhantomData;
 
 use super::memory::{Home, Span};
@@ -41,7 +42,7 @@ pub enum Arg {
 
 /// A launch that has been validated: only the operations of this crate make one. It lives as long as the memory that
 /// it names.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Clone, Copy, PartialEq)]
 pub struct Launch<'a> {
     family: &'static str,
     kernel: &'static str,
@@ -54,6 +55,19 @@ pub struct Launch<'a> {
     args: [Arg; MAX_ARGS],
     count: usize,
     memory: PhantomData<&'a ()>,
+}
+
+impl fmt::Debug for Launch<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.debug_struct("Launch")
+            .field("kernel", &self.kernel)
+            .field("grid", &self.grid)
+            .field("block", &self.block)
+            .field("shared_bytes", &self.shared_bytes)
+            .field("cluster", &self.cluster)
+            .field("args", &self.args())
+            .finish_non_exhaustive()
+    }
 }
 
 impl<'a> Launch<'a> {

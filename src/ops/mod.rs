@@ -1,7 +1,7 @@
 //! The operations on CUDA devices, for model code.
 //!
 //! Each operation has a module with a `Shape`, and for each pass a struct that names the tensors. Model code brings its
-//! own context, stream and memory, all of them cudarc's:
+//! own context, stream and memory, all of them those of [`cudarc`]:
 //!
 //! ```no_run
 //! use dtmem::ops::{Gpu, Result, layer_norm};
@@ -66,6 +66,7 @@ pub mod recall;
 pub mod squared_error;
 pub mod tokens;
 
+pub use cudarc; // streams and memory are this version's
 pub use error::{Error, Result};
 pub use gpu::{Gpu, OnStream};
 pub use launch::{Arg, Launch, Launcher, Version};

@@ -101,7 +101,7 @@ pub enum Error {
     /// A model without a task.
     #[error(
         "{}: this model was trained on demonstrations of its own and has no task to be evaluated \
-         on", .0.display()
+         on: train it with data.validation above 0, and the loss on what was kept is measured", .0.display()
     )]
     NoTask(PathBuf),
     /// There is nothing to resume.
