@@ -11,9 +11,9 @@ use dtmem::backend::gpu::{
 use dtmem::backend::{Backend, BackendError, Cpu, Member};
 use dtmem::batch::TokenLayout;
 use dtmem::model::{
-    Actor, AdapterConfig, AddressingKind, AttentionSpan, Block, EraseKind, FrontEnd, MemoryConfig,
-    Model, ModelConfig, ModelError, OptimiserStep, OrderKind, Spaces, StepMetrics, StrengthKind,
-    SupervisedPart, SupervisionConfig, Training,
+    ActionSpace, Actor, AdapterConfig, AddressingKind, AttentionSpan, Block, EraseKind, FrontEnd,
+    MemoryConfig, Model, ModelConfig, ModelError, ObservationSpace, OptimiserStep, OrderKind,
+    Spaces, StepMetrics, StrengthKind, SupervisedPart, SupervisionConfig, Training,
 };
 use dtmem::ops::{Error, Version};
 use dtmem_host::{Executor, Order};
@@ -339,8 +339,9 @@ fn sizes_that_the_kernels_are_not_made_for_are_refused_when_a_model_is_made() {
     fn refused<B: Backend<Element = f32>>(
         backend: B,
         config: &ModelConfig,
+        spaces: &Spaces,
     ) -> Option<&'static str> {
-        match Model::new(backend, config.clone(), grid(), None) {
+        match Model::new(backend, config.clone(), spaces.clone(), None) {
             Ok(_) => None,
             Err(ModelError::Setting { setting, .. }) => Some(setting),
             Err(error) => panic!("{error}"),
@@ -387,8 +388,26 @@ fn sizes_that_the_kernels_are_not_made_for_are_refused_when_a_model_is_made() {
         ),
     ] {
         let gpu = Gpu::<_, bf16>::new(HostDevice::default());
-        assert_eq!(refused(gpu, &config), setting);
-        assert_eq!(refused(Cpu::new(), &config), None);
+        assert_eq!(refused(gpu, &config, &grid()), setting);
+        assert_eq!(refused(Cpu::new(), &config, &grid()), None);
+    }
+    // Some grids fit into shared memory in 16 bits only.
+    for (side, in_bf16, in_f32) in [
+        (9, None, None),
+        (16, None, Some("front_end")),
+        (17, Some("front_end"), Some("front_end")),
+    ] {
+        let observation = ObservationSpace::codes([side, side, 3], [11, 6, 3]);
+        let spaces = Spaces::of(observation, ActionSpace::Discrete(5), 9);
+        let config = tuner(FrontEnd::Convolution);
+        let host = HostDevice::default;
+        let found = refused(Gpu::<_, bf16>::new(host()), &config, &spaces);
+        assert_eq!(found, in_bf16);
+        let found = refused(Gpu::<_, f32>::new(host()), &config, &spaces);
+        assert_eq!(found, in_f32);
+        assert_eq!(refused(Cpu::new(), &config, &spaces), None);
+        let linear = tuner(FrontEnd::Linear);
+        assert_eq!(refused(Gpu::<_, f32>::new(host()), &linear, &spaces), None);
     }
 }
 

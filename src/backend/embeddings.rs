@@ -84,6 +84,14 @@ pub trait EmbeddingOps: Buffers {
         gradients: &mut Self::Buffer,
     ) -> Result<()>;
 
+    /// Whether the two that follow take this front end, on any number of observations.
+    ///
+    /// # Errors
+    /// What about its grid they are not made for.
+    fn check_convolutions(&self, _front_end: &Convolutions) -> Result<()> {
+        Ok(())
+    }
+
     /// Both convolutions with their ReLU: `middle` and `out` [the family's observations,
     /// channels·positions].
     fn convolutions(

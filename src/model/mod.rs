@@ -32,7 +32,7 @@ use crate::batch::{BatchError, PackedBatch, Packer};
 use activations::Activations;
 use adapters::Adaptation;
 use forward::{Counts, Pass};
-use network::Network;
+use network::{Network, ObservationEmbedding};
 
 /// Why a model cannot be made or run.
 #[derive(Debug, Clone, PartialEq, Error)]
@@ -174,9 +174,17 @@ impl<B: Backend> Model<B> {
         let (parameters, network) = Parameters::plan(|declare| {
             Network::declare(declare, &config, &spaces, supervision.as_ref(), &adaptation)
         });
+        for family in &network.families {
+            if let ObservationEmbedding::Convolution(front_end, _) = &family.observation
+                && let Err(reason) = backend.check_convolutions(front_end)
+            {
+                let expected = format!("linear: {} takes no such grid, {reason}", backend.name());
+                return Err(ModelError::setting("front_end", "convolution", expected));
+            }
+        }
         let values = allocate(
             &backend,
-            || format!("a model of {} parameters", parameters.len()),
+            || format!("a model of {} parameters", parameters.count(false)),
             "model.width, model.layers or model.feed_forward",
             || backend.buffer(parameters.len(), Kind::Parameter),
         )?;

@@ -56,19 +56,14 @@ impl<D: Device, T: Compute> Gpu<D, T> {
         known.insert(map.offsets.clone(), Arc::clone(&memory));
         Ok(memory)
     }
+}
 
-    fn convolutions_shape(
-        &self,
-        batch: &Batch<D, T>,
-        family: usize,
-        front_end: &Convolutions,
-    ) -> Result<convolutions::Shape> {
-        Ok(convolutions::Shape {
-            rows: batch.rows_of(family)?.observations.len(),
-            grid: front_end.grid.clone(),
-            middle: front_end.middle,
-            out: front_end.out,
-        })
+fn convolutions_shape(front_end: &Convolutions, rows: usize) -> convolutions::Shape {
+    convolutions::Shape {
+        rows,
+        grid: front_end.grid.clone(),
+        middle: front_end.middle,
+        out: front_end.out,
     }
 }
 
@@ -128,6 +123,10 @@ impl<D: Device, T: Compute> EmbeddingOps for Gpu<D, T> {
         Ok(shape.backward::<T>(device, tensors)?)
     }
 
+    fn check_convolutions(&self, front_end: &Convolutions) -> Result<()> {
+        Ok(convolutions_shape(front_end, 0).validate::<T>()?)
+    }
+
     fn convolutions(
         &self,
         batch: &Self::Batch,
@@ -139,7 +138,8 @@ impl<D: Device, T: Compute> EmbeddingOps for Gpu<D, T> {
     ) -> Result<()> {
         let _range = range("convolutions");
         let device = &self.device;
-        let shape = self.convolutions_shape(batch, family, front_end)?;
+        let rows = batch.rows_of(family)?.observations.len();
+        let shape = convolutions_shape(front_end, rows);
         let cells = shape.rows * shape.grid.positions();
         let tensors = convolutions::Forward {
             codes: batch.observation_codes(device, family)?,
@@ -170,7 +170,8 @@ impl<D: Device, T: Compute> EmbeddingOps for Gpu<D, T> {
             return Ok(());
         }
         let device = &self.device;
-        let shape = self.convolutions_shape(batch, family, front_end)?;
+        let rows = batch.rows_of(family)?.observations.len();
+        let shape = convolutions_shape(front_end, rows);
         let cells = shape.rows * shape.grid.positions();
         let mut workspace = self.floats.lock(device, shape.workspace::<T>()?)?;
         let len = gradients.len;
