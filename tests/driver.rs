@@ -1,11 +1,13 @@
-//! The code that calls CUDA's driver and cuBLASLt, on the model of both that `driver/` is: the
+//! The code that calls CUDA's driver, cuBLASLt and NCCL, on the model of them that `driver/` is: the
 //! command as it is, and what the model itself finds.
 #![cfg(target_os = "linux")]
 #![allow(unsafe_code)] // cudarc's copies to memory that is read too early
 
+use std::ffi::OsStr;
+use std::net::TcpListener;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 
 use cudarc::driver::sys::{CUgraphInstantiate_flags, CUresult, CUstreamCaptureMode};
 use cudarc::driver::{CudaContext, CudaSlice, DriverError};
@@ -46,7 +48,12 @@ fn libraries() -> TempDir {
     let model = model.with_file_name("libdtmem_driver.so");
     assert!(model.is_file(), "{} is not built", model.display());
     let folder = TempDir::new().unwrap();
-    for name in ["libcuda.so", "libcuda.so.1", "libcublasLt.so"] {
+    for name in [
+        "libcuda.so",
+        "libcuda.so.1",
+        "libcublasLt.so",
+        "libnccl.so.2",
+    ] {
         symlink(&model, folder.path().join(name)).unwrap();
     }
     folder
@@ -54,23 +61,38 @@ fn libraries() -> TempDir {
 
 fn output(command: &mut Command, options: &str) -> Output {
     let libraries = libraries();
-    let output = command
-        .env("LD_LIBRARY_PATH", libraries.path())
-        .env("DTMEM_DRIVER", options)
-        .output()
-        .unwrap();
+    let output = on(&libraries, command, options).output().unwrap();
     let text = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{command:?}\n{text}");
     output
 }
 
-/// The command, of which the model has nothing to tell. Gives what it printed.
-fn dtmem(options: &str, arguments: &[&str]) -> String {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_dtmem"));
-    let output = output(command.args(arguments), options);
+fn on<'a>(libraries: &TempDir, command: &'a mut Command, options: &str) -> &'a mut Command {
+    let command = command.env("LD_LIBRARY_PATH", libraries.path());
+    command.env("DTMEM_DRIVER", options)
+}
+
+/// What the command printed where the model had nothing to tell.
+fn said(output: Output) -> String {
     let errors = String::from_utf8_lossy(&output.stderr);
-    assert!(!errors.contains("CUDA model:"), "{arguments:?}\n{errors}");
+    assert!(!errors.contains("CUDA model:"), "{errors}");
     String::from_utf8(output.stdout).unwrap()
+}
+
+/// The command, of which the model has nothing to tell. Gives what it printed.
+fn dtmem(options: &str, arguments: &[impl AsRef<OsStr>]) -> String {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_dtmem"));
+    said(output(command.args(arguments), options))
+}
+
+/// The error with which the command ends.
+fn refused(options: &str, arguments: &[impl AsRef<OsStr>]) -> String {
+    let (libraries, mut command) = (libraries(), Command::new(env!("CARGO_BIN_EXE_dtmem")));
+    let command = on(&libraries, command.args(arguments), options);
+    let output = command.output().unwrap();
+    let text = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(2), "{text}");
+    text
 }
 
 /// Runs this test again in a process that has the model. True there.
@@ -103,17 +125,50 @@ impl Toy {
         self.folder.path().join(name)
     }
 
+    /// What the command is told, to train into that folder.
+    fn arguments(&self, device: &str, name: &str) -> Vec<String> {
+        let [config, out] = ["toy.toml", name].map(|name| self.path(name));
+        let [config, out] = [&config, &out].map(|path| path.to_str().unwrap());
+        let first = ["train", config, "--device", device, "--out", out];
+        let overrides = self.overrides.iter().flat_map(|&word| ["--set", word]);
+        first
+            .into_iter()
+            .chain(overrides)
+            .map(str::to_owned)
+            .collect()
+    }
+
     /// Trains on the model of a GPU, into that folder.
     fn on_cuda(&self, options: &str, name: &str, more: &[&str]) -> Vec<Line> {
-        let [config, out] = ["toy.toml", name].map(|name| self.path(name));
-        let [config, out_word] = [&config, &out].map(|path| path.to_str().unwrap());
-        let mut arguments = vec!["train", config, "--device", "cuda:0", "--out", out_word];
-        arguments.extend(more);
-        for word in &self.overrides {
-            arguments.extend(["--set", word]);
-        }
+        let mut arguments = self.arguments("cuda:0", name);
+        arguments.extend(more.iter().map(|&word| word.to_owned()));
         dtmem(options, &arguments);
-        lines(&out)
+        lines(&self.path(name))
+    }
+
+    /// Trains by two ranks, each of which has a GPU of this number. Gives how they ended.
+    fn on_two(&self, gpus: [usize; 2], name: &str) -> [Output; 2] {
+        let (libraries, port) = (libraries(), TcpListener::bind("127.0.0.1:0").unwrap());
+        let number = port.local_addr().unwrap().port();
+        drop(port);
+        let start = |rank: usize| {
+            let mut command = Command::new(env!("CARGO_BIN_EXE_dtmem"));
+            command.args(self.arguments("auto", name));
+            for (variable, value) in [
+                ("WORLD_SIZE", "2"),
+                ("RANK", &rank.to_string()),
+                ("LOCAL_RANK", &gpus[rank].to_string()),
+                ("MASTER_ADDR", "127.0.0.1"),
+                ("MASTER_PORT", &number.to_string()),
+            ] {
+                command.env(variable, value);
+            }
+            let piped = command.stdout(Stdio::piped()).stderr(Stdio::piped());
+            on(&libraries, piped, "gpus=2").spawn().unwrap()
+        };
+        [0, 1]
+            .map(start)
+            .map(|process| process.wait_with_output().unwrap())
     }
 
     /// Trains on the executor, until it is done or so many steps are.
@@ -184,6 +239,111 @@ fn cuda_goes_on_from_a_checkpoint_and_evaluates() {
         ],
     );
     assert!(said.contains(r#""episodes":3"#), "{said}");
+}
+
+/// Processes with a GPU each, which find each other by the variables of launchers.
+#[test]
+fn two_ranks_on_halves_of_batches_are_one_on_the_whole() {
+    for overrides in [&[][..], &MEMORY] {
+        let toy = Toy::new(overrides);
+        let expected = toy.on_cuda("", "alone", &[]);
+        let ended = toy.on_two([1, 0], "ranks");
+        for output in ended {
+            let text = String::from_utf8_lossy(&output.stderr).into_owned();
+            assert!(output.status.success(), "{text}");
+            said(output);
+        }
+        let found = lines(&toy.path("ranks"));
+        let limit = if overrides.is_empty() { 1e-4 } else { 2e-2 };
+        assert!(!found.is_empty() && found.len() == expected.len());
+        for (found, expected) in found.iter().zip(&expected) {
+            assert_eq!((found.step, found.tokens), (expected.step, expected.tokens));
+            for (found, expected) in [
+                (found.loss, expected.loss),
+                (found.memory_loss, expected.memory_loss),
+                (found.gradient_norm, expected.gradient_norm),
+            ] {
+                let error = (found - expected).abs();
+                assert!(error < limit * expected, "{found}, expected {expected}");
+            }
+        }
+    }
+}
+
+#[test]
+fn two_ranks_on_one_gpu_are_refused() {
+    for output in Toy::new(&[]).on_two([1, 1], "ranks") {
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{text}");
+        assert!(text.contains("NCCL, to connect the ranks"), "{text}");
+    }
+}
+
+#[test]
+fn a_driver_that_is_too_old_is_told_and_auto_takes_the_cpu() {
+    let toy = Toy::new(&["train.steps=1", "evaluation.episodes=1"]);
+    let error = refused("old", &toy.arguments("cuda:0", "refused"));
+    for part in [
+        "a driver for CUDA 13.0 or above",
+        "this one is for CUDA 12.4",
+    ] {
+        assert!(error.contains(part), "{part} is missing in: {error}");
+    }
+    let mut command = Command::new(env!("CARGO_BIN_EXE_dtmem"));
+    let log = output(command.args(toy.arguments("auto", "auto")), "old").stderr;
+    let log = String::from_utf8_lossy(&log);
+    assert!(log.contains("device: cpu, because"), "{log}");
+}
+
+#[test]
+fn a_gpu_that_is_lost_is_an_error_and_the_checkpoint_goes_on_on_the_cpu() {
+    let toy = Toy::new(&["train.checkpoint_every=2"]);
+    let mut arguments = toy.arguments("cuda:0", "run");
+    arguments.push("--overwrite".to_owned());
+    let mut works = 200;
+    let error = loop {
+        let error = refused(&format!("lost={works}"), &arguments);
+        assert!(error.contains("CUDA_ERROR_UNKNOWN"), "{error}");
+        if error.contains("the checkpoint of step") {
+            break error;
+        }
+        works += works / 4;
+    };
+    assert!(error.contains(toy.path("run").to_str().unwrap()), "{error}");
+    let mut resume = toy.arguments("cpu", "run");
+    resume.push("--resume".to_owned());
+    dtmem("", &resume);
+    let steps: Vec<u64> = lines(&toy.path("run"))
+        .iter()
+        .map(|line| line.step)
+        .collect();
+    assert_eq!(steps, [1, 2, 3, 4, 5]);
+}
+
+#[test]
+fn a_gpu_that_is_too_small_is_told_with_what_is_needed_and_what_lowers_it() {
+    let config = Path::new(env!("CARGO_MANIFEST_DIR")).join("configs/hallway-paper.toml");
+    let folder = TempDir::new().unwrap();
+    let arguments = [
+        "train",
+        config.to_str().unwrap(),
+        "--device",
+        "cuda:0",
+        "--out",
+        folder.path().to_str().unwrap(),
+        "--overwrite",
+        "--set",
+        "data.episodes=200",
+    ];
+    for (mib, parts) in [
+        (100, ["a model of 14661919 parameters takes", "model.width"]),
+        (500, [" are free", "train.batch_tokens"]),
+    ] {
+        let error = refused(&format!("idle,memory={mib}"), &arguments);
+        for part in parts {
+            assert!(error.contains(part), "{part} is missing in: {error}");
+        }
+    }
 }
 
 #[test]

@@ -214,11 +214,8 @@ fn unsupported<T>(message: impl Into<String>) -> Result<T> {
 }
 
 /// A failure of the driver, as cuBLASLt returns it.
-fn of_driver(Fault { code, message }: Fault<CUresult>) -> Fault<Code> {
-    Fault {
-        code: Code::CUBLAS_STATUS_EXECUTION_FAILED,
-        message: format!("{message} ({code:?})"),
-    }
+fn of_driver(fault: Fault<CUresult>) -> Fault<Code> {
+    fault.with_code(Code::CUBLAS_STATUS_EXECUTION_FAILED)
 }
 
 impl Machine {

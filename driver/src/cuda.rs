@@ -9,7 +9,7 @@ use cudarc::driver::sys::{
 };
 use dtmem_host::Launch;
 
-use crate::device::{VERSION, fault};
+use crate::device::fault;
 use crate::image::Image;
 use crate::machine::{CONTEXT, Machine, Mode, Result, call};
 use crate::work::{Address, Handle, Work};
@@ -29,16 +29,6 @@ unsafe fn put<T>(to: *mut T, value: T) -> Result<()> {
     // SAFETY: the caller's.
     unsafe { to.write(value) };
     Ok(())
-}
-
-fn first_gpu(device: i32) -> Result<()> {
-    match device {
-        0 => Ok(()),
-        _ => fault(
-            Code::CUDA_ERROR_INVALID_DEVICE,
-            format!("{device}, where there is one GPU"),
-        ),
-    }
 }
 
 /// The arguments of a launch, from an array of pointers to them.
@@ -118,7 +108,7 @@ fn name_of(code: u32) -> &'static CStr {
         CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED CUDA_ERROR_STREAM_CAPTURE_INVALIDATED
         CUDA_ERROR_STREAM_CAPTURE_MERGE CUDA_ERROR_STREAM_CAPTURE_ISOLATION
         CUDA_ERROR_STREAM_CAPTURE_IMPLICIT CUDA_ERROR_STREAM_CAPTURE_WRONG_THREAD
-        CUDA_ERROR_CAPTURED_EVENT
+        CUDA_ERROR_CAPTURED_EVENT CUDA_ERROR_UNSUPPORTED_PTX_VERSION CUDA_ERROR_UNKNOWN
     };
     let found = names.into_iter().find(|(known, _)| *known == code);
     let found = found.and_then(|(_, name)| CStr::from_bytes_until_nul(name.as_bytes()).ok());
@@ -149,8 +139,8 @@ functions! {
         Ok(())
     }
 
-    fn cuDriverGetVersion(|_machine| to: *mut i32) {
-        put(to, VERSION)
+    fn cuDriverGetVersion(|machine| to: *mut i32) {
+        put(to, machine.version())
     }
 
     fn cuGetErrorName(|_machine| code: u32, to: *mut *const c_char) {
@@ -165,17 +155,17 @@ functions! {
 
     fn cuDeviceGetCount(|machine| to: *mut i32) {
         check_initialised(machine)?;
-        put(to, 1)
+        put(to, machine.gpus())
     }
 
     fn cuDeviceGet(|machine| to: *mut i32, ordinal: i32) {
         check_initialised(machine)?;
-        first_gpu(ordinal)?;
+        machine.check_gpu(ordinal)?;
         put(to, ordinal)
     }
 
     fn cuDeviceGetName(|machine| to: *mut c_char, bytes: i32, device: i32) {
-        first_gpu(device)?;
+        machine.check_gpu(device)?;
         let name = machine.chip.name.bytes().chain([0]);
         for (index, byte) in name.take(bytes.max(0) as usize).enumerate() {
             put(to.add(index), byte as c_char)?;
@@ -184,7 +174,7 @@ functions! {
     }
 
     fn cuDeviceGetAttribute(|machine| to: *mut i32, attribute: u32, device: i32) {
-        first_gpu(device)?;
+        machine.check_gpu(device)?;
         match machine.chip.attribute(attribute) {
             Some(value) => put(to, value),
             None => invalid(format!("attribute {attribute}, which this model does not know")),
@@ -192,23 +182,23 @@ functions! {
     }
 
     fn cuDeviceTotalMem_v2(|machine| to: *mut usize, device: i32) {
-        first_gpu(device)?;
+        machine.check_gpu(device)?;
         put(to, machine.memory.capacity() as usize)
     }
 
     fn cuDevicePrimaryCtxRetain(|machine| to: *mut Handle, device: i32) {
         check_initialised(machine)?;
-        first_gpu(device)?;
-        put(to, machine.retain())
+        machine.check_gpu(device)?;
+        put(to, machine.retain(device)?)
     }
 
     fn cuDevicePrimaryCtxRelease_v2(|machine| device: i32) {
-        first_gpu(device)?;
+        machine.check_gpu(device)?;
         machine.release()
     }
 
-    fn cuDevicePrimaryCtxSetFlags_v2(|_machine| device: i32, _flags: u32) {
-        first_gpu(device)
+    fn cuDevicePrimaryCtxSetFlags_v2(|machine| device: i32, _flags: u32) {
+        machine.check_gpu(device)
     }
 
     fn cuCtxGetCurrent(|machine| to: *mut Handle) {

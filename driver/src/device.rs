@@ -8,8 +8,11 @@ use cudarc::driver::sys::CUdevice_attribute as Attribute;
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Options {
     pub a100: bool,
+    pub gpus: Option<u64>,
     pub memory: Option<u64>,
     pub order: Option<u64>,
+    pub lost: Option<u64>,
+    pub old: bool,
     pub idle: bool,
     pub trace: bool,
 }
@@ -24,8 +27,11 @@ impl Options {
             let number = value.parse::<u64>().ok();
             match (name, number) {
                 ("a100", _) => options.a100 = true,
+                ("old", _) => options.old = true,
                 ("idle", _) => options.idle = true,
                 ("trace", _) => options.trace = true,
+                ("gpus", Some(count)) => options.gpus = Some(count),
+                ("lost", Some(works)) => options.lost = Some(works),
                 ("memory", Some(mib)) => options.memory = Some(mib << 20),
                 ("order", Some(seed)) => options.order = Some(seed),
                 _ => {
@@ -55,6 +61,8 @@ pub struct Chip {
 pub const SHARED_BYTES: u32 = 48 << 10;
 /// The version of CUDA that the driver is for: 13.0.
 pub const VERSION: i32 = 13_000;
+/// That of an old one: 12.4.
+pub const OLD_VERSION: i32 = 12_040;
 
 impl Chip {
     pub fn new(options: &Options) -> Self {
@@ -115,6 +123,16 @@ impl Chip {
 pub struct Fault<C> {
     pub code: C,
     pub message: String,
+}
+
+impl<C: fmt::Debug> Fault<C> {
+    /// As a library on top tells of it, by a code of its own.
+    pub fn with_code<D>(self, code: D) -> Fault<D> {
+        Fault {
+            code,
+            message: format!("{} ({:?})", self.message, self.code),
+        }
+    }
 }
 
 /// A [`Fault`], as an error.

@@ -13,15 +13,16 @@ use cudarc::driver::sys::CUresult as Code;
 use dtmem_host::{Arg, Executor, Launch, Parameter, View};
 
 use crate::blas;
-use crate::device::{Chip, Fault, Options, SHARED_BYTES, fault};
+use crate::device::{Chip, Fault, OLD_VERSION, Options, SHARED_BYTES, VERSION, fault};
 use crate::image::Image;
 use crate::memory::Memory;
+use crate::nccl;
 use crate::work::{Address, Handle, Kernel, Source, Work};
 
 /// The result of a call of the driver.
 pub type Result<T> = std::result::Result<T, Fault<Code>>;
 
-/// The one context, the first GPU's primary one.
+/// The one context, the primary one of the GPU that was asked for first.
 pub const CONTEXT: Handle = 0xc0_0000;
 /// The stream that is always there.
 pub const LEGACY: Handle = 0;
@@ -91,6 +92,9 @@ pub struct Machine {
     pub chip: Chip,
     pub is_initialised: bool,
     pub blas: blas::State,
+    pub nccl: nccl::State,
+    /// Whose context it is.
+    pub gpu: i32,
     retained: u32,
     executor: Executor,
     pub memory: Memory,
@@ -103,6 +107,7 @@ pub struct Machine {
     executables: HashMap<Handle, Arc<Vec<Work>>>,
     next: Handle,
     failure: Option<Code>,
+    performed: u64,
     start: Instant,
     pretended: f64,
     chance: u64,
@@ -153,6 +158,8 @@ impl Machine {
             chip,
             is_initialised: false,
             blas: blas::State::default(),
+            nccl: nccl::State::default(),
+            gpu: 0,
             retained: 0,
             executor,
             memory: Memory::new(chip.memory),
@@ -165,6 +172,7 @@ impl Machine {
             executables: HashMap::new(),
             next: 0xd0_0000,
             failure: None,
+            performed: 0,
             start: Instant::now(),
             pretended: 0.0,
             chance: options.order.unwrap_or(0),
@@ -178,9 +186,34 @@ impl Machine {
 
     // --- the context ---
 
-    pub fn retain(&mut self) -> Handle {
+    pub fn version(&self) -> i32 {
+        if self.options.old {
+            OLD_VERSION
+        } else {
+            VERSION
+        }
+    }
+
+    pub fn gpus(&self) -> i32 {
+        self.options.gpus.map_or(1, |count| count as i32)
+    }
+
+    pub fn check_gpu(&self, number: i32) -> Result<()> {
+        if (0..self.gpus()).contains(&number) {
+            return Ok(());
+        }
+        let message = format!("GPU {number} of {}", self.gpus());
+        fault(Code::CUDA_ERROR_INVALID_DEVICE, message)
+    }
+
+    pub fn retain(&mut self, gpu: i32) -> Result<Handle> {
+        if self.retained > 0 && gpu != self.gpu {
+            let message = "a second GPU's context in one process, which this model does not know";
+            return fault(Code::CUDA_ERROR_INVALID_DEVICE, message);
+        }
+        self.gpu = gpu;
         self.retained += 1;
-        CONTEXT
+        Ok(CONTEXT)
     }
 
     /// With its last owner the context goes, and all that is in it.
@@ -619,6 +652,10 @@ impl Machine {
     // --- modules ---
 
     pub fn load(&mut self, image: Image) -> Result<Handle> {
+        if self.options.old {
+            let message = "the image was made for a later driver";
+            return fault(Code::CUDA_ERROR_UNSUPPORTED_PTX_VERSION, message);
+        }
         if image.target(self.chip.target()).is_none() {
             let message = "the image has no code for this GPU";
             return fault(Code::CUDA_ERROR_NO_BINARY_FOR_GPU, message);
@@ -894,6 +931,10 @@ impl Machine {
         if let Work::Graph(nodes) = work {
             return nodes.iter().try_for_each(|node| self.perform_now(node));
         }
+        self.performed += 1;
+        if self.options.lost == Some(self.performed) {
+            return fault(Code::CUDA_ERROR_UNKNOWN, "the GPU is lost");
+        }
         if self.options.idle {
             self.pretended += PRETENDED_SECONDS;
         }
@@ -903,6 +944,7 @@ impl Machine {
         match work {
             Work::Kernel(kernel) => self.run_kernel(kernel),
             Work::Product(product) if !self.options.idle => product.compute(&self.executor),
+            Work::Sum { ranks, at, bytes } => self.sum(ranks, *at, *bytes),
             Work::ToDevice { from, to, .. } if !self.options.idle => match from {
                 Source::Read(content) => self.write(*to, content),
                 Source::Pinned(address) => {
@@ -968,6 +1010,15 @@ impl Machine {
         }
         let done = self.executor.launch(&kernel.name, kernel.launch, &args);
         done.or_else(|error| fault(Code::CUDA_ERROR_LAUNCH_FAILED, error))
+    }
+
+    /// With nothing computed, ranks still have to agree on what they add up.
+    fn sum(&self, ranks: &nccl::Ranks, at: Address, bytes: u64) -> Result<()> {
+        if self.options.idle {
+            return ranks.sum(bytes, Vec::new()).map(drop);
+        }
+        let sum = ranks.sum(bytes, self.read(at, bytes)?)?;
+        self.write(at, &sum)
     }
 
     fn write(&self, address: Address, content: &[u8]) -> Result<()> {

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use dtmem_host::{Launch, Parameter};
 
 use crate::blas::Product;
+use crate::nccl::Ranks;
 
 /// A number that stands for an object. Nobody looks behind it.
 pub type Handle = u64;
@@ -36,6 +37,12 @@ pub struct Kernel {
 pub enum Work {
     Kernel(Kernel),
     Product(Product),
+    /// Over all ranks, in place.
+    Sum {
+        ranks: Arc<Ranks>,
+        at: Address,
+        bytes: u64,
+    },
     ToDevice {
         from: Source,
         to: Address,
@@ -80,6 +87,7 @@ impl Work {
         match self {
             Self::Kernel(kernel) => kernel.name.clone(),
             Self::Product(_) => "a product".to_owned(),
+            Self::Sum { .. } => "a sum over all ranks".to_owned(),
             Self::ToDevice { .. } => "a copy to the device".to_owned(),
             Self::ToHost { .. } => "a copy to the host".to_owned(),
             Self::Copy { .. } => "a copy on the device".to_owned(),
@@ -104,6 +112,7 @@ impl Work {
                 pointers.map(|&(_, bits)| range(bits, 0)).collect()
             }
             Self::Product(product) => product.touches(),
+            &Self::Sum { at, bytes, .. } => vec![range(at, bytes)],
             &Self::ToDevice { to, bytes, .. } | &Self::Fill { to, bytes, .. } => {
                 vec![range(to, bytes)]
             }

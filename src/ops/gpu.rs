@@ -235,6 +235,9 @@ fn config(
 
 fn not_loaded(image: &Image, source: DriverError) -> Error {
     let (Origin::Nvcc { version, .. } | Origin::CommittedPtx { version, .. }) = image.origin;
+    // Of the compiler; a driver is for all releases of these two numbers.
+    let release = version.match_indices('.').nth(1);
+    let cuda = release.map_or(version, |(end, _)| &version[..end]);
     let mut driver = 0;
     // SAFETY: the address of a number to write to.
     let known = unsafe { cuDriverGetVersion(&raw mut driver) }
@@ -242,7 +245,7 @@ fn not_loaded(image: &Image, source: DriverError) -> Error {
         .is_ok();
     Error::Image {
         family: image.family,
-        cuda: version,
+        cuda,
         driver: match known {
             true => format!("{}.{}", driver / 1000, driver % 1000 / 10),
             false => "an unknown version".to_owned(),
