@@ -6,19 +6,18 @@ use std::ops::Range;
 use super::chain::Chain;
 use super::device::{Compute, Device, Element};
 use super::recall::Recalled;
+use super::scratch::Growing;
 use crate::backend::{BackendError, Reals, Result};
 use crate::batch::{FamilyRows, PackedBatch};
 use crate::ops::tokens::by_time_step;
-use crate::ops::{self, Input, Output, adamw};
+use crate::ops::{Input, Output, adamw};
 
 /// Arrays of one type that travel to the device together.
 #[derive(Debug)]
 struct Upload<D: Device, E: Element> {
     host: Vec<E>,
     staging: D::Staging<E>,
-    memory: Option<D::Memory<E>>,
-    /// How often the memory has been another one.
-    grown: u32,
+    memory: Growing<D, E>,
 }
 
 impl<D: Device, E: Element> Default for Upload<D, E> {
@@ -26,8 +25,7 @@ impl<D: Device, E: Element> Default for Upload<D, E> {
         Self {
             host: Vec::new(),
             staging: D::Staging::default(),
-            memory: None,
-            grown: 0,
+            memory: Growing::default(),
         }
     }
 }
@@ -41,26 +39,17 @@ impl<D: Device, E: Element> Upload<D, E> {
         start..self.host.len()
     }
 
-    /// Copies what was pushed, into memory that grows to the largest batch.
-    fn send(&mut self, device: &D) -> ops::Result<()> {
-        let fits = self
-            .memory
-            .as_ref()
-            .is_some_and(|memory| device.len(memory) >= self.host.len());
-        if !fits {
-            self.memory = Some(device.allocate(self.host.len().next_power_of_two())?);
-            self.grown += 1;
-        }
-        if let Some(memory) = &mut self.memory {
-            device.send(&self.host, &mut self.staging, memory)?;
-        }
+    /// Copies what was pushed.
+    fn send(&mut self, device: &D) -> Result<()> {
+        self.memory.reserve(device, self.host.len())?;
+        let memory = self.memory.get_mut()?;
+        device.send(&self.host, &mut self.staging, memory)?;
         self.host.clear();
         Ok(())
     }
 
     fn input<'a>(&'a self, device: &'a D, range: &Range<usize>) -> Result<Input<'a, E>> {
-        let memory = self.memory.as_ref().ok_or(BackendError::NotStaged)?;
-        Ok(device.input(memory, range.clone())?)
+        Ok(device.input(self.memory.get()?, range.clone())?)
     }
 }
 
@@ -179,7 +168,7 @@ impl<D: Device, T: Compute> Default for Batch<D, T> {
 }
 
 impl<D: Device, T: Compute> Batch<D, T> {
-    pub(super) fn stage(&mut self, device: &D, batch: &PackedBatch) -> ops::Result<()> {
+    pub(super) fn stage(&mut self, device: &D, batch: &PackedBatch) -> Result<()> {
         self.tokens = batch.tokens();
         self.sequences = batch.sequences();
         self.segments = batch.segments();
@@ -277,8 +266,15 @@ impl<D: Device, T: Compute> Batch<D, T> {
         self.families.hash(&mut hash);
         self.chain.links.hash(&mut hash);
         self.int.pair_keys.start.hash(&mut hash);
-        let grown = [self.ints.grown, self.bytes.grown, self.floats.grown];
-        (grown, self.numbers.grown, self.step.grown).hash(&mut hash);
+        for grown in [
+            self.ints.memory.grown(),
+            self.bytes.memory.grown(),
+            self.floats.memory.grown(),
+            self.numbers.memory.grown(),
+            self.step.memory.grown(),
+        ] {
+            grown.hash(&mut hash);
+        }
         hash.finish()
     }
 
@@ -289,7 +285,7 @@ impl<D: Device, T: Compute> Batch<D, T> {
     /// To the end of the memory: the next batch, for which this one's launches are repeated, may have
     /// more.
     pub(super) fn pair_keys<'a>(&'a self, device: &'a D) -> Result<Input<'a, i32>> {
-        let memory = self.ints.memory.as_ref().ok_or(BackendError::NotStaged)?;
+        let memory = self.ints.memory.get()?;
         let all = self.int.pair_keys.start..device.len(memory);
         Ok(device.input(memory, all)?)
     }
@@ -325,7 +321,7 @@ impl<D: Device, T: Compute> Batch<D, T> {
 
     /// Both, to write.
     pub(super) fn weights_mut<'a>(&'a mut self, device: &'a D) -> Result<Output<'a, f32>> {
-        let memory = self.floats.memory.as_mut().ok_or(BackendError::NotStaged)?;
+        let memory = self.floats.memory.get_mut()?;
         Ok(device.output(memory, self.float.weights.clone())?)
     }
 

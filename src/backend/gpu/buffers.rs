@@ -118,7 +118,7 @@ impl<D: Device, T: Compute> Buffers for Gpu<D, T> {
 
     fn stage(&self, batch: &PackedBatch, to: &mut Self::Batch) -> Result<()> {
         let _range = range("stage");
-        Ok(to.stage(&self.device, batch)?)
+        to.stage(&self.device, batch)
     }
 
     fn zero(&self, buffer: &mut Self::Buffer, span: Span) -> Result<()> {

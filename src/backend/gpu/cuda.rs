@@ -277,6 +277,7 @@ impl Device for CudaDevice {
             .as_ref()
             .is_none_or(|station| station.pinned.len() < from.len())
         {
+            *station = None; // not both at once
             *station = Some(Station::new(self, from.len().next_power_of_two())?);
         }
         match station {
