@@ -1,0 +1,121 @@
+//! The content-addressed memory.
+
+use dtmem_reference::content_memory::{Addressing, ContentMemory, Erase, Order, Strength};
+
+use super::{Arena, Run, numbers, random, staged};
+use crate::backend::{
+    Backend, In, Kind, METRICS, Memory, MemoryGradients, MemoryInputs, MemoryStart, Out,
+};
+use crate::bench::{Result, Scale};
+
+pub(super) fn memory<'a, B: Backend<Element = f32>>(
+    backend: &'a B,
+    scale: &Scale,
+    supervised: bool,
+    backward: bool,
+) -> Result<Run<'a>> {
+    let (tokens, width, slots) = (scale.tokens(), scale.width, scale.slots);
+    let mut arena = Arena::default();
+    let memory = Memory {
+        variant: ContentMemory {
+            addressing: Addressing::Cosine,
+            strength: Strength::Sigmoid,
+            erase: Erase::Coupled,
+            order: Order::ReadThenWrite,
+            top_k: None,
+            scale: 1.0 / (width as f64).sqrt(),
+            epsilon: 1e-6,
+        },
+        slots,
+        width,
+        initial: arena.span(slots * width),
+        strength_bias: Some(arena.span(1)),
+        supervised,
+        trainable: true,
+    };
+    let batch = staged(backend, scale)?;
+    let parameters = random(backend, Kind::Parameter, arena.0, 1.0)?;
+    let keys = random(backend, Kind::Activation, tokens * 2 * width, 1.0)?;
+    let projected = random(backend, Kind::Activation, tokens * 3 * width, 1.0)?;
+    let mut strength = backend.buffer(tokens, Kind::Activation)?;
+    let positive: Vec<f32> = numbers(tokens, 1.0).iter().map(|x| 1.0 + x.abs()).collect();
+    backend.upload(&positive, &mut strength, 0)?;
+    let longest = scale.lengths.iter().copied().max().unwrap_or(0);
+    let mut state = backend.memory_state(
+        &memory,
+        scale.sequences(),
+        scale.segments(),
+        longest.div_ceil(scale.segment_steps),
+    )?;
+    let mut metrics = backend.buffer(METRICS, Kind::Exact)?;
+    let mut read = backend.buffer(tokens * width, Kind::Activation)?;
+    let (start, inputs) = (
+        MemoryStart::Learned,
+        memory_inputs(width, &keys, &projected, &strength),
+    );
+    backend.memory(
+        &batch,
+        &memory,
+        &parameters,
+        start,
+        inputs,
+        &mut state,
+        &mut read,
+        &mut metrics,
+    )?;
+    if !backward {
+        return Ok(Box::new(move || {
+            let inputs = memory_inputs(width, &keys, &projected, &strength);
+            let (start, read) = (MemoryStart::Learned, &mut read);
+            Ok(backend.memory(
+                &batch,
+                &memory,
+                &parameters,
+                start,
+                inputs,
+                &mut state,
+                read,
+                &mut metrics,
+            )?)
+        }));
+    }
+    let grad_read = random(backend, Kind::Activation, tokens * width, 1.0)?;
+    let mut grad_keys = backend.buffer(tokens * 2 * width, Kind::Activation)?;
+    let mut grad_projected = backend.buffer(tokens * 3 * width, Kind::Activation)?;
+    let mut grad_strength = backend.buffer(tokens, Kind::Activation)?;
+    let mut states = backend.buffer(2 * scale.sequences() * slots * width, Kind::Activation)?;
+    let mut gradients = random(backend, Kind::Exact, arena.0, 1.0)?;
+    Ok(Box::new(move || {
+        let input_gradients = MemoryGradients {
+            keys: &mut grad_keys,
+            value: Out::columns(&mut grad_projected, 3 * width, 2 * width),
+            key_strength: Some(&mut grad_strength),
+        };
+        Ok(backend.memory_backward(
+            &batch,
+            &memory,
+            &parameters,
+            memory_inputs(width, &keys, &projected, &strength),
+            &state,
+            &grad_read,
+            input_gradients,
+            &mut states,
+            &mut gradients,
+        )?)
+    }))
+}
+
+/// As a block's memory layer has them.
+fn memory_inputs<'a, T>(
+    width: usize,
+    keys: &'a T,
+    projected: &'a T,
+    strength: &'a T,
+) -> MemoryInputs<'a, T> {
+    MemoryInputs {
+        address_key: In::columns(keys, 2 * width, 0),
+        strength_key: In::columns(keys, 2 * width, width),
+        value: In::columns(projected, 3 * width, 2 * width),
+        key_strength: Some(strength),
+    }
+}
