@@ -1,16 +1,16 @@
-//! Whole runs at toy size on the GPU backend, on the host executor: devices that take turns, ranks,
-//! devices that are too small or get lost.
+//! Whole runs on the GPU backend. On the host executor, at toy size: devices that take turns, ranks,
+//! devices that are too small or get lost. On a GPU where there is one, at full size: its losses.
 
 use std::path::Path;
 use std::sync::atomic::Ordering;
 
-use dtmem::backend::gpu::{Compute, Gpu, HostDevice};
-use dtmem::backend::{Cpu, Member};
+use dtmem::backend::gpu::{Compute, CudaDevice, Gpu, HostDevice, Multiply};
+use dtmem::backend::{Backend, Cpu, Member};
 use dtmem::model::{Model, ModelConfig, ModelError, Training};
 use dtmem::train::config::Config;
 use dtmem::train::metrics::Line;
 use dtmem::train::run::{Outcome, Start};
-use half::bf16;
+use half::{bf16, f16};
 use tempfile::TempDir;
 use toy::{HALLWAY_FOR_KERNELS, lines, run_on};
 
@@ -25,12 +25,22 @@ fn host() -> Gpu<HostDevice, f32> {
     Gpu::new(HostDevice::default())
 }
 
-/// A run on the CPU.
-fn straight(config: &Config) -> Vec<Line> {
+/// The metrics of a whole run.
+fn run_whole<B: Backend<Element = f32>>(backend: B, config: &Config) -> Vec<Line> {
     let folder = TempDir::new().unwrap();
-    let outcome = run_on(Cpu::new(), config, folder.path(), Start::Fresh, None).unwrap();
+    let outcome = run_on(backend, config, folder.path(), Start::Fresh, None).unwrap();
     assert!(matches!(outcome, Outcome::Finished(_)));
     lines(folder.path())
+}
+
+/// Of one on the CPU.
+fn straight(config: &Config) -> Vec<Line> {
+    run_whole(Cpu::new(), config)
+}
+
+/// Of one on the host executor.
+fn on_host<T: Compute>(config: &Config) -> Vec<Line> {
+    run_whole(Gpu::<_, T>::new(HostDevice::default()), config)
 }
 
 fn assert_follows(found: &[Line], expected: &[Line]) {
@@ -64,15 +74,6 @@ fn a_checkpoint_of_one_device_goes_on_on_another_and_back() {
     let outcome = run_on(host(), &config, path, Start::Resume, None).unwrap();
     assert!(matches!(outcome, Outcome::Finished(_)));
     assert_follows(&lines(path), &straight(&config));
-}
-
-/// A whole run on the host executor.
-fn on_host<T: Compute>(config: &Config) -> Vec<Line> {
-    let backend = Gpu::<_, T>::new(HostDevice::default());
-    let folder = TempDir::new().unwrap();
-    let outcome = run_on(backend, config, folder.path(), Start::Fresh, None).unwrap();
-    assert!(matches!(outcome, Outcome::Finished(_)));
-    lines(folder.path())
 }
 
 #[test]
@@ -153,6 +154,79 @@ fn a_lost_device_is_an_error_and_its_checkpoint_goes_on_elsewhere() {
     let outcome = run_on(Cpu::new(), &config, folder.path(), Start::Resume, None).unwrap();
     assert!(matches!(outcome, Outcome::Finished(_)));
     assert_follows(&lines(folder.path()), &straight(&config));
+}
+
+/// The first steps, of which a GPU has to have the CPU's losses.
+const FIRST: u64 = 50;
+
+/// They follow the CPU's as closely as the precision lets them.
+fn assert_first_steps(what: &str, limit: f64, found: &[Line], expected: &[Line]) {
+    assert_eq!([found.len(), expected.len()], [FIRST as usize; 2]);
+    let mut largest = 0.0_f64;
+    for (found, expected) in found.iter().zip(expected) {
+        for (found, expected) in [
+            (found.loss, expected.loss),
+            (found.action_loss, expected.action_loss),
+            (found.memory_loss, expected.memory_loss),
+        ] {
+            let error = (found - expected).abs() / expected.max(1e-2);
+            assert!(error < limit, "{what}: {found}, expected {expected}");
+            largest = largest.max(error);
+        }
+    }
+    println!("{what}: the losses of {FIRST} steps differ by at most {largest:.1e}");
+}
+
+/// A configuration of which so many steps are trained.
+fn of_first_steps(text: &str, more: &[&str]) -> Config {
+    let steps = format!("train.steps={FIRST}");
+    let short = [&steps, "train.log_every=1", "evaluation.episodes=1"];
+    toy::config(text, &[&short, more].concat())
+}
+
+#[test]
+fn the_losses_of_the_first_steps_are_the_cpus() {
+    let small = ["train.learning_rate=1e-3", "train.batch_tokens=30"];
+    let config = of_first_steps(HALLWAY_FOR_KERNELS, &small);
+    let expected = straight(&config);
+    assert_first_steps("f32", 2e-3, &on_host::<f32>(&config), &expected);
+    assert_first_steps("bf16", 5e-2, &on_host::<bf16>(&config), &expected);
+}
+
+#[test]
+fn the_losses_of_the_first_steps_on_a_gpu_are_the_cpus() {
+    use dtmem::ops::Error;
+    match CudaDevice::new(0, Multiply::Exact) {
+        Ok(_) => {}
+        Err(reason @ (Error::NoDriver { .. } | Error::NoGpu { .. } | Error::NoBlas)) => {
+            eprintln!("SKIPPED: a GPU check: {reason}");
+            return;
+        }
+        Err(other) => panic!("{other}"),
+    }
+    for text in [
+        include_str!("../configs/hallway-quick.toml"),
+        include_str!("../configs/hallway-memory-quick.toml"),
+        include_str!("../configs/recall-quick.toml"),
+    ] {
+        let config = of_first_steps(text, &["data.episodes=400"]);
+        let expected = straight(&config);
+        let device = |multiply| CudaDevice::new(0, multiply).unwrap();
+        let exact = || device(Multiply::Exact);
+        let tf32 = Gpu::<_, f32>::new(device(Multiply::Tf32));
+        for (what, limit, found) in [
+            ("f32", 2e-3, run_whole(Gpu::<_, f32>::new(exact()), &config)),
+            ("tf32", 2e-2, run_whole(tf32, &config)),
+            (
+                "bf16",
+                5e-2,
+                run_whole(Gpu::<_, bf16>::new(exact()), &config),
+            ),
+            ("f16", 2e-2, run_whole(Gpu::<_, f16>::new(exact()), &config)),
+        ] {
+            assert_first_steps(what, limit, &found, &expected);
+        }
+    }
 }
 
 /// A configuration of the repository, as small as a test can be.

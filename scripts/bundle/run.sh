@@ -18,7 +18,7 @@ mkdir -p "$1/programs" || exit 2
 out=$(cd "$1" && pwd)
 cd "$(dirname "$0")" || exit 2
 here=$PWD
-rm -rf "$out"/{summary.*,versions.txt,bench.json,peers.jsonl,logs}
+rm -rf "$out"/{summary.*,versions.txt,bench.json,peers.jsonl,table.md,roofline-*,train-*,logs}
 mkdir "$out/logs"
 
 # Seconds that all parts have.
@@ -103,6 +103,8 @@ gpu_tests() {
 }
 part_tests-ops() { gpu_tests ops gpu; }
 part_tests-backend() { gpu_tests gpu_backend gpu; }
+# The losses of the first steps at full size, on GPU and CPU.
+part_tests-train() { gpu_tests gpu_train gpu; }
 part_tests-cust() { gpu_tests cust cust; }
 
 part_verify-cuda() {
@@ -221,6 +223,7 @@ quick_or() { [[ $mode == quick ]] && echo "$1" || echo "$2"; }
 run card 30
 run tests-ops "$(quick_or 90 600)"
 run tests-backend "$(quick_or 60 600)"
+run tests-train "$(quick_or 60 300)"
 run tests-cust 30
 run verify-cuda "$(quick_or 60 300)"
 run verify-host 60
@@ -251,6 +254,14 @@ escaped() { sed 's/\\/\\\\/g; s/"/\\"/g; s/\t/ /g' <<< "$1" | tr -d '\000-\037';
             "${names[index]}" "${results[index]}" "${seconds[index]}" "$(escaped "${notes[index]}")"
     done
     printf ']'
+    first=
+    printf ',"trainings":['
+    for summary in "$out"/train-*/summary.json; do
+        [[ -s $summary ]] || continue
+        printf '%s{"part":"%s","summary":%s}' "$first" "$(basename "$(dirname "$summary")")" "$(< "$summary")"
+        first=,
+    done
+    printf ']'
     [[ -s $out/bench.json ]] && printf ',"bench":%s' "$(< "$out/bench.json")"
     [[ -s $out/peers.jsonl ]] && printf ',"peers":[%s]' "$(paste --serial --delimiters , "$out/peers.jsonl")"
     printf '}\n'
@@ -260,6 +271,11 @@ echo
 grep '^both versions: ' "$out/logs/bench.log" | sed 's/^both versions: //' > "$out/versions.txt"
 if [[ -s $out/versions.txt ]]; then
     { echo; cat "$out/versions.txt"; } >> "$out/summary.txt"
+fi
+if [[ -n $gpu && -s $out/bench.json ]]; then
+    # What it must reach; table.md and pictures beside the summary.
+    "${python:-python3}" scripts/bench-report "$out/summary.json" > "$out/logs/report.log" 2>&1 &&
+        { echo; grep '^|' "$out/logs/report.log"; } >> "$out/summary.txt"
 fi
 cat "$out/summary.txt"
 echo
