@@ -27,6 +27,10 @@ constexpr float kInfinity = __builtin_huge_valf();
 template <typename T, int kWidth>
 constexpr int kMatrices = sizeof(T) < sizeof(float) && kWidth <= 64 ? 2 : 1;
 
+// Blocks that a multiprocessor is to hold: left to itself, ptxas (13.0) spills for one more.
+template <typename T, int kWidth>
+constexpr int kResidentBlocks = sizeof(T) == sizeof(float) && kWidth <= 32 ? 3 : 2;
+
 // The rows and the part of the output's columns that a warp owns, and the lane's place in them.
 template <int kWidth, int kM>
 struct Owner {
@@ -148,12 +152,25 @@ __device__ inline float loss_slope(float weight, bool paired) {
 // of a matrix lie in different banks.
 
 template <int kWidth, typename T>
-__device__ inline T* place(T* tile, int row, int column) {
+__device__ inline int offset(int row, int column) {
     constexpr int kSize = kVectorSize<T>, kPieces = kWidth / kSize;
     static_assert(kPieces == 2 || kPieces == 4 || kPieces % 8 == 0);
     // Rows that share the banks once are turned alike.
     const int turn = kPieces == 2 ? row / 4 % 2 : kPieces == 4 ? row / 2 % 4 : row % 8;
-    return tile + row * kWidth + (column / kSize ^ turn) * kSize + column % kSize;
+    return row * kWidth + (column / kSize ^ turn) * kSize + column % kSize;
+}
+
+template <int kWidth, typename T>
+__device__ inline T* place(T* tile, int row, int column) {
+    return tile + offset<kWidth, T>(row, column);
+}
+
+// The same of column + own: `column` a multiple of 8 that all lanes have alike, own < 8 the lane's. Taken apart, two
+// addresses serve all columns, instead of a register for each.
+template <int kWidth>
+__device__ inline const float* place(const float* tile, int row, int column, int own) {
+    const int common = offset<kWidth, float>(row, column);
+    return tile + ((common & 7) ^ own) + (common & ~7);
 }
 
 // Starts the copy of `kRows` rows, zeros from `count` on.
@@ -249,22 +266,34 @@ __device__ inline void multiply(float (&d)[kM][kN][4], const float (&a)[kM][kDep
                                 int first_column) {
     static_assert(kM == 1);
     const int lane = threadIdx.x % kWarpSize;
+    b += first_column;  // of 0 or 128: pieces change places among eight
+    float left[kDepth][4];  // the tiles to come
 #pragma unroll
+    for (int tile = 0; tile < kDepth; ++tile) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) left[tile][i] = a[0][tile][i];
+    }
+#pragma unroll 1  // else ptxas fetches ahead until it has to spill
     for (int tile = 0; tile < kDepth; ++tile) {
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
             const int owner = (lane & ~3) + i / 2;
-            const float upper = __shfl_sync(0xffffffffu, a[0][tile][i % 2], owner);
-            const float lower = __shfl_sync(0xffffffffu, a[0][tile][2 + i % 2], owner);
+            const float upper = __shfl_sync(0xffffffffu, left[0][i % 2], owner);
+            const float lower = __shfl_sync(0xffffffffu, left[0][2 + i % 2], owner);
 #pragma unroll
             for (int n = 0; n < kN; ++n) {
                 float right[2];
-                load<2>(place<kWidth>(b, tile * 8 + i, first_column + n * 8 + lane % 4 * 2), right);
+                load<2>(place<kWidth>(b, tile * 8 + i, n * 8, lane % 4 * 2), right);
                 d[0][n][0] += upper * right[0];
                 d[0][n][1] += upper * right[1];
                 d[0][n][2] += lower * right[0];
                 d[0][n][3] += lower * right[1];
             }
+        }
+#pragma unroll
+        for (int next = 1; next < kDepth; ++next) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) left[next - 1][i] = left[next][i];
         }
     }
 }
