@@ -2,8 +2,8 @@
 // content_memory.cu, which has the equations and serves everything else (f32, top_k, longer segments, odd shapes).
 //
 // M, M′ [B, N, V] and y [tokens, V] contiguous; a and s rows of D ≤ V, v of V, with a stride of their own; κ [tokens]; b [1]
-// in f32; `offsets` [B + 1]. D, V and the strides are multiples of 16, all of these tensors aligned to 16 bytes. Keys are
-// compared with the first D columns of a slot; the others are written and read like them.
+// in f32; `offsets` [B + 1]. D and V are multiples of 16, the strides of 8, all of these tensors aligned to 16 bytes. Keys
+// are compared with the first D columns of a slot; the others are written and read like them.
 //
 // A block owns `tile` slots (at most 96) of one sequence with all their columns, and works on them in shared memory, where
 // `padded` = ⌈tile/16⌉·16 of them stand (the others 0), in steps:
@@ -18,6 +18,7 @@
 // shares of y are read from each other's shared memory.
 //   short_cluster  (C, B) in clusters of C, tile = ⌈N/C⌉. C 16 (a cluster of more than 8 has to be allowed) is best: it
 //                  keeps most multiprocessors busy when B is small, and leaves room for the rest of shared memory.
+//                  M comes and M′ goes by bulk copies, row by row: all of the tile is on its way before the first product.
 // Elsewhere they are three, tiles = ⌈N/tile⌉:
 //   short_scores   (tiles, B)  scores, stats → workspace; the tile is a ring of three steps
 //   short_update   (tiles, B)  weights, columns; y of this tile's slots → workspace
@@ -33,15 +34,18 @@
 // 206 MFLOP, 78 per byte: a sixth of what the matrix units can do by mma.sync in that time, so memory is the limit.
 //   cluster  M once from and once to device memory, keys and values once per block from the L2 cache (120 kB each), 80 kB
 //            of y per block between multiprocessors. One launch. B 8 takes 128 multiprocessors, one round; a block
-//            fetches 81 kB with up to 48 kB under way, while it multiplies what has come.
+//            fetches 83 kB by 162 bulk copies of 512 bytes, while it multiplies what has come, and writes them by 324 of
+//            256, of which each waits for the end of the next chunk of columns and for no barrier of its own.
 //   three    M twice from and once to device memory, and through the L2 cache w and β 16·N·T and y 8·tiles·T·V bytes:
 //            4.0 MB and 0.8 + 2.2 MB a sequence. content_memory.cu moves 5.3 and 3.2 MB, in four launches.
 //
-// History
+// History (not measured on a GPU yet)
 //   1  a tile of slots with all columns in shared memory (cp.async), bf16/f16 operands (ldmatrix, m16n8k16), M read twice
 //      instead of three times, no launch for the softmax
 //   2  clusters: M read once
 //   3  slots wider than keys, which content_memory.cu served before
+//   4  clusters: bulk copies in the place of copies of 16 bytes by each thread, of which 48 kB were under way at most. 167
+//      registers and 10 900 instructions for sm_90a, 202 and 12 400 before
 
 #include "content_memory.cuh"
 
@@ -139,19 +143,17 @@ struct Norms {
     float tokens[kMostTokens];
 };
 
-// products = M·a and M·s of the tile; √(|M|²+ε) and √(|a|²+ε). All of the tile has been copied afterwards.
-template <typename T>
-__device__ inline void scores(const T* memory, Rows<T> keys, Rows<T> strength_keys, const Place& place,
-                              const Tile<T>& tile, T* panels, Products& products, Norms& norms, int key_width,
-                              float epsilon) {
+// products = M·a and M·s of the tile; √(|M|²+ε) and √(|a|²+ε). Every thread calls `fetch(step)` two steps ahead, to start
+// copies, and `fetched(step)` before the columns of a step are used.
+template <typename T, typename Fetch, typename Fetched>
+__device__ inline void scores(Rows<T> keys, Rows<T> strength_keys, const Place& place, const Tile<T>& tile, T* panels,
+                              Products& products, Norms& norms, int key_width, float epsilon, const Fetch& fetch,
+                              const Fetched& fetched) {
     const Owner owner(place);
     const int lane = owner.lane;
     const int steps = (key_width + kStep - 1) / kStep, panel = kParts * place.rows * kPanelPitch;
-    // A tile that holds all columns is fetched in half of the steps, or in all of them if slots are much wider than keys.
-    const int of_tile = (tile.columns + kStep - 1) / kStep;
-    const int pace = tile.ring >= of_tile ? max(2, (of_tile + steps - 1) / steps) : 1;
     auto start = [&](int step) {
-        for (int n = 0; n < pace; ++n) tile.load(memory, place, step * pace + n);
+        fetch(step);
         for (int n = threadIdx.x; n < kParts * place.rows * (kStep / 8); n += kThreads) {
             const int row = n / (kStep / 8), piece = n % (kStep / 8) * 8, column = step * kStep + piece;
             if (column >= key_width) continue;
@@ -171,6 +173,7 @@ __device__ inline void scores(const T* memory, Rows<T> keys, Rows<T> strength_ke
     float of_slot = 0.0f, of_token = 0.0f;
     for (int step = 0; step < steps; ++step) {
         ptx::cp_async_wait<kStages - 2>();
+        fetched(step);
         __syncthreads();  // this step is there for all, and the one before has been used
         start(step + kStages - 1);
         const T* keys_now = panels + step % kStages * panel;
@@ -439,11 +442,10 @@ __device__ inline void read_columns(const Place& place, const Tile<T>& tile, con
     }
 }
 
-// M′ = keep·M + w·β·v in the tile of columns, in the place of M and in memory.
+// M′ = keep·M + w·β·v in the tile of columns, in the place of M.
 template <typename T>
 __device__ inline void write_columns(const Place& place, const Tile<T>& tile, const Weights<T>& weights,
-                                     const uint32_t (&values)[kMostTokens / 16][4], T* memory_next, int first_column,
-                                     int width) {
+                                     const uint32_t (&values)[kMostTokens / 16][4], int first_column) {
     const int lane = threadIdx.x % kWarpSize;
 #pragma unroll 1
     for (int slot = 0; slot < place.tile; slot += kRows) {
@@ -472,21 +474,30 @@ __device__ inline void write_columns(const Place& place, const Tile<T>& tile, co
         }
     }
     __syncwarp();
-    for (int n = lane; n < place.slots * 2; n += kWarpSize) {
+}
+
+// The warp's columns of the tile to memory.
+template <typename T>
+__device__ inline void store_columns(const Place& place, const Tile<T>& tile, T* memory_next, int first_column) {
+    for (int n = threadIdx.x % kWarpSize; n < place.slots * 2; n += kWarpSize) {
         const int column = first_column + n % 2 * 8;
         const auto& row = *reinterpret_cast<const uint4*>(tile.at(n / 2, column));
-        ptx::store_16_once(memory_next + (place.first_slot + n / 2) * width + column,
+        ptx::store_16_once(memory_next + (place.first_slot + n / 2) * tile.width + column,
                            make_uint4(row.x, row.y, row.z, row.w));
     }
 }
 
-// Both, in the order that is asked for, 128 columns at a time. Every thread calls `given(chunk)` when its warp has given
-// its y of a chunk, and `done(chunk)` behind the chunk.
-template <typename T, typename Give, typename Given, typename Done>
+// Both, in the order that is asked for, 128 columns at a time. Every thread of a warp calls `written(column)` when M′ stands
+// in the warp's columns, `given(chunk)` when it has given its y of a chunk, and `done(chunk)` behind the chunk.
+template <typename T, typename Written, typename Give, typename Given, typename Done>
 __device__ inline void columns(const Place& place, const Tile<T>& tile, const Weights<T>& weights,
-                               const Values<T>& values, T* memory_next, int width, bool write_then_read,
-                               const Give& give, const Given& given, const Done& done) {
-    const int lane = threadIdx.x % kWarpSize, mine = threadIdx.x / kWarpSize * kWarpColumns;
+                               const Values<T>& values, bool write_then_read, const Written& written, const Give& give,
+                               const Given& given, const Done& done) {
+    const int lane = threadIdx.x % kWarpSize, mine = threadIdx.x / kWarpSize * kWarpColumns, width = tile.width;
+    const auto write = [&](const uint32_t (&v)[kMostTokens / 16][4], int column) {
+        write_columns(place, tile, weights, v, column);
+        written(column);
+    };
     values.load(place, mine, width);
     for (int chunk = 0; chunk < width; chunk += kChunk) {
         const int column = chunk + mine;
@@ -503,12 +514,12 @@ __device__ inline void columns(const Place& place, const Tile<T>& tile, const We
             __syncwarp();
             values.load(place, column + kChunk, width);
         }
-        if (some && write_then_read) write_columns(place, tile, weights, v, memory_next, column, width);
+        if (some && write_then_read) write(v, column);
         if (some) read_columns(place, tile, weights, column, give);
         given(chunk);
         if (some && !write_then_read) {
             __syncwarp();
-            write_columns(place, tile, weights, v, memory_next, column, width);
+            write(v, column);
         }
         done(chunk);
     }
@@ -536,7 +547,9 @@ __device__ inline void short_scores(const T* memory, Rows<T> keys, Rows<T> stren
     const Owner owner(place);
     const Tile<T> tile{reinterpret_cast<T*>(shared), kStages, key_width, width};
     Products x = {};
-    scores(memory, keys, strength_keys, place, tile, tile.end(place), x, norms, key_width, epsilon);
+    scores(
+        keys, strength_keys, place, tile, tile.end(place), x, norms, key_width, epsilon,
+        [&](int step) { tile.load(memory, place, step); }, [](int) {});
     score(x, place, norms, kappa, bias, scale, epsilon);
 #pragma unroll
     for (int j = 0; j < kItems; ++j) {
@@ -585,7 +598,8 @@ __device__ inline void short_update(const T* memory, const float* products, cons
     });
     const int64_t first = blockIdx.x * all_tokens + place.first_token;
     columns(
-        place, tile, weights, value, memory_next, width, write_then_read,
+        place, tile, weights, value, write_then_read,
+        [&](int column) { store_columns(place, tile, memory_next, column); },
         [&](int token, int column, float y0, float y1) {
             *reinterpret_cast<float2*>(shares + (first + token) * width + column) = make_float2(y0, y1);
         },
@@ -614,6 +628,40 @@ __device__ inline void short_read(const float* shares, const int32_t* offsets, T
 
 // --- One launch: the tiles of a sequence are a cluster
 
+[[maybe_unused]] constexpr int kFetchColumns = 256;  // of a slot, by one bulk copy
+[[maybe_unused]] constexpr int kMostFetches = 32;    // what fits into shared memory is narrower
+
+// `copy(slot)` for all slots of the tile: the first lane of a warp takes every eighth.
+template <typename Copy>
+__device__ inline void each_slot(const Place& place, const Copy& copy) {
+    if (threadIdx.x % kWarpSize != 0) return;
+    for (int slot = threadIdx.x / kWarpSize; slot < place.slots; slot += kWarps) copy(slot);
+}
+
+// Starts to copy the whole tile, `kFetchColumns` for each of the barriers. Slots beyond those that exist become 0.
+template <typename T>
+__device__ inline void fetch_tile(const T* memory, const Place& place, const Tile<T>& tile, uint64_t* fetched) {
+    const int fetches = (tile.width + kFetchColumns - 1) / kFetchColumns;
+    if (threadIdx.x == 0) {
+        for (int n = 0; n < fetches; ++n) ptx::mbarrier_init(fetched + n, 1);
+        ptx::fence_proxy_async();
+    }
+    __syncthreads();
+    for (int n = 0; n < fetches; ++n) {
+        const int column = n * kFetchColumns, bytes = min(kFetchColumns, tile.width - column) * static_cast<int>(sizeof(T));
+        if (threadIdx.x == 0) ptx::mbarrier_arrive(fetched + n, place.slots * bytes);
+        each_slot(place, [&](int slot) {
+            ptx::bulk_load(tile.at(slot, column), memory + (place.first_slot + slot) * tile.width + column, bytes,
+                           fetched + n);
+        });
+    }
+    const int beyond = place.tile - place.slots, vectors = tile.width / kVectorSize<T>;
+    for (int n = threadIdx.x; n < beyond * vectors; n += kThreads) {
+        const float zeros[kVectorSize<T>] = {};
+        store(zeros, tile.at(place.slots + n / vectors, n % vectors * kVectorSize<T>));
+    }
+}
+
 template <typename T>
 __device__ inline void short_cluster(const T* memory, Rows<T> keys, Rows<T> strength_keys, Rows<T> values,
                                      const T* kappa, const float* bias, const int32_t* offsets, T* memory_next, T* y,
@@ -625,6 +673,7 @@ __device__ inline void short_cluster(const T* memory, Rows<T> keys, Rows<T> stre
     __shared__ StatsOfTokens mine;
     __shared__ StatsOfTokens all;
     __shared__ float keep[kHalves][kMostTile];
+    __shared__ uint64_t fetched[kMostFetches];
     const Place place(offsets, slots, tile_slots);
     if (place.tokens < 0) return;
     const Tile<T> tile{reinterpret_cast<T*>(shared), (width + kStep - 1) / kStep, width, width};
@@ -641,8 +690,12 @@ __device__ inline void short_cluster(const T* memory, Rows<T> keys, Rows<T> stre
         return shares + (chunk / kChunk % 2 * most_rows + token) * kChunk;
     };
 
+    fetch_tile(memory, place, tile, fetched);
     Products x = {};
-    scores(memory, keys, strength_keys, place, tile, panels, x, norms, key_width, epsilon);
+    scores(
+        keys, strength_keys, place, tile, panels, x, norms, key_width, epsilon, [](int) {},
+        [&](int step) { ptx::mbarrier_wait(fetched + step * kStep / kFetchColumns, 0); });
+    for (int n = (key_width - 1) / kFetchColumns + 1; n * kFetchColumns < width; ++n) ptx::mbarrier_wait(fetched + n, 0);
     score(x, place, norms, kappa, bias, scale, epsilon);
     const Stats of_tile = stats(x, place, exchange);
     if (threadIdx.x < kParts * kMostTokens) mine[threadIdx.x / kMostTokens][threadIdx.x % kMostTokens] = of_tile;
@@ -659,14 +712,22 @@ __device__ inline void short_cluster(const T* memory, Rows<T> keys, Rows<T> stre
             for (int e = 0; e < 4; ++e) of[p][e] = x[j][i][p][e];
         }
     });
+    // M′ of a chunk goes to memory when all warps have come to the end of the next one.
+    const auto store_chunk = [&](int chunk) {
+        const int bytes = min(kChunk, width - chunk) * static_cast<int>(sizeof(T));
+        each_slot(place, [&](int slot) {
+            ptx::bulk_store(memory_next + (place.first_slot + slot) * width + chunk, tile.at(slot, chunk), bytes);
+        });
+    };
     columns(
-        place, tile, weights, value, memory_next, width, write_then_read,
+        place, tile, weights, value, write_then_read, [](int) { ptx::fence_proxy_async(); },
         [&](int token, int column, float y0, float y1) {
             *reinterpret_cast<float2*>(share_of(column, token) + column % kChunk) = make_float2(y0, y1);
         },
         [](int) { ptx::cluster_arrive(); },
         [&](int chunk) {
             ptx::cluster_wait();
+            if (chunk > 0) store_chunk(chunk - kChunk);
             // Each block adds up an equal part of the chunk, four columns per thread.
             const int vectors = min(kChunk, width - chunk) / 4, blocks = gridDim.x;
             const int part = (place.tokens * vectors + blocks - 1) / blocks, first = blockIdx.x * part;
@@ -685,6 +746,9 @@ __device__ inline void short_cluster(const T* memory, Rows<T> keys, Rows<T> stre
         });
     ptx::cluster_arrive();  // others may still read this block's shares
     ptx::cluster_wait();
+    store_chunk((width - 1) / kChunk * kChunk);
+    ptx::bulk_commit();
+    ptx::bulk_wait_read<0>();
 #endif
 }
 

@@ -1,7 +1,7 @@
 // Every inline-PTX instruction of the kernels, one function each. For a C++ compiler (DTMEM_HOST) those that touch
 // memory or other lanes are only declared here; host/runtime/instructions.cpp is their twin.
 //
-// All are for sm_80 and up, but for those of clusters. A fragment's registers hold, per lane, what the PTX manual assigns to it; with g = lane/4 and
+// All are for sm_80 and up, but for those of clusters and bulk copies. A fragment's registers hold, per lane, what the PTX manual assigns to it; with g = lane/4 and
 // c = lane%4, by (row, column):
 //   A 16×16 (b16)  a0 (g, 2c) a1 (g+8, 2c) a2 (g, 2c+8) a3 (g+8, 2c+8), two neighbours of a row in a register
 //   B 16×8  (b16)  b0 (2c, g) b1 (2c+8, g), two neighbours of a column in a register
@@ -51,6 +51,15 @@ void barrier_arrive(int id, int threads);
 void cluster_arrive();
 void cluster_wait();
 void* map_shared(void* shared, unsigned rank);
+
+void fence_proxy_async();
+void mbarrier_init(uint64_t* barrier, unsigned arrivals);
+void mbarrier_arrive(uint64_t* barrier, unsigned bytes);
+void mbarrier_wait(uint64_t* barrier, unsigned parity);
+void bulk_load(void* shared, const void* global, unsigned bytes, uint64_t* barrier);
+void bulk_store(void* global, const void* shared, unsigned bytes);
+void bulk_commit();
+template <int kStillRunning> void bulk_wait_read();  // 0 … 7
 
 inline float exp2_approx(float x) { return std::exp2(x); }
 inline uint32_t pack_bf16(float low, float high) {
@@ -189,6 +198,46 @@ PTX_FUNCTION void* map_shared(void* shared, unsigned rank) {
     asm("mapa.u64 %0, %1, %2;" : "=l"(mapped) : "l"(shared), "r"(rank));
     return mapped;
 }
+
+// --- The asynchronous proxy, sm_90: what copies in bulk and multiplies for warpgroups, and sees shared memory on its own.
+// What this thread has written there (also by cp_async, once it waited) is seen by it behind this fence; only a barrier
+// takes that to what other threads start.
+
+PTX_FUNCTION void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// --- Bulk copies, sm_90: one instruction of one thread moves a run of bytes beside the program. Its size and both
+// addresses are multiples of 16.
+//
+// A load counts its bytes at an mbarrier, eight bytes of shared memory. That goes from phase to phase: each ends when its
+// arrivals have come and, with them, as many bytes as they announced. After mbarrier_init the asynchronous proxy needs the
+// fence, and other threads a barrier. A wait for phase n has the parity n % 2; who waits sees the bytes.
+//
+// A store reads shared memory until its group (bulk_commit) is waited for, at the latest before the thread ends.
+
+PTX_FUNCTION void mbarrier_init(uint64_t* barrier, unsigned arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(shared_address(barrier)), "r"(arrivals) : "memory");
+}
+PTX_FUNCTION void mbarrier_arrive(uint64_t* barrier, unsigned bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
+                 :: "r"(shared_address(barrier)), "r"(bytes) : "memory");
+}
+PTX_FUNCTION void mbarrier_wait(uint64_t* barrier, unsigned parity) {
+    asm volatile("{\n\t.reg .pred over;\nagain:\n\t"
+                 "mbarrier.try_wait.parity.shared::cta.b64 over, [%0], %1;\n\t@!over bra again;\n\t}"
+                 :: "r"(shared_address(barrier)), "r"(parity) : "memory");
+}
+PTX_FUNCTION void bulk_load(void* shared, const void* global, unsigned bytes, uint64_t* barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                 :: "r"(shared_address(shared)), "l"(global), "r"(bytes), "r"(shared_address(barrier)) : "memory");
+}
+PTX_FUNCTION void bulk_store(void* global, const void* shared, unsigned bytes) {
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;"
+                 :: "l"(global), "r"(shared_address(shared)), "r"(bytes) : "memory");
+}
+PTX_FUNCTION void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+// Waits until no more than the newest `kStillRunning` groups still read shared memory.
+template <int kStillRunning>
+PTX_FUNCTION void bulk_wait_read() { asm volatile("cp.async.bulk.wait_group.read %0;" :: "n"(kStillRunning) : "memory"); }
 
 // --- Arithmetic.
 

@@ -5,8 +5,7 @@
 // execute these together. Products run beside the program: from the instruction to the wait for its group, the
 // registers d and a belong to it, and so does what it reads of shared memory. Around them:
 //
-//   fence_proxy_async  what this thread has written to shared memory (also by cp_async, once it waited) is seen by
-//                      products; only a barrier takes that to other threads
+//   fence_proxy_async  (ptx.cuh) takes what this thread has written to shared memory to products
 //   wgmma_fence        what the program has done to registers comes before the products that follow. Again after each
 //                      use of a register that a product takes; not between products of one shape that add to the same
 //   wgmma_commit       makes a group of the products since the last one
@@ -25,7 +24,6 @@ namespace ptx {
 #ifdef DTMEM_HOST
 
 uint32_t shared_address(const void* shared);
-void fence_proxy_async();
 void wgmma_fence();
 void wgmma_commit();
 template <int kStillRunning> void wgmma_wait();  // 0 … 7
@@ -49,7 +47,6 @@ PTX_WGMMA(128, f16)
 
 #define PTX_FUNCTION __device__ __forceinline__
 
-PTX_FUNCTION void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 PTX_FUNCTION void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 PTX_FUNCTION void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int kStillRunning>

@@ -21,7 +21,7 @@ enum class Check : std::uint32_t {
     kLocal,       // stack overflow, or another thread's local memory
     kRunaway,
     kEnded,       // the shared memory of a block of the cluster that has ended
-    kInFlight,    // registers or shared memory that a product of a warpgroup still works on
+    kInFlight,    // registers or shared memory that a product of a warpgroup, or a bulk copy, still works on
     kUnfenced,    // the same, used before it without a fence in between
 };
 

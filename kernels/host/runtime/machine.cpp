@@ -118,16 +118,6 @@ bool Machine::launch(const Kernel& kernel, const LaunchShape& shape, const Argum
     return !failed_;
 }
 
-template <typename Visit>
-void Machine::each_thread(Visit visit) const {
-    const bool reversed = shape_->order == 1;
-    const auto blocks = static_cast<unsigned>(blocks_.size());
-    for (unsigned r = 0; r < blocks; ++r) {
-        const unsigned first = (reversed ? blocks - 1 - r : r) * threads_per_block_;
-        for (unsigned t = 0; t < thread_count_; ++t) visit(first + (reversed ? thread_count_ - 1 - t : t));
-    }
-}
-
 void Machine::run_cluster(uint3 first, unsigned blocks, unsigned thread_count) {
     for (unsigned rank = 0; rank < blocks_.size(); ++rank) {  // of the cluster before
         for (std::uint8_t* all : {shared_shadow_.state.get(), readers_.get()}) {
@@ -145,7 +135,8 @@ void Machine::run_cluster(uint3 first, unsigned blocks, unsigned thread_count) {
     warps_.resize(blocks * warps);
     warpgroups_.assign(blocks * warps / 4 + 1, {});
     cluster_barrier_ = {};
-    cluster_barrier_.joined.assign(warps_.size(), 0);
+    cluster_barrier_.joined.assign(clock_size(), 0);
+    byte_barriers_.clear();
     for (unsigned rank = 0; rank < blocks; ++rank) {
         blocks_[rank].index = {first.x + rank, first.y, first.z};
         blocks_[rank].running = thread_count;
@@ -155,7 +146,7 @@ void Machine::run_cluster(uint3 first, unsigned blocks, unsigned thread_count) {
             const unsigned lanes = std::min(kWarp, thread_count - w * kWarp);
             warp.lanes = lanes == kWarp ? ~0u : (1u << lanes) - 1;
             warp.epoch = cluster_epoch_;
-            warp.seen.assign(warps_.size(), 0);
+            warp.seen.assign(clock_size(), 0);
             warp.arrived = warp.awaited = 0;
             warp.gatherings.clear();
         }
@@ -199,6 +190,8 @@ void Machine::start(Fiber& fiber, unsigned t) {
     fiber.wait = Wait::kNothing;
     fiber.committed = 0;
     fiber.copies.clear();
+    fiber.store_groups = 0;
+    fiber.stores.clear();
     fiber.proxy_fences.clear();
     fiber.product_groups = 0;
     fiber.accumulators.clear();
@@ -220,8 +213,9 @@ void Machine::finish_thread() {
     for (const Accumulators& product : current->accumulators) {
         fail(Check::kUnawaited, product.site, "a product of the warpgroup");
     }
-    current->done = true;
     const unsigned rank = rank_of(current->thread);
+    require_no_bulk_copies(blocks_[rank].running == 1);
+    current->done = true;
     if (blocks_[rank].running == 1 && blocks_.size() > 1) require_shared_memory_unused(rank);
     --blocks_[rank].running;
     ++cluster_barrier_.ended;
@@ -283,7 +277,7 @@ void Machine::arrive(unsigned id, unsigned threads, const char* instruction, con
             fail(Check::kCollective, site, "%s %u with %u threads", instruction, id, threads);
         }
         Warp& warp = warps_[current->thread / kWarp];
-        barrier.joined.resize(warps_.size());
+        barrier.joined.resize(clock_size());
         join(barrier.joined, warp.seen);
         barrier.joined[current->thread / kWarp] = warp.epoch;
         warp.epoch = next_epoch();
@@ -300,9 +294,9 @@ void Machine::complete(unsigned id) {
     const bool whole = barrier.expected == thread_count_;
     const std::uint32_t epoch = next_epoch();
     if (whole) here.floor = epoch;
-    if (!whole || blocks_.size() > 1) {
+    if (!whole || blocks_.size() > 1 || !byte_barriers_.empty()) {
         Clock joined = std::move(barrier.joined);
-        joined.resize(warps_.size());
+        joined.resize(clock_size());
         auto each_warp = [&](auto visit) {
             for (unsigned w = 0; w < threads_per_block_ / kWarp; ++w) {
                 if ((barrier.warps >> w & 1) != 0) visit(first_warp + w);

@@ -45,6 +45,7 @@ struct Access {
 struct History {
     Access write, read, other_read;
 };
+constexpr std::uint16_t kByProxy = UINT16_MAX;  // for `fences`: the asynchronous proxy wrote it itself
 
 struct FreeDeleter {
     void operator()(void* memory) const;
@@ -89,6 +90,33 @@ struct AsyncCopy {
     const void* site;
 };
 
+// A bulk copy from shared memory.
+struct BulkStore {
+    std::uint32_t group;
+    std::size_t offset, bytes;
+    const void* site;
+};
+
+// A bulk copy to shared memory.
+struct BulkLoad {
+    std::size_t offset;
+    const std::uint8_t* source;
+    std::size_t bytes;
+    std::uint16_t thread;
+    const void* site;
+};
+
+// An mbarrier, which counts arrivals and bytes, phase after phase.
+struct ByteBarrier {
+    std::size_t offset;                  // in shared memory
+    unsigned arrivals, missing;          // of a phase; still to come in this one
+    std::uint32_t phases = 0;            // that are over
+    std::uint32_t landed = 0;            // when somebody last waited for one
+    std::size_t announced = 0, begun = 0;  // bytes of this phase
+    std::vector<BulkLoad> loads = {};    // of this phase
+    std::vector<BulkLoad> complete = {};  // of phases that are over, and nobody has waited for them yet
+};
+
 // A product of a warpgroup, as one of its threads gives it.
 struct GroupProduct {
     const char* instruction;
@@ -121,7 +149,7 @@ struct Reading {
     std::vector<std::uint32_t> offsets;
 };
 
-enum class Wait : std::uint8_t { kNothing, kBarrier, kWarp, kWarpgroup, kCluster };
+enum class Wait : std::uint8_t { kNothing, kBarrier, kWarp, kWarpgroup, kCluster, kBytes };
 
 struct Fiber {
     Context context;
@@ -130,11 +158,13 @@ struct Fiber {
     uint3 index{};                 // in the block
     bool done = false;
     Wait wait = Wait::kNothing;
-    unsigned barrier = 0;
+    unsigned barrier = 0;          // its number, or of an mbarrier the offset
     const char* instruction = "";  // that it waits in
     const void* site = nullptr;
     std::uint32_t committed = 0;   // groups of asynchronous copies
     std::vector<AsyncCopy> copies;
+    std::uint32_t store_groups = 0;
+    std::vector<BulkStore> stores;
     std::vector<std::uint32_t> proxy_fences;  // the epoch of each
     // Products: the groups committed, what is under way, and for each word of the stack (which has the registers) the
     // number of the fence behind which the program used it last. Followed from the block's first fence on.
@@ -153,7 +183,7 @@ struct Gathering {
     std::array<void*, kWarp> operands{};
 };
 
-// One entry per warp of the cluster.
+// One entry per warp of the cluster, and one for bulk copies: up to when those are seen that have been waited for.
 using Clock = std::vector<std::uint32_t>;
 
 struct Warp {
@@ -253,9 +283,17 @@ public:
     void begin_copy(void* shared, const void* source, unsigned bytes, unsigned source_bytes, const void* site);
     void commit_copies() { ++current->committed; }
     void await_copies(std::uint32_t still_running, const void* site);
-    // The asynchronous proxy and the products of warpgroups (warpgroup.cpp).
-    std::uint32_t shared_address(const void* address, const void* site);
+    // The asynchronous proxy and its bulk copies (bulk.cpp).
     void fence_proxy(const void* site);
+    void init_bytes(void* barrier, unsigned arrivals, const void* site);
+    void arrive_bytes(void* barrier, unsigned bytes, const void* site);
+    void await_bytes(void* barrier, unsigned parity, const void* site);
+    void load_bulk(void* shared, const void* global, unsigned bytes, void* barrier, const void* site);
+    void store_bulk(void* global, const void* shared, unsigned bytes, const void* site);
+    void commit_stores() { ++current->store_groups; }
+    void await_stores(std::uint32_t still_running, const void* site);
+    // Products of warpgroups (warpgroup.cpp).
+    std::uint32_t shared_address(const void* address, const void* site);
     void fence_registers(const void* site);
     void multiply(const GroupProduct& product, const void* site);
     void commit_products(const void* site);
@@ -301,7 +339,14 @@ private:
     template <bool kWrite> void use_registers(std::uintptr_t address, std::size_t bytes, const void* site);
     void require_registers(const void* registers, std::size_t bytes, const GroupProduct& product, const void* site);
     void perform(Warpgroup& group, unsigned first_thread, const void* site);
-    void require_fenced(std::size_t offset, const void* site);
+    void require_fenced(std::size_t offset, std::size_t bytes, const void* site);
+    void require_fence_behind(const Access& write, const void* at, const void* site);
+    void require_units(const void* shared, const void* global, unsigned bytes, bool load, const void* site);
+    std::size_t barrier_offset(const void* barrier, const void* site);
+    ByteBarrier& byte_barrier(const void* barrier, const void* site);
+    void complete_bytes(ByteBarrier& barrier, const void* site);
+    void require_no_bulk_copies(bool last);
+    std::size_t clock_size() const { return warps_.size() + 1; }
     template <bool kWrite>
     void touch(Shadow& shadow, std::size_t offset, std::size_t bytes, const std::uint8_t* base, const void* site);
     [[noreturn]] void race(const Access& earlier, bool earlier_write, const void* address, std::size_t bytes, bool write,
@@ -315,7 +360,7 @@ private:
 
     std::unique_ptr<std::uint8_t[], FreeDeleter> shared_;
     Shadow shared_shadow_;
-    std::unique_ptr<std::uint8_t[], FreeDeleter> readers_;  // products under way that read a granule of shared memory
+    std::unique_ptr<std::uint8_t[], FreeDeleter> readers_;  // products and copies under way that read a granule of shared memory
     std::vector<SharedVariable> variables_;
     std::size_t shared_top_ = 0, static_shared_ = 0, dynamic_shared_ = 0;
 
@@ -324,6 +369,7 @@ private:
     std::vector<Warp> warps_;
     std::vector<Warpgroup> warpgroups_;
     std::vector<Block> blocks_;
+    std::vector<ByteBarrier> byte_barriers_;
     ClusterBarrier cluster_barrier_;
     std::vector<unsigned> ready_, next_ready_;
     unsigned thread_count_ = 0;       // of a block
@@ -349,7 +395,18 @@ inline float from_bf16(std::uint32_t bits) { return __bfloat162float({static_cas
 inline float from_f16(std::uint32_t bits) { return __half2float({static_cast<std::uint16_t>(bits)}); }
 
 Location locate(const void* site);
+std::uint32_t code_offset(const void* site);  // for Access
 const Kernel* kernels();
+
+template <typename Visit>
+void Machine::each_thread(Visit visit) const {
+    const bool reversed = shape_->order == 1;
+    const auto blocks = static_cast<unsigned>(blocks_.size());
+    for (unsigned r = 0; r < blocks; ++r) {
+        const unsigned first = (reversed ? blocks - 1 - r : r) * threads_per_block_;
+        for (unsigned t = 0; t < thread_count_; ++t) visit(first + (reversed ? thread_count_ - 1 - t : t));
+    }
+}
 
 template <typename Perform>
 void Machine::together(unsigned mask, const char* instruction, void* operand, const void* site, Perform perform) {

@@ -11,11 +11,6 @@ namespace {
 constexpr std::size_t kAllocationAlignment = 256;  // as cudaMalloc
 constexpr std::size_t kSharedGap = 32;             // between shared variables
 
-std::uint32_t code_offset(const void* site) {
-    return static_cast<std::uint32_t>(reinterpret_cast<std::uintptr_t>(site) -
-                                      reinterpret_cast<std::uintptr_t>(&locate));
-}
-
 const void* code_address(std::uint32_t offset) {
     return reinterpret_cast<const char*>(&locate) + static_cast<std::int32_t>(offset);
 }
@@ -23,6 +18,11 @@ const void* code_address(std::uint32_t offset) {
 std::size_t round_up(std::size_t value, std::size_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
 }  // namespace
+
+std::uint32_t code_offset(const void* site) {
+    return static_cast<std::uint32_t>(reinterpret_cast<std::uintptr_t>(site) -
+                                      reinterpret_cast<std::uintptr_t>(&locate));
+}
 
 // Null content: the memory is poisoned and counts as uninitialised. Null when there is not enough memory.
 std::uint8_t* Machine::allocate(std::size_t bytes, const void* content) {
@@ -128,6 +128,7 @@ void* Machine::dynamic_shared(std::size_t alignment, const void* caller) {
 }
 
 bool Machine::before_now(const Access& access) const {
+    if (access.fences == kByProxy) return access.epoch <= warps_[current->thread / kWarp].seen.back();
     const unsigned rank = rank_of(current->thread);
     if (rank_of(access.thread) == rank && access.epoch < blocks_[rank].floor) return true;
     const unsigned warp = current->thread / kWarp, other = access.thread / kWarp;
@@ -154,7 +155,7 @@ void Machine::touch(Shadow& shadow, std::size_t offset, std::size_t bytes, const
         if ((state & kPending) != 0) fail_at(Check::kPending, base + offset, bytes, kWrite, site);
         if constexpr (kWrite) {
             if (shared && readers_[granule] != 0) {
-                fail_at(Check::kInFlight, base + offset, bytes, kWrite, site, "a product still reads it");
+                fail_at(Check::kInFlight, base + offset, bytes, kWrite, site, "a product or a copy still needs it");
             }
             state |= mask << 2;
         } else if ((state >> 2 & mask) != mask) {
@@ -172,6 +173,9 @@ void Machine::touch(Shadow& shadow, std::size_t offset, std::size_t bytes, const
         }
     }
 }
+
+template void Machine::touch<false>(Shadow&, std::size_t, std::size_t, const std::uint8_t*, const void*);
+template void Machine::touch<true>(Shadow&, std::size_t, std::size_t, const std::uint8_t*, const void*);
 
 void Machine::race(const Access& earlier, bool earlier_write, const void* address, std::size_t bytes, bool write,
                    const void* site) {

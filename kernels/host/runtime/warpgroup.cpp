@@ -1,4 +1,4 @@
-// The asynchronous proxy, and products of warpgroups: what ptx_warpgroup.cuh has, for a CPU.
+// Products of warpgroups: what ptx_warpgroup.cuh has, for a CPU.
 //
 // A product is computed when all four warps have arrived, but nobody sees it before the wait: until then its registers
 // are poisoned, any use of them is a finding, and so is a write to what it reads. Registers are variables on the stack of
@@ -47,12 +47,6 @@ std::uint32_t piece_across_depth(const Matrix& matrix, unsigned row, unsigned co
 
 std::uint32_t Machine::shared_address(const void* address, const void* site) {
     return static_cast<std::uint32_t>(shared_offset(address, 1, false, site) % kSharedBytes);
-}
-
-void Machine::fence_proxy(const void* site) {
-    if (omits(site)) return;
-    if (current->proxy_fences.size() == UINT16_MAX) fail(Check::kRunaway, site, "65535 fences");
-    current->proxy_fences.push_back(warps_[current->thread / kWarp].epoch);
 }
 
 void Machine::fence_registers(const void* site) {
@@ -131,27 +125,6 @@ void Machine::multiply(const GroupProduct& product, const void* site) {
     if (group.turn == turn) wait(Wait::kWarpgroup, product.instruction, site);
 }
 
-// All that the product reads has been written before, and each thread that wrote had a fence behind it, before the
-// barrier that leads here. The reads themselves may happen at any time up to the wait.
-void Machine::require_fenced(std::size_t offset, const void* site) {
-    for (std::size_t granule = offset / kGranule; granule < (offset + kPiece) / kGranule; ++granule) {
-        const std::uint8_t state = shared_shadow_.state[granule];
-        const std::uint8_t* at = shared_.get() + granule * kGranule;
-        if ((state & kValid) != kValid) fail_at(Check::kOutOfBounds, at, kGranule, false, site);
-        if ((state & kPending) != 0) fail_at(Check::kPending, at, kGranule, false, site);
-        if ((state & kInitialised) != kInitialised) fail_at(Check::kUninitialised, at, kGranule, false, site);
-        const Access& write = shared_shadow_.history[granule].write;
-        if (write.epoch < cluster_epoch_) continue;
-        if (!before_now(write)) race(write, true, at, kGranule, false, site);
-        const auto& fences = fibers_[write.thread].proxy_fences;
-        if (write.fences >= fences.size() || !before_now({fences[write.fences], write.site, write.thread, 0})) {
-            fail_at(Check::kUnfenced, at, kGranule, false, site,
-                    "thread %u wrote it, without fence_proxy_async between that and the barrier",
-                    write.thread % threads_per_block_);
-        }
-    }
-}
-
 void Machine::perform(Warpgroup& group, unsigned first, const void* site) {
     const GroupProduct& one = group.operands[0][0];
     const std::uint32_t own_group = fibers_[first].product_groups;
@@ -191,7 +164,7 @@ void Machine::perform(Warpgroup& group, unsigned first, const void* site) {
         Fiber* const before = current;
         for (unsigned w = 0; w < kGroupWarps; ++w) {
             current = &fibers_[first + w * kWarp];
-            require_fenced(offset, site);
+            require_fenced(offset, kPiece, site);
         }
         current = before;
         reading.offsets.push_back(static_cast<std::uint32_t>(offset));
@@ -313,7 +286,6 @@ using dtmem_host::machine;
 namespace ptx {
 
 uint32_t shared_address(const void* shared) { return machine->shared_address(shared, SITE); }
-void fence_proxy_async() { machine->fence_proxy(SITE); }
 void wgmma_fence() { machine->fence_registers(SITE); }
 void wgmma_commit() { machine->commit_products(SITE); }
 template <int kStillRunning> void wgmma_wait() { machine->await_products(kStillRunning, SITE); }

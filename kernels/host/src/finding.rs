@@ -37,9 +37,10 @@ pub enum Check {
     Runaway,
     /// The shared memory of a block of the cluster that has ended.
     Ended,
-    /// Registers or shared memory that a product of a warpgroup, not waited for yet, works on.
+    /// Registers or shared memory that a product of a warpgroup, or a bulk copy, not waited for yet, works on.
     InFlight,
-    /// A product of a warpgroup takes registers, or shared memory, that the program used without a fence in between.
+    /// A product of a warpgroup, or a bulk copy, takes registers, or shared memory, that the program used without a fence
+    /// in between.
     Unfenced,
 }
 
@@ -84,8 +85,8 @@ impl Check {
             Check::Local => "local memory",
             Check::Runaway => "no end in sight",
             Check::Ended => "shared memory of a block that has ended",
-            Check::InFlight => "a product that has not been waited for",
-            Check::Unfenced => "no fence before a product",
+            Check::InFlight => "a product or a copy that has not been waited for",
+            Check::Unfenced => "no fence before a product or a copy",
         }
     }
 }

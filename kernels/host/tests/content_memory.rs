@@ -1191,10 +1191,11 @@ fn every_barrier_is_needed() {
 
 #[test]
 fn every_barrier_of_the_short_kernels_is_needed() {
-    // Softmax over both, two tiles, five steps of the keys, three chunks of columns, and an empty sequence.
+    // Softmax over both, two tiles, five steps of the keys, five chunks of columns, the last of which come by a copy that
+    // no key needs, and an empty sequence.
     let variant = variant(2, 272, None);
     let shape = Shape {
-        carried: 32,
+        carried: 272,
         ..Shape::new(&[33, 0], 70, 272)
     };
     let pack = Pack::draw::<bf16>(&variant, &shape, 5);

@@ -155,15 +155,17 @@ pub fn assert_every_barrier_is_needed(
     source: &str,
     run: impl Fn(&Executor) -> Result<()>,
 ) {
-    const WAITS: [&str; 10] = [
+    const WAITS: [&str; 12] = [
         "__syncthreads(",
         "__syncwarp(",
         "barrier_sync(",
-        "barrier_arrive(",
+        "barrier_arrive(", // also that of an mbarrier
         "cp_async_wait",
         "cluster_arrive(",
         "cluster_wait(",
         "fence_proxy_async(",
+        "mbarrier_wait(",
+        "bulk_wait_read",
         "wgmma_fence(",
         "wgmma_wait",
     ];

@@ -1,0 +1,107 @@
+//! Bulk copies, their barriers and the fence of the asynchronous proxy: what is right passes in every order, and what a
+//! person would plant is found.
+
+mod common;
+
+use common::in_every_order;
+use dtmem_host::{Arg, Check, Executor, Launch, Order};
+
+const NUMBERS: usize = 768;
+
+fn numbers() -> Vec<f32> {
+    (0..NUMBERS).map(|i| i as f32).collect()
+}
+
+fn run(executor: &Executor, defect: i32) -> dtmem_host::Result<Vec<f32>> {
+    let [x, y] = [executor.upload(&numbers()), executor.scratch(NUMBERS)];
+    let args = [
+        Arg::Input(x.view()),
+        Arg::Output(y.view()),
+        Arg::I32(defect),
+    ];
+    executor.launch("test_bulk", Launch::new([1, 1, 1], [64, 1, 1]), &args)?;
+    Ok(y.download())
+}
+
+/// The number of a defect in tests/kernels/bulk.cu.
+fn number(name: &str) -> i32 {
+    let source = include_str!("kernels/bulk.cu");
+    let list = source.split_once("enum Defect : int32_t {").expect("it").1;
+    let list = list.split_once('}').expect("its end").0;
+    let at = list.split(',').position(|defect| defect.trim() == name);
+    i32::try_from(at.unwrap_or_else(|| panic!("no {name}"))).expect("few")
+}
+
+/// Fails unless each thread order ends with one of these findings.
+#[track_caller]
+fn assert_found(defect: &str, checks: &[Check]) {
+    let mut executor = Executor::new();
+    for order in Order::ALL {
+        executor.set_order(order);
+        let error = run(&executor, number(defect)).expect_err(defect);
+        let finding = error
+            .finding()
+            .unwrap_or_else(|| panic!("{defect}: {error}"));
+        println!("{defect}: {finding}");
+        assert!(
+            checks.contains(&finding.check),
+            "{defect}, {order:?}: {finding}"
+        );
+        assert!(finding.place.location.is_some(), "{finding}");
+    }
+}
+
+#[test]
+fn what_is_copied_in_bulk_arrives() {
+    let y = in_every_order(|executor| run(executor, 0).unwrap_or_else(|error| panic!("{error}")));
+    let expected: Vec<f32> = numbers().iter().map(|x| x + 1.0).collect();
+    assert_eq!(y, expected);
+}
+
+#[test]
+fn wrong_use_of_a_barrier_of_bytes_is_found() {
+    assert_found("kNoFenceOfBarrier", &[Check::Unfenced]);
+    assert_found("kNoBarrierOfThreads", &[Check::Race, Check::Uninitialised]);
+    assert_found("kNoInit", &[Check::Uninitialised]);
+    assert_found("kInitTwice", &[Check::Collective]);
+    assert_found("kTooFewBytes", &[Check::Collective]);
+    assert_found("kTooManyBytes", &[Check::Divergence]);
+    assert_found("kNoArrival", &[Check::Divergence]);
+    assert_found("kWritesBarrier", &[Check::InFlight]);
+}
+
+#[test]
+fn a_bulk_copy_that_nobody_waited_for_is_found() {
+    // By who comes first: the bytes are under way, not begun yet, or have been waited for by another warp alone.
+    let early = [Check::Pending, Check::Uninitialised, Check::Race];
+    assert_found("kNoWait", &early);
+    // A wait for the phase before passes at once, or never if this one is over by then.
+    assert_found(
+        "kWrongParity",
+        &[early.as_slice(), &[Check::Divergence]].concat(),
+    );
+    assert_found("kWaitOfOthers", &early);
+    assert_found("kHalfAWarpWaits", &early);
+    assert_found("kWritesWhatArrives", &[Check::Pending]);
+    assert_found("kEndsEarly", &[Check::Unawaited]);
+    assert_found("kNoWaitForRead", &[Check::Unawaited, Check::InFlight]);
+    assert_found("kNoCommit", &[Check::Unawaited, Check::InFlight]);
+    assert_found("kWritesWhatIsRead", &[Check::InFlight]);
+}
+
+#[test]
+fn what_the_asynchronous_proxy_cannot_see_is_found() {
+    assert_found("kNoFenceOfNumbers", &[Check::Unfenced]);
+    assert_found("kFenceTooLate", &[Check::Unfenced]);
+    assert_found("kNoBarrierOfNumbers", &[Check::Race]);
+    assert_found("kLoadsOverNumbers", &[Check::Unfenced]);
+}
+
+#[test]
+fn sizes_and_addresses_that_are_no_multiples_of_16_or_beyond_are_found() {
+    assert_found("kOddBytes", &[Check::Misaligned]);
+    assert_found("kSharedMisaligned", &[Check::Misaligned]);
+    assert_found("kGlobalMisaligned", &[Check::Misaligned]);
+    assert_found("kPastGlobal", &[Check::OutOfBounds]);
+    assert_found("kPastShared", &[Check::OutOfBounds]);
+}
