@@ -71,6 +71,10 @@ struct Sequence {
 
 // --- Masks: each shows a query one run of keys, and the runs move forward with the query. So a kernel needs nothing
 // but the run of each row; tiles outside of all runs are never visited, those inside of all are not masked.
+//
+// A launch says which mask it is, and whether there is supervision. As template parameters they would make eight kernels of
+// each one, and save little: a few comparisons for a tile, more for those at an edge; the loss is a pass of its own, or
+// a branch of a tile that all threads of a block take alike.
 
 struct Run {
     int begin, end;

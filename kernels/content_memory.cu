@@ -28,7 +28,7 @@
 // read; further tiles of tokens find M in the cache) and N·D·e written per sequence, and 8·N·T·D operations done,
 // 2·T/e per byte; for B 8–64, N 1290, D 512, T 39 in bf16 that is 4·1.3 MB and 206 MFLOP a sequence.
 //
-// History
+// History (not measured on a GPU yet)
 //   1  four launches; panels in shared memory as f32, fetched through registers one step ahead; f32 storage multiplies on
 //      the ordinary units, bf16 and f16 on matrix units as TF32
 //   2  bf16 and f16: panels in the storage type, what lies in memory comes by cp.async in 16-byte pieces, what is computed

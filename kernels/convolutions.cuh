@@ -5,6 +5,7 @@
 // together, at an offset from the position that depends on j alone: so a fragment of mma is read where it lies.
 #pragma once
 
+#include "mma.cuh"
 #include "ptx.cuh"
 #include "reduce.cuh"
 #include "types.cuh"
@@ -29,13 +30,6 @@ __device__ inline uint32_t bits_of_one(const f16*) { return 0x3c00; }
 template <typename T>
 __device__ inline uint32_t two_numbers(uint32_t bits) {
     return (bits & 0x10001) * bits_of_one(static_cast<const T*>(nullptr));
-}
-
-__device__ inline void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const bf16*) {
-    ptx::mma_m16n8k16_bf16(d, a, {b0, b1});
-}
-__device__ inline void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const f16*) {
-    ptx::mma_m16n8k16_f16(d, a, {b0, b1});
 }
 
 // Unlike fmaxf, this lets a NaN through.

@@ -20,7 +20,7 @@
 // dy, dsum read, ds written, 4·width elements a row, ≈ 14 operations each; partial sums 8·width bytes per block. Dropout adds 25
 // integer operations an element, and on the way back dresidual, another width elements a row.
 //
-// History
+// History (not measured on a GPU yet)
 //   1  backward sums for dweight and dbias in registers: 147 of them, one block on a multiprocessor
 //   2  in shared memory: 79 to 103 registers, two or three blocks
 //   3  dropout of the residual, which was a launch before, and two on the way back: kernels of their own, since they take

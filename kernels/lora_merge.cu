@@ -6,7 +6,7 @@
 // grid (⌈columns/256⌉, rows), block 256; a thread owns an element. Done once before acting: W and merged move once, A
 // comes from a cache rank by rank, which is what bounds it.
 //
-// History
+// History (not measured on a GPU yet)
 //   1  this version
 
 #include "types.cuh"
