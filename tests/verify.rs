@@ -687,6 +687,24 @@ fn small_operations_pass_too() {
 }
 
 #[test]
+fn a_map_of_no_tokens_has_gradients_of_zero() {
+    let (none, matrix) = (&[0, 4][..], &[4, 4][..]);
+    let ones = [1.0; 16];
+    Parts::new("lora_linear", json!({"scaling": 1.0}))
+        .reals("input.x", none, &[])
+        .reals("input.weight", matrix, &ones)
+        .reals("input.lora_a", &[1, 4], &ones[..4])
+        .reals("input.lora_b", &[4, 1], &ones[..4])
+        .reals("output.y", none, &[])
+        .reals("output.merged_weight", matrix, &[2.0; 16])
+        .reals("grad_output.y", none, &[])
+        .reals("grad_input.weight", matrix, &[0.0; 16])
+        .reals("grad_input.lora_a", &[1, 4], &[0.0; 4])
+        .verify("all")
+        .passes();
+}
+
+#[test]
 fn masks_and_grouped_queries_pass_where_one_case_covers_two() {
     // Two tokens that score 0 everywhere: out is the mean of the visible values.
     let attention = |params: Value, out: [f64; 2], keys: f64| {
