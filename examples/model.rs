@@ -1,5 +1,5 @@
-//! How your own program trains and uses a model: pack trajectories, step, act. The model learns to say at each step what
-//! it saw at the first one, and to tell by attention's supervised head where it has that from.
+//! How your own program trains and uses a model: pack trajectories, step, act. The model learns to say at each step
+//! what it saw at the first one, and the memory loss teaches an attention head to look there.
 //!
 //! `cargo run --release --example model`; on the CPU, in less than a second.
 
