@@ -320,6 +320,20 @@ fn seed_changes_the_model() {
 }
 
 #[test]
+fn a_batch_holds_all_demonstrations_where_they_are_few() {
+    let folder = TempDir::new().unwrap();
+    let few = ["data.episodes=3", "train.batch_tokens=4096"];
+    let summary = finish(&config(HALLWAY, &few), folder.path(), Start::Fresh);
+    let tokens: Vec<u64> = lines(folder.path())
+        .iter()
+        .map(|line| line.tokens)
+        .collect();
+    let all = tokens[0] / 3; // the first line is that of step 3
+    assert!((15..=60).contains(&all), "{all} tokens of three episodes");
+    assert_eq!(tokens.last(), Some(&(all * summary.steps)));
+}
+
+#[test]
 fn a_folder_with_a_run_is_not_overwritten_unless_asked() {
     let folder = TempDir::new().unwrap();
     let (first, second) = (config(HALLWAY, &[]), config(HALLWAY, &["seed=8"]));
@@ -448,7 +462,7 @@ fn configurations_that_do_not_fit_the_data_are_refused() {
         &["train.batch_tokens", "19", "at least 20"],
     );
     refused(
-        HALLWAY,
+        MANY,
         &["train.batch_tokens=9999"],
         &["train.batch_tokens", "at most"],
     );

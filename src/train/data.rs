@@ -106,8 +106,8 @@ impl Mixture {
         });
         let streams: Vec<Stream> = streams.collect();
         let mut budget = config.train.batch_tokens;
-        if config.finetune.is_some() {
-            // A small share of the demonstrations may all fit into one batch.
+        // A few demonstrations, or a small share of them, may all fit into one batch.
+        if config.finetune.is_some() || streams.len() == 1 {
             budget = budget.min(most_tokens(&streams));
         }
         BatchOrder::new(streams, budget, config.seed)
@@ -471,6 +471,11 @@ impl BatchOrder {
             budget,
             seed,
         })
+    }
+
+    /// Most tokens of a batch.
+    pub fn budget(&self) -> usize {
+        self.budget
     }
 
     /// Where the next batch starts.

@@ -151,7 +151,7 @@ pub fn train<B: Backend<Element = f32>>(
         "model: {} parameters, {} of them trained; {steps} steps of at most {} tokens",
         model.parameter_count(),
         model.trained_count(),
-        config.train.batch_tokens
+        order.budget()
     );
     let mut batches = Batches::new(&data, order, model.packer());
     model.initialise(config.seed)?;
