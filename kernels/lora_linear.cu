@@ -40,7 +40,9 @@
 // more for rank 16. On Hopper mma.sync has about 60 % of the rate of wgmma, and so of cuBLASLt's products.
 //
 // History (not measured on a GPU yet)
-//   1  this version: mma.sync, three stages of cp.async, swizzled tiles
+//   1  mma.sync, three stages of cp.async, swizzled tiles
+//   2  a thread copies parts of one column and keeps few addresses over the steps, y gets 32 columns of a step of ranks at
+//      a time, and ptxas is told how many blocks there will be: no spills, half of the instructions
 
 #include "lora_product.cuh"
 
@@ -62,6 +64,8 @@ struct Tile {
     static constexpr int kWarpsAcross = kColumns / kSide;
     static constexpr int kWarps = kRows / kSide * kWarpsAcross;
     static constexpr int kThreads = kWarps * kWarpSize;
+    // Blocks that a multiprocessor is to hold: left to itself, ptxas (13.0) spills for one more.
+    static constexpr int kResident = kWide ? 1 : 3;
     static_assert(kWarps * 16 == kRows, "each warp has 16 rows of h");
 };
 
@@ -225,6 +229,7 @@ __device__ inline void product(const Product<T>& p) {
                 ptx::cp_async_4(stage.keep + threadIdx.x, words + coming.depth() / 32);
             }
             if (masks && p.backward && coming.is_of_ranks()) {
+#pragma unroll 1  // else it keeps all addresses over the steps
                 for (int i = threadIdx.x; i < Sizes::kRows * Memory::kWords; i += kThreads) {
                     const int row = min(i / Memory::kWords, rows - 1);
                     const int word = min(first_column / 32 + i % Memory::kWords, keep_words - 1);
@@ -256,32 +261,39 @@ __device__ inline void product(const Product<T>& p) {
         if (first_column == columns.begin) {
             const int all = p.adapters.ranks();
             T* out = p.h + int64_t{first_row} * all + p.adapters.ranks(adapter) + rank;
-            for (int i = threadIdx.x; i < Sizes::kRows * kDepth<T>; i += kThreads) {
-                const int row = i / kDepth<T>, column = i % kDepth<T>;
-                if (row < rows && column < count) out[int64_t{row} * all + column] = *stage.x.at(row, column);
+            const int column = threadIdx.x % kDepth<T>;
+#pragma unroll 1
+            for (int row = threadIdx.x / kDepth<T>; row < rows; row += kThreads / kDepth<T>) {
+                if (column < count) out[int64_t{row} * all + column] = *stage.x.at(row, column);
             }
         }
         if (set < 0) return;
         const float scaling = pick(p.scaling, adapter);
         const bool masked = p.keep != nullptr && p.backward;
-        const uint32_t* words = stage.keep + (warp_row + lane / 4) * Memory::kWords + warp_column / 32;
+        constexpr int kBits = 32, kPart = kBits / 8;  // a word of columns at a time: there are no registers for all
 #pragma unroll
         for (int m = 0; m < kM; ++m) {
-            float part[1][kN][4] = {};
-            multiply(part, stage, warp_row + m * 16, warp_column, count, Sizes::kSide, KeepAll());
 #pragma unroll
-            for (int n = 0; n < kN; ++n) {
+            for (int n = 0; n < kN; n += kPart) {
+                const int row = warp_row + m * 16, column = warp_column + n * 8;
+                float part[1][kPart][4] = {};
+                multiply(part, stage, row, column, count, kBits, KeepAll());
 #pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    const uint32_t word = masked ? words[(m * 16 + i / 2 * 8) * Memory::kWords + n / 4] : ~0u;
-                    const int bit = n % 4 * 8 + lane % 4 * 2 + i % 2;
-                    sums[m][n][i] += (word >> bit & 1u) != 0 ? scaling * part[0][n][i] : 0.0f;
+                for (int half = 0; half < 2; ++half) {
+                    const int at = (row + half * 8 + lane / 4) * Memory::kWords + column / kBits;
+                    const uint32_t word = (masked ? stage.keep[at] : ~0u) >> lane % 4 * 2;
+#pragma unroll
+                    for (int i = 0; i < kPart * 2; ++i) {
+                        const int tile = i / 2, e = half * 2 + i % 2;
+                        const bool kept = (word >> (tile * 8 + i % 2) & 1u) != 0;
+                        sums[m][n + tile][e] += kept ? scaling * part[0][tile][e] : 0.0f;
+                    }
                 }
             }
         }
     };
 
-#pragma unroll
+#pragma unroll 1
     for (int i = 0; i < kStages - 1; ++i) load_next();
     for (int step = 0; step < loaded; ++step) {
         ptx::cp_async_wait<kStages - 2>();
@@ -341,7 +353,8 @@ __device__ inline void product(const Product<T>& p) {
 }  // namespace
 
 #define LORA_LINEAR(KERNEL, TYPE, WIDE, ACROSS)                                                                        \
-    extern "C" __global__ void __launch_bounds__(Tile<WIDE>::kThreads) KERNEL(LORA_PARAMETERS(TYPE)) {                 \
+    extern "C" __global__ void __launch_bounds__(Tile<WIDE>::kThreads, Tile<WIDE>::kResident) KERNEL(                  \
+        LORA_PARAMETERS(TYPE)) {                                                                                       \
         product<WIDE, ACROSS>(LORA_PRODUCT(TYPE));                                                                     \
     }
 #define LORA_LINEAR_KERNELS(NAME, T)                                                                                   \

@@ -71,7 +71,7 @@ struct Groups {
 };
 
 // A tile of `kWidth` columns in shared memory: its 16-byte chunks are permuted within each row, so that eight rows of a
-// matrix, or of what the lanes of a warp read, lie in different banks.
+// matrix, or of what the lanes of a warp read, lie in different banks. Of wide rows in f32 they read one at a time.
 template <typename T, int kWidth>
 struct Swizzled {
     T* memory;
@@ -80,7 +80,7 @@ struct Swizzled {
         constexpr int kChunk = kVectorSize<T>;
         constexpr bool kNarrow = kWidth / kChunk == 4;  // two rows in all banks; else each row is whole rounds of them
         static_assert(kNarrow || kWidth / kChunk % 8 == 0);
-        const int key = kNarrow ? row / 2 % 4 : row % 8;
+        const int key = kNarrow ? row / 2 % 4 : sizeof(T) == 2 ? row % 8 : 0;
         return memory + row * kWidth + (column / kChunk ^ key) * kChunk + column % kChunk;
     }
 };
@@ -89,19 +89,18 @@ struct Swizzled {
 // the last one again, of which nobody uses what is made. The rows are multiples of 16 bytes.
 template <int kThreads, int kRows, int kWidth, typename T, typename At>
 __device__ inline void copy(At at, const T* source, int stride, int rows, int columns) {
-    constexpr int kSize = kVectorSize<T>, kVectors = kWidth / kSize;
-    const int last = max(rows - 1, 0);
+    constexpr int kVectors = kWidth / kVectorSize<T>;
+    static_assert(kThreads % kVectors == 0, "a thread copies parts of one column");
+    const int column = threadIdx.x % kVectors * kVectorSize<T>, last = max(rows - 1, 0);
     if (columns >= kWidth) {
 #pragma unroll
-        for (int i = threadIdx.x; i < kRows * kVectors; i += kThreads) {
-            const int row = i / kVectors, column = i % kVectors * kSize;
+        for (int row = threadIdx.x / kVectors; row < kRows; row += kThreads / kVectors) {
             ptx::cp_async_16(at(row, column), source + int64_t{min(row, last)} * stride + column);
         }
     } else {
+        const bool exists = column < columns;
 #pragma unroll 1
-        for (int i = threadIdx.x; i < kRows * kVectors; i += kThreads) {
-            const int row = i / kVectors, column = i % kVectors * kSize;
-            const bool exists = column < columns;
+        for (int row = threadIdx.x / kVectors; row < kRows; row += kThreads / kVectors) {
             ptx::cp_async_16_zfill(at(row, column), source + (exists ? int64_t{min(row, last)} * stride + column : 0),
                                    exists ? kVectorBytes : 0);
         }
@@ -114,11 +113,12 @@ template <int kThreads, int kRows, int kWidth, typename T, typename At>
 __device__ inline void copy_factor(At at, const T* source, int stride, int rows, int columns, int needed_rows,
                                    int needed_columns) {
     constexpr int kSize = kVectorSize<T>, kVectors = kWidth / kSize;
+    static_assert(kThreads % kVectors == 0, "a thread copies parts of one column");
     const bool vectors = stride % kSize == 0 && reinterpret_cast<uintptr_t>(source) % kVectorBytes == 0;
+    const int column = threadIdx.x % kVectors * kSize;
+    if (column >= needed_columns) return;
 #pragma unroll 1
-    for (int i = threadIdx.x; i < kRows * kVectors; i += kThreads) {
-        const int row = i / kVectors, column = i % kVectors * kSize;
-        if (row >= needed_rows || column >= needed_columns) continue;
+    for (int row = threadIdx.x / kVectors; row < min(kRows, needed_rows); row += kThreads / kVectors) {
         const int exist = row < rows ? max(0, min(columns - column, kSize)) : 0;
         const T* from = source + (exist > 0 ? int64_t{row} * stride + column : 0);
         T* to = at(row, column);
