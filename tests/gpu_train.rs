@@ -77,6 +77,25 @@ fn a_checkpoint_of_one_device_goes_on_on_another_and_back() {
 }
 
 #[test]
+fn evaluations_on_the_way_leave_the_recorded_steps_as_they_are() {
+    let bits = |every| {
+        let config = config(&[
+            "model.block=pre_ln",
+            "model.attention=segment",
+            "model.segment_steps=3",
+            "model.memory.slots=6",
+            "loss.lambda=0",
+            "evaluation.episodes=8",
+            every,
+        ]);
+        let bits = |line: &Line| (line.loss.to_bits(), line.gradient_norm.to_bits());
+        let lines = on_host::<bf16>(&config);
+        lines.iter().map(bits).collect::<Vec<_>>()
+    };
+    assert_eq!(bits("evaluation.every=4"), bits("evaluation.every=0"));
+}
+
+#[test]
 fn a_memory_that_is_taught_what_to_recall_follows_the_cpu() {
     let config = config(&[
         "model.block=pre_ln",
