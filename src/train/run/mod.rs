@@ -381,9 +381,7 @@ impl<B: Backend<Element = f32>> Run<'_, B> {
         self.evaluate_on_the_way(stop, watch)?;
         let mut clock = Instant::now();
         let alone = self.model.rank().is_alone();
-        let mut stopped = self
-            .training
-            .any(&self.model, stop.load(Ordering::Relaxed))?;
+        let mut stopped = self.is_stopped(stop)?;
         while self.state.step < self.steps && !stopped {
             let step = self.state.step + 1;
             let optimiser = optimiser_step(train, schedule.learning_rate(step));
@@ -404,9 +402,7 @@ impl<B: Backend<Element = f32>> Run<'_, B> {
             save |= evaluates;
             // Several ranks have to stop at one step, and do not talk about it after each.
             if alone || logs || save {
-                stopped = self
-                    .training
-                    .any(&self.model, stop.load(Ordering::Relaxed))?;
+                stopped = self.is_stopped(stop)?;
                 save |= stopped;
             }
             if save || logs {
@@ -425,14 +421,18 @@ impl<B: Backend<Element = f32>> Run<'_, B> {
                 }
                 if evaluates && !stopped {
                     self.evaluate_on_the_way(stop, watch)?;
-                    stopped = self
-                        .training
-                        .any(&self.model, stop.load(Ordering::Relaxed))?;
+                    stopped = self.is_stopped(stop)?;
                 }
                 clock = Instant::now();
             }
         }
         Ok(())
+    }
+
+    /// Whether a rank was told to stop: all ask at the same step, and get the same answer.
+    fn is_stopped(&mut self, stop: &AtomicBool) -> Result<bool, Error> {
+        let here = stop.load(Ordering::Relaxed);
+        Ok(self.training.any(&self.model, here)?)
     }
 
     /// Whether there is an evaluation behind the last step that is not the one at the end.
