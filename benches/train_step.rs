@@ -1,18 +1,20 @@
-//! One optimiser step of whole models on the CPU, in real tokens per second.
+//! Whole training steps of the table, and smaller ones on the CPU, in real tokens per second.
 //!
-//! `paper`: AttentionTuner at the paper's LTMB size on 8 trajectories, 64 steps long on average and
+//! `train_step/paper`: AttentionTuner at the paper's LTMB size on 8 trajectories, 64 steps long on average and
 //! at most 145. `scripts/peer_torch.py` times the same step in PyTorch.
 
-use criterion::{Criterion, Throughput, criterion_group, criterion_main};
+mod table;
+
+use criterion::{Criterion, Throughput};
 use dtmem::backend::Cpu;
-use dtmem::batch::{PackedBatch, TokenLayout, Trajectory};
+use dtmem::batch::{PackedBatch, TokenLayout};
+use dtmem::bench::{Group, push_random};
 use dtmem::model::{
     ActionSpace, AttentionSpan, Block, Capacity, Content, Family, FrontEnd, MemoryConfig, Model,
     ModelConfig, ObservationSpace, OptimiserStep, Spaces, SupervisedPart, SupervisionConfig,
     Training,
 };
 use dtmem_reference::attention::Denominator;
-use dtmem_reference::dropout::philox;
 
 /// Steps of the eight trajectories of the paper's case.
 const PAPER_STEPS: [usize; 8] = [145, 20, 96, 40, 64, 33, 88, 26];
@@ -91,39 +93,17 @@ fn pack(model: &Model<Cpu<f32>>, lengths: &[usize]) -> PackedBatch {
         observation,
         action,
     } = &model.spaces().families[0];
-    let fields = observation.fields();
     let Content::Codes(cardinalities) = &observation.content else {
         panic!("codes");
     };
-    for (sequence, &steps) in lengths.iter().enumerate() {
-        let draw = |index: usize, limit: usize| {
-            (philox([index as u32, sequence as u32, 0, 0], [3, 5])[0] as usize % limit) as u8
-        };
-        let observations: Vec<u8> = (0..steps * fields)
-            .map(|index| draw(index, cardinalities[index % cardinalities.len()]))
-            .collect();
-        let actions: Vec<u8> = (0..steps)
-            .map(|step| draw(step, action.outputs()))
-            .collect();
-        let pairs: Vec<(u32, u32)> = (0..steps as u32)
-            .flat_map(|step| {
-                (step > 2 && step % 4 == 0)
-                    .then_some((step, 1))
-                    .into_iter()
-                    .chain([(step, step)])
-            })
-            .collect();
-        packer
-            .push_trajectory(Trajectory {
-                family: 0,
-                observations: (&observations).into(),
-                actions: (&actions).into(),
-                returns: &vec![1.0; steps],
-                pairs: &pairs,
-                annotated: true,
-            })
-            .expect("a valid trajectory");
-    }
+    push_random(
+        &mut packer,
+        observation.fields(),
+        cardinalities,
+        action.outputs(),
+        lengths.iter().copied(),
+    )
+    .expect("valid trajectories");
     packer.batch().clone()
 }
 
@@ -165,5 +145,7 @@ fn train_step(criterion: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, train_step);
-criterion_main!(benches);
+fn main() {
+    table::run(Group::Step);
+    train_step(&mut Criterion::default().configure_from_args());
+}

@@ -1,6 +1,6 @@
 //! One table of operations at named shapes, and how they are timed, on the CPU and on a GPU.
 //!
-//! `dtmem bench` and the criterion benches visit the same cases ([`each`]). Inputs are random. On a
+//! `dtmem bench` and the criterion benches (`benches/`: a file for each [`Group`]) visit the same cases ([`each`]). Inputs are random. On a
 //! GPU a case is timed by events around many launches, on several sets of inputs in turn, more than
 //! its L2 holds. What a case must do is set against two ceilings of the same run: the bytes per
 //! second of a large copy, and the operations per second of a large product of matrices.
@@ -13,6 +13,7 @@ mod report;
 mod runs;
 mod step;
 
+use std::cell::OnceCell;
 use std::time::Instant;
 
 use thiserror::Error;
@@ -22,9 +23,10 @@ use crate::batch::TokenLayout;
 use crate::model::ModelError;
 use crate::train::device::DeviceChoice;
 pub use ceilings::Ceilings;
-pub use operations::Operation;
+pub use operations::{Group, Operation};
 use place::{CpuPlace, Place};
 pub use report::{Comparison, Outcome, Report, Row, run};
+pub use runs::push_random;
 
 /// Why something could not be timed.
 #[derive(Debug, Error)]
@@ -222,18 +224,15 @@ impl Entry {
     }
 }
 
-/// A case, ready to be timed.
+/// A case that can be timed. Its inputs are made when it is timed first.
 pub struct Case<'a> {
     /// What is computed.
     pub entry: Entry,
     /// `cpu`, or the GPU's name.
     pub device: &'a str,
-    /// What it computes in.
-    pub precision: &'static str,
-    /// What it must do.
-    pub cost: Cost,
-    /// The ceilings of the device.
-    pub ceilings: Ceilings,
+    precision: &'static str,
+    cost: Cost,
+    ceilings: &'a dyn Fn() -> Result<Ceilings>,
     time: &'a mut dyn FnMut(u64) -> Result<f64>,
 }
 
@@ -241,6 +240,11 @@ impl Case<'_> {
     /// Seconds that so many runs take, one after another.
     pub fn time(&mut self, runs: u64) -> Result<f64> {
         (self.time)(runs)
+    }
+
+    /// The ceilings of the device, which are measured when they are asked for first.
+    pub fn ceilings(&self) -> Result<Ceilings> {
+        (self.ceilings)()
     }
 }
 
@@ -262,79 +266,87 @@ pub enum Visit<'a> {
 /// Operations that the CPU takes a moment for.
 const CPU_OPERATIONS: f64 = 1e10;
 
-/// Visits the cases whose name contains `filter`: unless `device` is `cpu` all of them on a GPU, and
-/// then those that take the CPU a moment on the CPU. Skips what is left after `seconds`.
+/// A part of the table.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Selection<'a> {
+    /// Of which operations; `None`: of all.
+    pub group: Option<Group>,
+    /// Cases whose name contains this.
+    pub filter: &'a str,
+    /// Seconds after which nothing new is begun.
+    pub seconds: f64,
+}
+
+impl Selection<'_> {
+    fn entries(&self) -> impl Iterator<Item = Entry> {
+        let entries = Operation::ALL.into_iter().flat_map(|operation| {
+            let at = SCALES.iter().filter(move |scale| operation.has(scale));
+            at.flat_map(move |scale| {
+                let hopper = operation.has_for_hopper(scale).then_some(true);
+                [false]
+                    .into_iter()
+                    .chain(hopper)
+                    .map(move |for_hopper| Entry {
+                        operation,
+                        scale,
+                        for_hopper,
+                    })
+            })
+        });
+        entries.filter(|entry| {
+            self.group
+                .is_none_or(|group| group == entry.operation.group())
+                && entry.name().contains(self.filter)
+        })
+    }
+}
+
+/// Visits the cases of a selection: unless `device` is `cpu` all of them on a GPU, and then those that take the CPU a
+/// moment on the CPU.
 ///
 /// # Errors
-/// A filter that leaves no case; a GPU that was asked for by its number and does not work; what an operation or the
-/// visitor returns.
+/// A selection of no case; a GPU that was asked for by its number and does not work; what an operation or the visitor
+/// returns.
 pub fn each(
     device: DeviceChoice,
-    filter: &str,
-    seconds: f64,
+    selection: Selection,
     visit: &mut dyn FnMut(Visit) -> Result<()>,
 ) -> Result<()> {
-    if table(filter).next().is_none() {
+    if selection.entries().next().is_none() {
         let known = Operation::ALL.map(Operation::name).join(", ");
-        let filter = filter.to_owned();
+        let filter = selection.filter.to_owned();
         return Err(BenchError::Filter { filter, known });
     }
-    let until = Until {
-        start: Instant::now(),
-        seconds,
-    };
+    let start = Instant::now();
     if device != DeviceChoice::Cpu {
-        on_gpu(device, filter, until, visit)?;
+        on_gpu(device, selection, start, visit)?;
     }
-    on(&CpuPlace, filter, until, visit)
-}
-
-#[derive(Clone, Copy)]
-struct Until {
-    start: Instant,
-    seconds: f64,
-}
-
-/// The cases of the table that a filter leaves.
-fn table(filter: &str) -> impl Iterator<Item = Entry> {
-    let entries = Operation::ALL.into_iter().flat_map(|operation| {
-        let at = SCALES.iter().filter(move |scale| operation.has(scale));
-        at.flat_map(move |scale| {
-            let hopper = operation.has_for_hopper(scale).then_some(true);
-            [false]
-                .into_iter()
-                .chain(hopper)
-                .map(move |for_hopper| Entry {
-                    operation,
-                    scale,
-                    for_hopper,
-                })
-        })
-    });
-    entries.filter(move |entry| entry.name().contains(filter))
+    on(&CpuPlace, selection, start, visit)
 }
 
 fn on<P: Place>(
     place: &P,
-    filter: &str,
-    until: Until,
+    selection: Selection,
+    start: Instant,
     visit: &mut dyn FnMut(Visit) -> Result<()>,
 ) -> Result<()> {
     let device = place.name();
     let backend = place.backend()?;
     let hopper = place.hopper_backend()?;
-    let ceilings = ceilings::ceilings(place, &backend)?;
-    for entry in table(filter) {
-        let Entry {
-            operation,
-            scale,
-            for_hopper,
-        } = entry;
-        if for_hopper && place.is_cpu() {
+    let measured = OnceCell::new();
+    let ceilings = || match measured.get() {
+        Some(&ceilings) => Ok(ceilings),
+        None => {
+            let ceilings = ceilings::ceilings(place, &backend)?;
+            Ok(*measured.get_or_init(|| ceilings))
+        }
+    };
+    for entry in selection.entries() {
+        if entry.for_hopper && place.is_cpu() {
             continue;
         }
-        let cost = operation.cost(scale, P::ELEMENT_BYTES);
-        let own = match for_hopper {
+        let cost = entry.operation.cost(entry.scale, P::ELEMENT_BYTES);
+        let own = match entry.for_hopper {
             true => hopper.as_ref(),
             false => Some(&backend),
         };
@@ -343,9 +355,10 @@ fn on<P: Place>(
             _ if place.is_cpu() && cost.operations > CPU_OPERATIONS => {
                 Err("it takes a CPU too long")
             }
-            _ if until.start.elapsed().as_secs_f64() > until.seconds => Err("no time left"),
+            _ if start.elapsed().as_secs_f64() > selection.seconds => Err("no time left"),
             Some(backend) => Ok(backend),
         };
+        let mut timer: Option<Timer> = None;
         let backend = match ready {
             Ok(backend) => backend,
             Err(reason) => {
@@ -357,41 +370,17 @@ fn on<P: Place>(
                 continue;
             }
         };
-        let mut case = |time: &mut dyn FnMut(u64) -> Result<f64>| {
-            visit(Visit::Case(Case {
-                entry,
-                device: &device,
-                precision: P::PRECISION,
-                cost,
-                ceilings,
-                time,
-            }))
-        };
-        if operation == Operation::Step {
-            let backend = match for_hopper {
-                true => place.hopper_backend()?,
-                false => Some(place.backend()?),
-            };
-            if let Some(backend) = backend {
-                let mut step = step::Step::new(backend, scale)?;
-                case(&mut |runs| step.time(runs))?;
-            }
-            continue;
-        }
-        let copies = (P::CACHE_BYTES / cost.bytes).ceil().clamp(1.0, MOST_COPIES) as usize;
-        let mut sets = (0..copies)
-            .map(|_| runs::prepare(backend, operation, scale))
-            .collect::<Result<Vec<_>>>()?;
-        let mut next = 0;
-        case(&mut |count| {
-            place.seconds(backend, &mut || {
-                for _ in 0..count {
-                    sets[next]()?;
-                    next = (next + 1) % copies;
-                }
-                Ok(())
-            })
-        })?;
+        visit(Visit::Case(Case {
+            entry,
+            device: &device,
+            precision: P::PRECISION,
+            cost,
+            ceilings: &ceilings,
+            time: &mut |runs| match &mut timer {
+                Some(timer) => timer(runs),
+                none => none.insert(new_timer(place, backend, entry)?)(runs),
+            },
+        }))?;
     }
     Ok(())
 }
@@ -399,11 +388,53 @@ fn on<P: Place>(
 /// Sets of inputs at most.
 const MOST_COPIES: f64 = 64.0;
 
+/// What takes the time of so many runs.
+type Timer<'a> = Box<dyn FnMut(u64) -> Result<f64> + 'a>;
+
+fn new_timer<'a, P: Place>(
+    place: &'a P,
+    backend: &'a P::Backend,
+    entry: Entry,
+) -> Result<Timer<'a>> {
+    let Entry {
+        operation, scale, ..
+    } = entry;
+    if operation == Operation::Step {
+        // A model has a backend of its own.
+        let own = match entry.for_hopper {
+            true => place.hopper_backend()?,
+            false => Some(place.backend()?),
+        };
+        let Some(own) = own else {
+            return Err(BenchError::Device(
+                "it does not run the versions for Hopper any more".to_owned(),
+            ));
+        };
+        let mut step = step::Step::new(own, scale)?;
+        return Ok(Box::new(move |runs| step.time(runs)));
+    }
+    let cost = operation.cost(scale, P::ELEMENT_BYTES);
+    let copies = (P::CACHE_BYTES / cost.bytes).ceil().clamp(1.0, MOST_COPIES) as usize;
+    let mut sets = (0..copies)
+        .map(|_| runs::prepare(backend, operation, scale))
+        .collect::<Result<Vec<_>>>()?;
+    let mut next = 0;
+    Ok(Box::new(move |count| {
+        place.seconds(backend, &mut || {
+            for _ in 0..count {
+                sets[next]()?;
+                next = (next + 1) % copies;
+            }
+            Ok(())
+        })
+    }))
+}
+
 #[cfg(feature = "cuda")]
 fn on_gpu(
     device: DeviceChoice,
-    filter: &str,
-    until: Until,
+    selection: Selection,
+    start: Instant,
     visit: &mut dyn FnMut(Visit) -> Result<()>,
 ) -> Result<()> {
     let number = match device {
@@ -411,34 +442,34 @@ fn on_gpu(
         _ => 0,
     };
     match place::CudaPlace::new(number) {
-        Ok(place) => on(&place, filter, until, visit),
-        Err(reason) => no_gpu(device, reason, filter, visit),
+        Ok(place) => on(&place, selection, start, visit),
+        Err(reason) => no_gpu(device, reason, selection, visit),
     }
 }
 
 #[cfg(not(feature = "cuda"))]
 fn on_gpu(
     device: DeviceChoice,
-    filter: &str,
-    _until: Until,
+    selection: Selection,
+    _start: Instant,
     visit: &mut dyn FnMut(Visit) -> Result<()>,
 ) -> Result<()> {
     let reason = "this binary was built without the feature `cuda`".to_owned();
-    no_gpu(device, reason, filter, visit)
+    no_gpu(device, reason, selection, visit)
 }
 
 /// Skips the table, unless the GPU was asked for.
 fn no_gpu(
     device: DeviceChoice,
     reason: String,
-    filter: &str,
+    selection: Selection,
     visit: &mut dyn FnMut(Visit) -> Result<()>,
 ) -> Result<()> {
     if let DeviceChoice::Cuda(number) = device {
         return Err(BenchError::NoGpu { number, reason });
     }
     let reason = format!("no GPU: {reason}");
-    table(filter).try_for_each(|entry| {
+    selection.entries().try_for_each(|entry| {
         visit(Visit::Skipped {
             entry,
             device: "gpu",

@@ -90,6 +90,31 @@ pub enum Operation {
     Step,
 }
 
+/// Operations that have a file together, here in `runs/` and in `benches/`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Group {
+    /// Attention, with and without the memory loss, and to a cache.
+    Attention,
+    /// The content-addressed memory.
+    Memory,
+    /// Linear maps, with and without adapters.
+    Linear,
+    /// Layer normalisation.
+    LayerNorm,
+    /// What observations become.
+    Embeddings,
+    /// Token rows.
+    Tokens,
+    /// Losses of actions.
+    Losses,
+    /// Element by element.
+    Elementwise,
+    /// The norm of gradients, and updates.
+    Optimiser,
+    /// Whole training steps.
+    Step,
+}
+
 impl Operation {
     /// All, in the order of the table: first what must not be left out when time is short.
     pub const ALL: [Self; 32] = [
@@ -162,6 +187,39 @@ impl Operation {
             Self::Norm => "norm",
             Self::AdamW => "adamw",
             Self::Step => "step",
+        }
+    }
+
+    /// With which others it is.
+    pub fn group(self) -> Group {
+        match self {
+            Self::Attention
+            | Self::AttentionBackward
+            | Self::AttentionBce
+            | Self::AttentionBceBackward
+            | Self::AttentionCached => Group::Attention,
+            Self::ContentMemory
+            | Self::ContentMemoryBackward
+            | Self::ContentMemoryRecall
+            | Self::ContentMemoryRecallBackward => Group::Memory,
+            Self::Linear
+            | Self::LoraLinear
+            | Self::LoraLinearBackward
+            | Self::LoraDropout
+            | Self::LoraDropoutBackward
+            | Self::LoraMerge => Group::Linear,
+            Self::LayerNorm | Self::LayerNormBackward => Group::LayerNorm,
+            Self::OneHot
+            | Self::OneHotBackward
+            | Self::Convolutions
+            | Self::ConvolutionsBackward => Group::Embeddings,
+            Self::Tokens | Self::TokensBackward => Group::Tokens,
+            Self::CrossEntropy | Self::SquaredError => Group::Losses,
+            Self::Activation | Self::ActivationBackward | Self::Dropout | Self::Add => {
+                Group::Elementwise
+            }
+            Self::Norm | Self::AdamW => Group::Optimiser,
+            Self::Step => Group::Step,
         }
     }
 
@@ -313,5 +371,26 @@ impl Operation {
             }
         };
         Cost { operations, bytes }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Operation;
+
+    /// An operation without a file would silently be no part of `cargo bench`.
+    #[test]
+    fn every_operation_has_a_file_in_benches() {
+        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/benches");
+        let files: String = std::fs::read_dir(folder)
+            .unwrap()
+            .map(|entry| entry.unwrap().path())
+            .filter(|path| path.extension().is_some_and(|name| name == "rs"))
+            .map(|path| std::fs::read_to_string(path).unwrap())
+            .collect();
+        for operation in Operation::ALL {
+            let group = format!("Group::{:?})", operation.group());
+            assert!(files.contains(&group), "{group}: {}", operation.name());
+        }
     }
 }

@@ -5,7 +5,7 @@ use std::io::Write;
 
 use serde::Serialize;
 
-use super::{Case, Ceilings, Cost, Entry, FOR_HOPPER, Result, Visit, each};
+use super::{Case, Ceilings, Cost, Entry, FOR_HOPPER, Result, Selection, Visit, each};
 use crate::train::device::DeviceChoice;
 
 /// One case on one device.
@@ -172,7 +172,12 @@ pub fn run(device: DeviceChoice, filter: &str, out: &mut impl Write) -> Result<R
         ceilings: Vec::new(),
         rows: Vec::new(),
     };
-    each(device, filter, MOST_SECONDS, &mut |visit| {
+    let selection = Selection {
+        group: None,
+        filter,
+        seconds: MOST_SECONDS,
+    };
+    each(device, selection, &mut |visit| {
         let row = match visit {
             Visit::Case(case) => {
                 if !report
@@ -181,7 +186,7 @@ pub fn run(device: DeviceChoice, filter: &str, out: &mut impl Write) -> Result<R
                     .any(|(device, _)| device == case.device)
                 {
                     let device = case.device.to_owned();
-                    report.ceilings.push((device, case.ceilings));
+                    report.ceilings.push((device, case.ceilings()?));
                 }
                 measured(case)?
             }
@@ -214,27 +219,34 @@ fn measured(mut case: Case) -> Result<Row> {
         .map(|_| Ok(case.time(runs)? / runs as f64))
         .collect::<Result<Vec<_>>>()?;
     seconds.sort_by(f64::total_cmp);
-    let seconds = seconds[samples / 2];
-    let Cost { operations, bytes } = case.cost;
-    let least = [
-        ("bytes", bytes / case.ceilings.bytes_per_s),
-        ("operations", operations / case.ceilings.operations_per_s),
-    ];
-    let (bound, least) = if least[0].1 > least[1].1 {
-        least[0]
-    } else {
-        least[1]
-    };
-    let outcome = Outcome::Timed {
-        precision: case.precision,
-        seconds,
-        operations,
-        bytes,
-        tflop_per_s: operations / seconds / 1e12,
-        gb_per_s: bytes / seconds / 1e9,
-        tokens_per_s: case.entry.scale.tokens() as f64 / seconds,
-        bound,
-        share: least / seconds,
-    };
-    Ok(Row::new(case.entry, case.device, outcome))
+    case.row(seconds[samples / 2])
+}
+
+impl Case<'_> {
+    /// Its row, if one run takes `seconds`. Errors: ceilings that cannot be measured.
+    pub fn row(&self, seconds: f64) -> Result<Row> {
+        let Cost { operations, bytes } = self.cost;
+        let ceilings = self.ceilings()?;
+        let least = [
+            ("bytes", bytes / ceilings.bytes_per_s),
+            ("operations", operations / ceilings.operations_per_s),
+        ];
+        let (bound, least) = if least[0].1 > least[1].1 {
+            least[0]
+        } else {
+            least[1]
+        };
+        let outcome = Outcome::Timed {
+            precision: self.precision,
+            seconds,
+            operations,
+            bytes,
+            tflop_per_s: operations / seconds / 1e12,
+            gb_per_s: bytes / seconds / 1e9,
+            tokens_per_s: self.entry.scale.tokens() as f64 / seconds,
+            bound,
+            share: least / seconds,
+        };
+        Ok(Row::new(self.entry, self.device, outcome))
+    }
 }

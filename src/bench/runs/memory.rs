@@ -33,10 +33,6 @@ pub(super) fn memory<'a, B: Backend<Element = f32>>(
         supervised,
         trainable: true,
     };
-    let batch = staged(backend, scale)?;
-    let parameters = random(backend, Kind::Parameter, arena.0, 1.0)?;
-    let keys = random(backend, Kind::Activation, tokens * 2 * width, 1.0)?;
-    let projected = random(backend, Kind::Activation, tokens * 3 * width, 1.0)?;
     let mut strength = backend.buffer(tokens, Kind::Activation)?;
     let positive: Vec<f32> = numbers(tokens, 1.0).iter().map(|x| 1.0 + x.abs()).collect();
     backend.upload(&positive, &mut strength, 0)?;
@@ -49,36 +45,21 @@ pub(super) fn memory<'a, B: Backend<Element = f32>>(
     )?;
     let mut metrics = backend.buffer(METRICS, Kind::Exact)?;
     let mut read = backend.buffer(tokens * width, Kind::Activation)?;
-    let (start, inputs) = (
-        MemoryStart::Learned,
-        memory_inputs(width, &keys, &projected, &strength),
-    );
-    backend.memory(
-        &batch,
-        &memory,
-        &parameters,
-        start,
-        inputs,
-        &mut state,
-        &mut read,
-        &mut metrics,
-    )?;
+    let layer = Layer {
+        backend,
+        batch: staged(backend, scale)?,
+        memory,
+        parameters: random(backend, Kind::Parameter, arena.0, 1.0)?,
+        keys: random(backend, Kind::Activation, tokens * 2 * width, 1.0)?,
+        projected: random(backend, Kind::Activation, tokens * 3 * width, 1.0)?,
+        strength,
+    };
     if !backward {
         return Ok(Box::new(move || {
-            let inputs = memory_inputs(width, &keys, &projected, &strength);
-            let (start, read) = (MemoryStart::Learned, &mut read);
-            Ok(backend.memory(
-                &batch,
-                &memory,
-                &parameters,
-                start,
-                inputs,
-                &mut state,
-                read,
-                &mut metrics,
-            )?)
+            layer.forward(&mut state, &mut read, &mut metrics)
         }));
     }
+    layer.forward(&mut state, &mut read, &mut metrics)?;
     let grad_read = random(backend, Kind::Activation, tokens * width, 1.0)?;
     let mut grad_keys = backend.buffer(tokens * 2 * width, Kind::Activation)?;
     let mut grad_projected = backend.buffer(tokens * 3 * width, Kind::Activation)?;
@@ -92,10 +73,10 @@ pub(super) fn memory<'a, B: Backend<Element = f32>>(
             key_strength: Some(&mut grad_strength),
         };
         Ok(backend.memory_backward(
-            &batch,
-            &memory,
-            &parameters,
-            memory_inputs(width, &keys, &projected, &strength),
+            &layer.batch,
+            &layer.memory,
+            &layer.parameters,
+            layer.inputs(),
             &state,
             &grad_read,
             input_gradients,
@@ -105,17 +86,43 @@ pub(super) fn memory<'a, B: Backend<Element = f32>>(
     }))
 }
 
-/// As a block's memory layer has them.
-fn memory_inputs<'a, T>(
-    width: usize,
-    keys: &'a T,
-    projected: &'a T,
-    strength: &'a T,
-) -> MemoryInputs<'a, T> {
-    MemoryInputs {
-        address_key: In::columns(keys, 2 * width, 0),
-        strength_key: In::columns(keys, 2 * width, width),
-        value: In::columns(projected, 3 * width, 2 * width),
-        key_strength: Some(strength),
+/// A block's memory layer, and what it gets.
+struct Layer<'a, B: Backend> {
+    backend: &'a B,
+    batch: B::Batch,
+    memory: Memory,
+    parameters: B::Buffer,
+    keys: B::Buffer,
+    projected: B::Buffer,
+    strength: B::Buffer,
+}
+
+impl<B: Backend> Layer<'_, B> {
+    fn inputs(&self) -> MemoryInputs<'_, B::Buffer> {
+        let width = self.memory.width;
+        MemoryInputs {
+            address_key: In::columns(&self.keys, 2 * width, 0),
+            strength_key: In::columns(&self.keys, 2 * width, width),
+            value: In::columns(&self.projected, 3 * width, 2 * width),
+            key_strength: Some(&self.strength),
+        }
+    }
+
+    fn forward(
+        &self,
+        state: &mut B::MemoryState,
+        read: &mut B::Buffer,
+        metrics: &mut B::Buffer,
+    ) -> Result<()> {
+        Ok(self.backend.memory(
+            &self.batch,
+            &self.memory,
+            &self.parameters,
+            MemoryStart::Learned,
+            self.inputs(),
+            state,
+            read,
+            metrics,
+        )?)
     }
 }

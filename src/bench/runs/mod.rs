@@ -69,17 +69,23 @@ pub(in crate::bench) fn family() -> Family {
     }
 }
 
-/// Random trajectories of a scale.
-pub(in crate::bench) fn batch(scale: &Scale, mut packer: Packer) -> Result<PackedBatch> {
-    for sequence in 0..scale.sequences() {
-        let steps = scale.lengths[sequence % scale.lengths.len()];
+/// Random annotated trajectories of so many steps each, of the packer's first family: observations of `fields` codes,
+/// below `cardinalities` in turn, and actions below `actions`. Errors: a packer for other observations or actions.
+pub fn push_random(
+    packer: &mut Packer,
+    fields: usize,
+    cardinalities: &[usize],
+    actions: usize,
+    lengths: impl IntoIterator<Item = usize>,
+) -> Result<()> {
+    for (sequence, steps) in lengths.into_iter().enumerate() {
         let draw = |index: usize, limit: usize| {
             (philox([index as u32, sequence as u32, 0, 0], [3, 5])[0] as usize % limit) as u8
         };
-        let observations: Vec<u8> = (0..steps * FIELDS)
-            .map(|index| draw(index, CARDINALITIES[index % CARDINALITIES.len()]))
+        let observations: Vec<u8> = (0..steps * fields)
+            .map(|index| draw(index, cardinalities[index % cardinalities.len()]))
             .collect();
-        let actions: Vec<u8> = (0..steps).map(|step| draw(step, ACTIONS)).collect();
+        let actions: Vec<u8> = (0..steps).map(|step| draw(step, actions)).collect();
         let pairs: Vec<(u32, u32)> = (0..steps as u32)
             .flat_map(|step| {
                 let earlier = (step > 2 && step % 4 == 0).then_some((step, 1));
@@ -95,6 +101,13 @@ pub(in crate::bench) fn batch(scale: &Scale, mut packer: Packer) -> Result<Packe
             annotated: true,
         })?;
     }
+    Ok(())
+}
+
+/// A batch of a scale.
+pub(in crate::bench) fn batch(scale: &Scale, mut packer: Packer) -> Result<PackedBatch> {
+    let lengths = (0..scale.repeats).flat_map(|_| scale.lengths.iter().copied());
+    push_random(&mut packer, FIELDS, &CARDINALITIES, ACTIONS, lengths)?;
     let mut batch = packer.batch().clone();
     batch.training = TrainingStep {
         number: 1,

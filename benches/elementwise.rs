@@ -1,0 +1,7 @@
+//! Activation, dropout and residual sums, element by element.
+
+mod table;
+
+fn main() {
+    table::run(dtmem::bench::Group::Elementwise);
+}

@@ -1,0 +1,7 @@
+//! What observations become: one-hot codes by a linear map, or by convolutions.
+
+mod table;
+
+fn main() {
+    table::run(dtmem::bench::Group::Embeddings);
+}

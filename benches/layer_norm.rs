@@ -1,0 +1,7 @@
+//! Layer normalisation.
+
+mod table;
+
+fn main() {
+    table::run(dtmem::bench::Group::LayerNorm);
+}

@@ -1,0 +1,7 @@
+//! Linear maps, with and without adapters.
+
+mod table;
+
+fn main() {
+    table::run(dtmem::bench::Group::Linear);
+}

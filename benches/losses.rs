@@ -1,0 +1,7 @@
+//! Losses of actions.
+
+mod table;
+
+fn main() {
+    table::run(dtmem::bench::Group::Losses);
+}

@@ -1,0 +1,7 @@
+//! The content-addressed memory, with and without a loss on what is recalled.
+
+mod table;
+
+fn main() {
+    table::run(dtmem::bench::Group::Memory);
+}

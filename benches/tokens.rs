@@ -1,0 +1,7 @@
+//! Token rows.
+
+mod table;
+
+fn main() {
+    table::run(dtmem::bench::Group::Tokens);
+}
