@@ -142,7 +142,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(20))]
     #[test]
     fn products_on_the_host_device_are_right(
-        sizes in [0..9usize, 1..20usize, 1..20usize],
+        sizes in [0..9usize, 1..20usize, 0..20usize],
         transposed in any::<[bool; 2]>(),
         bias in any::<bool>(),
         accumulate in any::<bool>(),
@@ -160,9 +160,15 @@ proptest! {
 fn products_on_a_gpu_are_right() {
     on_gpu(|| {
         let device = CudaDevice::new(0, Multiply::Exact).unwrap();
-        for (seed, sizes) in [[1, 7, 512], [300, 1536, 512], [512, 7, 1000], [64, 512, 1]]
-            .into_iter()
-            .enumerate()
+        for (seed, sizes) in [
+            [1, 7, 512],
+            [300, 1536, 512],
+            [512, 7, 1000],
+            [64, 512, 1],
+            [7, 64, 0],
+        ]
+        .into_iter()
+        .enumerate()
         {
             for transposed in [[false, false], [false, true], [true, false], [true, true]] {
                 for options in [(false, false), (true, false), (false, true)] {

@@ -587,29 +587,27 @@ impl<D: Device> On<'_, D> {
 
         let ones = self.upload::<T>(&Array1::ones(rows))?;
         for (name, of, columns) in [("weight", &x_memory, inputs), ("bias", &ones, 1)] {
-            // dyᵀ·x, and dyᵀ·1; there is no product over no rows.
-            let mut gradient = self.zeros(outputs * columns)?;
-            if rows > 0 {
-                self.device.multiply(Product {
-                    rows: outputs,
-                    columns,
-                    inner: rows,
-                    a: Factor {
-                        elements: self.input(&dy, rows * outputs)?,
-                        stride: outputs,
-                        transposed: true,
-                    },
-                    b: Factor {
-                        elements: self.input(of, rows * columns)?,
-                        stride: columns,
-                        transposed: false,
-                    },
-                    bias: None,
-                    c: self.output(&mut gradient, outputs * columns)?,
+            // dyᵀ·x, and dyᵀ·1.
+            let mut gradient = self.device.allocate::<f32>(outputs * columns)?;
+            self.device.multiply(Product {
+                rows: outputs,
+                columns,
+                inner: rows,
+                a: Factor {
+                    elements: self.input(&dy, rows * outputs)?,
+                    stride: outputs,
+                    transposed: true,
+                },
+                b: Factor {
+                    elements: self.input(of, rows * columns)?,
                     stride: columns,
-                    accumulate: false,
-                })?;
-            }
+                    transposed: false,
+                },
+                bias: None,
+                c: self.output(&mut gradient, outputs * columns)?,
+                stride: columns,
+                accumulate: false,
+            })?;
             match name {
                 "bias" => results.gradient(name, self.download(&gradient, outputs)?),
                 _ => results.gradient(name, self.download(&gradient, weight.dim())?),

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use cudarc::cublaslt::result::CublasError;
 use cudarc::cublaslt::{result as lt, sys};
-use cudarc::driver::{CudaSlice, CudaStream, DevicePtr};
+use cudarc::driver::{CudaSlice, CudaStream, DevicePtr, result};
 
 use super::device::{Compute, Product};
 use crate::ops::memory::Type;
@@ -117,6 +117,9 @@ impl Blas {
         if rows == 0 || columns == 0 {
             return Ok(());
         }
+        if inner == 0 {
+            return without_terms(stream, product);
+        }
         let describe = || format!("a product {rows}×{inner}×{columns}");
         let [a, b, c] = [
             product.a.elements.span().address,
@@ -175,6 +178,27 @@ impl Blas {
         };
         done.map_err(|source| failed(describe(), source))
     }
+}
+
+/// C = bias, or 0, or as it was: the library has no product over nothing.
+fn without_terms<T, U>(stream: &CudaStream, product: &Product<'_, T, U>) -> Result<()> {
+    if product.accumulate {
+        return Ok(());
+    }
+    let (first, bytes) = (product.c.span().address, product.columns * size_of::<U>());
+    for row in 0..product.rows {
+        let to = first + (row * product.stride * size_of::<U>()) as u64;
+        // SAFETY: a row of C and the bias have so many bytes, which the caller has checked, and are used on this stream.
+        unsafe {
+            match &product.bias {
+                Some(bias) => {
+                    result::memcpy_dtod_async(to, bias.span().address, bytes, stream.cu_stream())?
+                }
+                None => result::memset_d8_async(to, 0, bytes, stream.cu_stream())?,
+            }
+        }
+    }
+    Ok(())
 }
 
 impl Plan {

@@ -82,7 +82,7 @@ pub struct Factor<'a, T> {
     pub transposed: bool,
 }
 
-/// C = A·B + bias, or C += A·B: A [rows, inner], B [inner, columns], row-major.
+/// C = A·B + bias, or C += A·B: A [rows, inner], B [inner, columns], row-major. A product over nothing, `inner` = 0, is 0.
 #[derive(Debug)]
 pub struct Product<'a, T, U> {
     /// Rows of A and C.

@@ -354,10 +354,12 @@ impl Device for HostDevice {
         let bias = product.bias.as_ref().map(|bias| view_of(bias.span()));
         let first = product.c.span().address;
         self.command(move |device| {
-            let a = a.read::<T>(device, rows, inner)?;
-            let b = b.read::<T>(device, inner, columns)?;
             let mut c = Array2::zeros((rows, columns));
-            general_mat_mul(1.0, &a, &b, 0.0, &mut c);
+            if inner > 0 {
+                let a = a.read::<T>(device, rows, inner)?;
+                let b = b.read::<T>(device, inner, columns)?;
+                general_mat_mul(1.0, &a, &b, 0.0, &mut c);
+            }
             if let Some(bias) = bias {
                 let bias = device.read::<U>(bias)?;
                 for mut row in c.rows_mut() {

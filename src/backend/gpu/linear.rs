@@ -68,9 +68,6 @@ impl<D: Device, T: Compute> LinearOps for Gpu<D, T> {
         gradients: &mut Self::Buffer,
     ) -> Result<()> {
         let _range = range("linear_backward");
-        if rows == 0 {
-            return Ok(());
-        }
         let device = &self.device;
         if !map.adapters.is_empty() {
             self.adapted_backward(
