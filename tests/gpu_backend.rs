@@ -751,6 +751,15 @@ fn steps_on_a_gpu_follow_the_cpus() {
 
 /// Logits of every step of some episodes that end at different times.
 fn act<B: Backend<Element = f32>>(backend: B, config: &ModelConfig) -> Vec<Vec<f32>> {
+    act_and(backend, config, || {})
+}
+
+/// The same, with something to do after each step.
+fn act_and<B: Backend<Element = f32>>(
+    backend: B,
+    config: &ModelConfig,
+    mut after_step: impl FnMut(),
+) -> Vec<Vec<f32>> {
     let spaces = grid();
     let mut model = Model::new(backend, config.clone(), spaces.clone(), None).unwrap();
     model.initialise(1).unwrap();
@@ -765,6 +774,7 @@ fn act<B: Backend<Element = f32>>(backend: B, config: &ModelConfig) -> Vec<Vec<f
             let observations: Vec<u8> = active.iter().flat_map(at).copied().collect();
             let returns: Vec<f32> = active.iter().map(|&e| data.returns[e][time]).collect();
             actor.act(&model, &active, &observations, &returns).unwrap();
+            after_step();
             actor.logits().to_vec()
         })
         .collect()
@@ -787,6 +797,26 @@ fn check_acting<D: Device>(device: impl Fn() -> D) {
 #[test]
 fn acting_gives_the_cpus_logits() {
     check_acting(HostDevice::default);
+}
+
+/// A copy that is not staged may wait for what the device does, and the next step for it.
+#[test]
+fn a_step_of_acting_copies_nothing_from_the_host_but_its_batch() {
+    for (config, _) in cases() {
+        let device = HostDevice::default();
+        let graphs = device.graphs();
+        let mut uploads = Vec::new();
+        act_and(Gpu::<_, f32>::new(device), &config, || {
+            uploads.push(graphs.uploads.load(atomic::Ordering::Relaxed));
+        });
+        assert!(uploads[0] > 0, "the model's parameters were not counted");
+        // A map of codes brings a table at its first use, that of actions in the second step.
+        let later = &uploads[2..];
+        assert!(
+            later.iter().all(|&so_far| so_far == uploads[1]),
+            "{uploads:?}"
+        );
+    }
 }
 
 #[test]

@@ -52,15 +52,14 @@ impl Attention {
     }
 }
 
-/// Keys and values of tokens before the batch's, for acting.
+/// Keys and values of tokens before the batch's, for acting: as many rows, of as many tokens, as the batch's
+/// [`Acting`](crate::batch::Acting) says.
 #[derive(Debug)]
 pub struct KeyValueCache<B> {
     /// Keys [rows, capacity, width].
     pub keys: B,
     /// Values [rows, capacity, width].
     pub values: B,
-    /// Tokens per row.
-    pub capacity: usize,
 }
 
 /// Attention between the tokens of a sequence, or of a segment.
@@ -99,16 +98,13 @@ pub trait AttentionOps: Buffers {
         grad_qkv: &mut Self::Buffer,
     ) -> Result<()>;
 
-    /// Acting: the batch's tokens follow `prefix` cached ones. Writes their keys and values to the
-    /// cache behind the prefix; sequence b uses cache row `rows[b]`.
+    /// Acting: the batch's tokens follow cached ones, as it says. Writes their keys and values to the cache behind these.
     fn attention_cached(
         &self,
         batch: &Self::Batch,
         attention: &Attention,
         qkv: &Self::Buffer,
         cache: &mut KeyValueCache<Self::Buffer>,
-        rows: &[usize],
-        prefix: usize,
         out: &mut Self::Buffer,
         state: &mut Self::AttentionState,
     ) -> Result<()>;

@@ -55,8 +55,8 @@ pub struct MemoryGradients<'a, B> {
 pub enum MemoryStart<'a, B> {
     /// Every sequence at the learned M₀.
     Learned,
-    /// Sequence b at row `slots[b]` of a state [rows, N·D].
-    State(&'a B, &'a [usize]),
+    /// Each sequence at its episode's row of a state [rows, N·D]: the batch says which.
+    State(&'a B),
 }
 
 /// Reading and writing the memory.
@@ -102,13 +102,12 @@ pub trait MemoryOps: Buffers {
         gradients: &mut Self::Buffer,
     ) -> Result<()>;
 
-    /// Acting: rows `slots[b]` of `to` [.., N·D] become the last state of sequence b.
+    /// Acting: the row of each sequence's episode in `to` [rows, N·D] becomes its last state.
     fn commit_memory(
         &self,
         batch: &Self::Batch,
         memory: &Memory,
         state: &Self::MemoryState,
-        slots: &[usize],
         to: &mut Self::Buffer,
     ) -> Result<()>;
 }

@@ -90,6 +90,9 @@ pub enum BackendError {
     /// A batch that was not staged, or scratch memory that is not there.
     #[error("a batch that was not staged")]
     NotStaged,
+    /// Acting with a batch that does not say what it goes on from.
+    #[error("a batch of episodes in progress that does not say how far they are")]
+    NotActing,
     /// An update without an optimiser's step in the batch.
     #[error("a batch without a step of the optimiser")]
     NoStep,

@@ -102,8 +102,23 @@ pub struct PackedBatch {
     pub origins: Vec<i32>,
     /// What it was filled up to ([`Self::fill_up`]).
     pub filled: Option<BatchSize>,
+    /// What its tokens go on from, in episodes that are acted in ([`Packer::follow`]).
+    pub acting: Option<Acting>,
     /// What changes from step to step of a training.
     pub training: TrainingStep,
+}
+
+/// How far episodes are that are acted in, in lockstep.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Acting {
+    /// Episode of each sequence, ascending: its row in caches and in states of a memory.
+    pub episodes: Vec<usize>,
+    /// Tokens of each episode that are cached, before those of the batch.
+    pub prefix: usize,
+    /// Most tokens of an episode that a cache holds.
+    pub capacity: usize,
+    /// Episodes that a cache holds.
+    pub rows: usize,
 }
 
 /// The rows of one family.
@@ -464,9 +479,11 @@ impl PackedBatch {
             annotated,
             origins,
             filled,
+            acting,
             training,
         } = self;
         *filled = None;
+        *acting = None;
         *training = TrainingStep::default();
         families.clear();
         families.resize(of_families, FamilyRows::default());
@@ -570,6 +587,19 @@ pub enum BatchError {
         first: usize,
         /// Of the last family.
         last: usize,
+    },
+    /// Episodes are not those of the sequences, or their caches are too small.
+    #[error(
+        "{found:?} of {sequences} sequences: expected an episode for each, ascending and below `rows`, and a capacity \
+         of {needed} or more"
+    )]
+    Acting {
+        /// What the batch should go on from.
+        found: Acting,
+        /// Sequences of the batch.
+        sequences: usize,
+        /// Tokens of the longest with those before it.
+        needed: usize,
     },
     /// Pairs are not in ascending order, or one stands twice.
     #[error("pairs of a sequence are not strictly ascending")]

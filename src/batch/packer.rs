@@ -1,6 +1,6 @@
 //! Trajectories become packed batches.
 
-use super::{BatchError, ObservationRow, PackedBatch, TokenKind, TokenLayout};
+use super::{Acting, BatchError, ObservationRow, PackedBatch, TokenKind, TokenLayout};
 use crate::spaces::{ActionSpace, Content, Family, Values};
 
 /// One trajectory as the trainer knows it.
@@ -69,6 +69,31 @@ impl Packer {
             });
         }
         self.family = family;
+        Ok(())
+    }
+
+    /// The sequences of the batch, which is complete, go on from here. Errors: other than one episode for each,
+    /// ascending, or tokens that there is no room for.
+    pub fn follow(&mut self, acting: Acting) -> Result<(), BatchError> {
+        let batch = &mut self.batch;
+        let longest = (0..batch.sequences()).map(|sequence| batch.tokens_of(sequence).len());
+        let needed = acting.prefix + longest.max().unwrap_or(0);
+        let ascending = acting.episodes.is_sorted_by(|a, b| a < b);
+        if acting.episodes.len() != batch.sequences()
+            || !ascending
+            || acting
+                .episodes
+                .last()
+                .is_some_and(|&last| last >= acting.rows)
+            || needed > acting.capacity
+        {
+            return Err(BatchError::Acting {
+                sequences: batch.sequences(),
+                needed,
+                found: acting,
+            });
+        }
+        batch.acting = Some(acting);
         Ok(())
     }
 

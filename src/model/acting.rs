@@ -7,7 +7,7 @@ use super::config::{AttentionSpan, ModelConfig};
 use super::forward::{ActingState, Counts, Pass};
 use super::{Capacity, Model, ModelError, allocate};
 use crate::backend::{Backend, BackendError, KeyValueCache, Kind, Span};
-use crate::batch::{Packer, TokenLayout};
+use crate::batch::{Acting, Packer, TokenLayout};
 use crate::spaces::{Family, Numbers, Values};
 
 /// Acts greedily in up to a fixed number of episodes that all started together.
@@ -34,6 +34,8 @@ pub struct Actor<B: Backend> {
     /// Steps between two commits of a whole segment; 0: every step is a commit.
     segment: usize,
     time: usize,
+    /// Tokens of each episode that the caches have room for, and that they hold.
+    cached: usize,
     prefix: usize,
 }
 
@@ -147,7 +149,6 @@ impl<B: Backend> Actor<B> {
                 Ok(KeyValueCache {
                     keys: backend.buffer(len, Kind::Activation)?,
                     values: backend.buffer(len, Kind::Activation)?,
-                    capacity: cached,
                 })
             };
             let caches: Result<Vec<_>, BackendError> = (0..config.layers).map(cache).collect();
@@ -184,6 +185,7 @@ impl<B: Backend> Actor<B> {
             windows: (0..episodes).map(|_| Window::new(own)).collect(),
             segment,
             time: 0,
+            cached,
             prefix: 0,
         })
     }
@@ -308,14 +310,18 @@ impl<B: Backend> Actor<B> {
             }
             self.packer.end_sequence(false);
         }
+        self.packer.follow(Acting {
+            episodes: active.to_vec(),
+            prefix: self.prefix,
+            capacity: self.cached,
+            rows: self.windows.len(),
+        })?;
         let batch = self.packer.batch();
         model.check(batch, &self.capacity)?;
         model.backend.stage(batch, &mut self.batch)?;
         let state = ActingState {
             caches: &mut self.caches,
             memories: &mut self.memories,
-            rows: active,
-            prefix: self.prefix,
             commit,
         };
         let counts = Counts::from(batch);

@@ -110,10 +110,6 @@ pub(super) struct ActingState<'a, B: Backend> {
     pub caches: &'a mut [KeyValueCache<B::Buffer>],
     /// Memory of each block, [episodes, N·D].
     pub memories: &'a mut [B::Buffer],
-    /// Episode of each sequence of the batch.
-    pub rows: &'a [usize],
-    /// Cached tokens before those of the batch.
-    pub prefix: usize,
     /// Whether the batch's tokens are final: the memory is written.
     pub commit: bool,
 }
@@ -356,8 +352,6 @@ impl<B: Backend> Model<B> {
                 &block.attention,
                 &acts.qkv,
                 &mut state.caches[index],
-                state.rows,
-                state.prefix,
                 &mut acts.attended,
                 &mut acts.attention,
             )?,
@@ -526,7 +520,7 @@ impl<B: Backend> Model<B> {
         }
         let start = match acting {
             None => MemoryStart::Learned,
-            Some(state) => MemoryStart::State(&state.memories[index], state.rows),
+            Some(state) => MemoryStart::State(&state.memories[index]),
         };
         let inputs = memory_inputs(
             network,
@@ -547,7 +541,7 @@ impl<B: Backend> Model<B> {
         )?;
         if let Some(state) = acting.as_mut().filter(|state| state.commit) {
             let to = &mut state.memories[index];
-            backend.commit_memory(batch, &network.memory, &acts.state, state.rows, to)?;
+            backend.commit_memory(batch, &network.memory, &acts.state, to)?;
         }
         self.linear(
             rows,

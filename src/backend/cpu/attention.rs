@@ -10,7 +10,7 @@ use crate::backend::{
     Attention, AttentionOps, BackendError, Buffers, Extent, KeyValueCache, Kind, METRICS, Metric,
     Result, Span,
 };
-use crate::batch::PackedBatch;
+use crate::batch::{Acting, PackedBatch};
 
 /// Sequences `first ..` of an attention call with the rows and heads that belong to them; halved
 /// until one head of one sequence is left.
@@ -65,10 +65,7 @@ impl<'a> HeadTask<'a> {
 #[derive(Clone, Copy)]
 pub(super) struct Cached<'a, T> {
     pub(super) cache: &'a KeyValueCache<Vec<T>>,
-    /// Cache row of each sequence.
-    pub(super) rows: &'a [usize],
-    /// Cached tokens before those of the batch.
-    pub(super) prefix: usize,
+    pub(super) acting: &'a Acting,
 }
 
 /// What all heads of one attention call share.
@@ -185,14 +182,10 @@ impl<'a, T: Scalar> Heads<'a, T> {
         let view = |x: ArrayView2<'a, T>| x.slice_move(s![rows.clone(), columns.clone()]);
         let [k, v] = match self.cached {
             None => [view(self.k), view(self.v)],
-            Some(Cached {
-                cache,
-                rows: cache_rows,
-                prefix,
-            }) => {
+            Some(Cached { cache, acting }) => {
                 let width = self.attention.width();
-                let first = cache_rows[task.sequence] * cache.capacity * width;
-                let tokens = prefix + rows.len();
+                let first = acting.episodes[task.sequence] * acting.capacity * width;
+                let tokens = acting.prefix + rows.len();
                 let view = |buffer: &'a [T]| {
                     let all = matrix("attention", &buffer[first..], tokens, width)?;
                     Ok::<_, BackendError>(all.slice_move(s![.., columns.clone()]))
@@ -401,25 +394,20 @@ impl<T: Scalar> AttentionOps for Cpu<T> {
         attention: &Attention,
         qkv: &Vec<T>,
         cache: &mut KeyValueCache<Vec<T>>,
-        rows: &[usize],
-        prefix: usize,
         out: &mut Vec<T>,
         lse: &mut Vec<T>,
     ) -> Result<()> {
         const NAME: &str = "attention_cached";
         let width = attention.width();
         let heads = Heads::new(self, attention, batch, qkv)?;
-        for (sequence, &row) in rows.iter().enumerate() {
+        let acting = batch.acting.as_ref().ok_or(BackendError::NotActing)?;
+        let &Acting {
+            prefix, capacity, ..
+        } = acting;
+        for (sequence, &row) in acting.episodes.iter().enumerate() {
             let [first, end] = [0, 1].map(|next| batch.cu_seqlens[sequence + next] as usize);
-            if prefix + (end - first) > cache.capacity {
-                return Err(BackendError::Buffer {
-                    operation: NAME,
-                    found: cache.capacity,
-                    expected: prefix + (end - first),
-                });
-            }
             let span = Span {
-                offset: (row * cache.capacity + prefix) * width,
+                offset: (row * capacity + prefix) * width,
                 len: (end - first) * width,
             };
             let [keys, values] = heads.keys_and_values();
@@ -429,11 +417,7 @@ impl<T: Scalar> AttentionOps for Cpu<T> {
                     .assign(&source.slice(s![first..end, ..]));
             }
         }
-        let heads = heads.with_cache(Cached {
-            cache,
-            rows,
-            prefix,
-        });
+        let heads = heads.with_cache(Cached { cache, acting });
         let out = matrix_mut(NAME, out, batch.tokens(), width)?;
         let lse = matrix_mut(NAME, lse, batch.tokens(), attention.heads)?;
         heads.forward(heads.task(), out, lse)?;

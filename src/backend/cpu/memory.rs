@@ -13,8 +13,8 @@ use super::views::{
 };
 use super::{Cpu, ELEMENTS};
 use crate::backend::{
-    Buffers, Kind, METRICS, Memory, MemoryGradients, MemoryInputs, MemoryOps, MemoryStart, Metric,
-    Result, Span,
+    BackendError, Buffers, Kind, METRICS, Memory, MemoryGradients, MemoryInputs, MemoryOps,
+    MemoryStart, Metric, Result, Span,
 };
 use crate::batch::PackedBatch;
 
@@ -453,10 +453,10 @@ impl<T: Scalar> MemoryOps for Cpu<T> {
                 let initial = part(NAME, parameters, memory.initial)?;
                 chains.forward(0, sequences, &|_| initial, states, recalls, read)
             }
-            MemoryStart::State(buffer, slots) => {
-                let rows = slots.iter().max().map_or(0, |&slot| slot + 1);
-                let buffer = front(NAME, buffer, rows * state)?;
-                let start = |sequence: usize| &buffer[slots[sequence] * state..][..state];
+            MemoryStart::State(buffer) => {
+                let acting = batch.acting.as_ref().ok_or(BackendError::NotActing)?;
+                let buffer = front(NAME, buffer, acting.rows * state)?;
+                let start = |sequence: usize| &buffer[acting.episodes[sequence] * state..][..state];
                 chains.forward(0, sequences, &start, states, recalls, read)
             }
         };
@@ -535,12 +535,12 @@ impl<T: Scalar> MemoryOps for Cpu<T> {
         batch: &PackedBatch,
         memory: &Memory,
         kept: &MemoryState<T>,
-        slots: &[usize],
         to: &mut Vec<T>,
     ) -> Result<()> {
         const NAME: &str = "commit_memory";
         let len = memory.slots * memory.width;
-        for (sequence, &slot) in slots.iter().enumerate() {
+        let acting = batch.acting.as_ref().ok_or(BackendError::NotActing)?;
+        for (sequence, &episode) in acting.episodes.iter().enumerate() {
             let [first, end] = [0, 1].map(|next| batch.sequence_segments[sequence + next] as usize);
             if first == end {
                 continue;
@@ -549,7 +549,11 @@ impl<T: Scalar> MemoryOps for Cpu<T> {
                 offset: index * len,
                 len,
             };
-            part_mut(NAME, to, row(slot))?.copy_from_slice(part(NAME, &kept.states, row(end - 1))?);
+            part_mut(NAME, to, row(episode))?.copy_from_slice(part(
+                NAME,
+                &kept.states,
+                row(end - 1),
+            )?);
         }
         Ok(())
     }

@@ -192,26 +192,14 @@ impl<D: Device, T: Compute> AttentionOps for Gpu<D, T> {
         attention: &Attention,
         qkv: &Self::Buffer,
         cache: &mut KeyValueCache<Self::Buffer>,
-        rows: &[usize],
-        prefix: usize,
         out: &mut Self::Buffer,
         state: &mut Self::AttentionState,
     ) -> Result<()> {
         let _range = range("attention_cached");
         let device = &self.device;
         let width = attention.width();
-        let cached = cache.keys.len / width;
-        let seen = Seen::new(&batch.cu_seqlens, rows, prefix, cache.capacity, cached);
-        let (new, offsets) = (seen.to.len(), seen.cu_seqlens_q.len());
-        let mut indices = self.indices.upload(
-            device,
-            &[&seen.to[..], &seen.cu_seqlens_q[..], &seen.cu_seqlens_k[..]].concat(),
-        )?;
-        let [to, cu_seqlens_q, cu_seqlens_k] = indices.output(device)?.parts([
-            0..new,
-            new..new + offsets,
-            new + offsets..new + 2 * offsets,
-        ])?;
+        let acting = batch.acting()?;
+        let cached = acting.cached;
         let columns = || {
             let qkv = qkv.read(device, 0..batch.tokens * 3 * width)?;
             Ok::<_, BackendError>(qkv.rows(3 * width).columns([width; 3]))
@@ -229,13 +217,13 @@ impl<D: Device, T: Compute> AttentionOps for Gpu<D, T> {
                 tokens::Copy {
                     x: new,
                     from: None,
-                    to: Some(to.as_input()),
+                    to: Some(batch.ints(device, &acting.to)?),
                     y: cache.write(device, 0..cached * width)?.rows(width),
                 },
             )?;
         }
         let shape = attention::Shape {
-            sequences: offsets - 1,
+            sequences: acting.cu_seqlens_q.len() - 1,
             queries: batch.tokens,
             keys: cached,
             heads: attention.heads,
@@ -248,8 +236,8 @@ impl<D: Device, T: Compute> AttentionOps for Gpu<D, T> {
             k: cache.keys.read(device, 0..cached * width)?.rows(width),
             v: cache.values.read(device, 0..cached * width)?.rows(width),
             pack: attention::Pack {
-                cu_seqlens_q: cu_seqlens_q.as_input(),
-                cu_seqlens_k: cu_seqlens_k.as_input(),
+                cu_seqlens_q: batch.ints(device, &acting.cu_seqlens_q)?,
+                cu_seqlens_k: batch.ints(device, &acting.cu_seqlens_k)?,
                 groups: None,
             },
             scale: attention.scale() as f32,
@@ -315,42 +303,4 @@ impl<D: Device, T: Compute> Gpu<D, T> {
 /// The `part`th of three arrays of `len` elements.
 fn third(part: usize, len: usize) -> Range<usize> {
     part * len..(part + 1) * len
-}
-
-/// Which tokens of the cache those of a batch are, and which they see.
-///
-/// What lies between two rows of the cache, and behind what a row holds so far, counts as a sequence
-/// that nobody asks for: so the cache is one pack of sequences as it stands.
-struct Seen {
-    /// Token of the cache, of each token of the batch.
-    to: Vec<i32>,
-    cu_seqlens_q: Vec<i32>,
-    cu_seqlens_k: Vec<i32>,
-}
-
-impl Seen {
-    /// `rows` ascending, of a cache of `cached` tokens.
-    fn new(
-        cu_seqlens: &[i32],
-        rows: &[usize],
-        prefix: usize,
-        capacity: usize,
-        cached: usize,
-    ) -> Self {
-        let mut seen = Self {
-            to: Vec::new(),
-            cu_seqlens_q: vec![0],
-            cu_seqlens_k: vec![0],
-        };
-        for (ends, row) in cu_seqlens.windows(2).zip(rows) {
-            let first = row * capacity;
-            let end = first + prefix + (ends[1] - ends[0]) as usize;
-            seen.to.extend((first + prefix..end).map(|row| row as i32));
-            seen.cu_seqlens_q.extend(ends);
-            seen.cu_seqlens_k.extend([first as i32, end as i32]);
-        }
-        seen.cu_seqlens_q.extend(cu_seqlens.last());
-        seen.cu_seqlens_k.push(cached as i32);
-        seen
-    }
 }

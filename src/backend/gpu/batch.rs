@@ -3,6 +3,7 @@
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::ops::Range;
 
+use super::acting::Acting;
 use super::chain::Chain;
 use super::device::{Compute, Device, Element};
 use super::recall::Recalled;
@@ -133,10 +134,22 @@ pub struct Batch<D: Device, T: Compute> {
     families: Vec<FamilyRows>,
     /// Time steps that tokens have, from 0.
     pub(super) steps: usize,
-    /// Tokens of each sequence [sequences + 1].
-    pub(super) cu_seqlens: Vec<i32>,
     pub(super) chain: Chain,
     pub(super) recalled: Recalled,
+    acting: Option<ActingInts>,
+}
+
+/// Places of what [`Acting`] has, among the arrays of `i32`.
+#[derive(Debug)]
+pub(super) struct ActingInts {
+    pub to: Range<usize>,
+    pub cu_seqlens_q: Range<usize>,
+    pub cu_seqlens_k: Range<usize>,
+    pub starts: Range<usize>,
+    pub last: Range<usize>,
+    pub rows: Range<usize>,
+    /// Tokens of a cache.
+    pub cached: usize,
 }
 
 impl<D: Device, T: Compute> Default for Batch<D, T> {
@@ -160,9 +173,9 @@ impl<D: Device, T: Compute> Default for Batch<D, T> {
             returns: 0,
             families: Vec::new(),
             steps: 0,
-            cu_seqlens: Vec::new(),
             chain: Chain::default(),
             recalled: Recalled::default(),
+            acting: None,
         }
     }
 }
@@ -181,7 +194,6 @@ impl<D: Device, T: Compute> Batch<D, T> {
             Some(size) => size.steps,
             None => last.map_or(0, |&time| usize::try_from(time).unwrap_or(0) + 1),
         };
-        self.cu_seqlens.clone_from(&batch.cu_seqlens);
         self.chain = Chain::new(batch);
         self.recalled = Recalled::new(batch, &self.chain.tokens);
         let origins: Vec<i32> = (0..batch.sequences())
@@ -192,6 +204,18 @@ impl<D: Device, T: Compute> Batch<D, T> {
             .collect();
         let (step_offsets, step_tokens) = by_time_step(&batch.token_time, self.steps);
         let ints = &mut self.ints;
+        self.acting = batch.acting.as_ref().map(|acting| {
+            let arrays = Acting::new(acting, batch, &self.chain);
+            ActingInts {
+                to: ints.push(&arrays.to),
+                cu_seqlens_q: ints.push(&arrays.cu_seqlens_q),
+                cu_seqlens_k: ints.push(&arrays.cu_seqlens_k),
+                starts: ints.push(&arrays.starts),
+                last: ints.push(&arrays.last),
+                rows: ints.push(&arrays.rows),
+                cached: arrays.cached,
+            }
+        });
         self.int = Ints {
             cu_seqlens: ints.push(&batch.cu_seqlens),
             segment_offsets: ints.push(&batch.segment_offsets),
@@ -276,6 +300,11 @@ impl<D: Device, T: Compute> Batch<D, T> {
             grown.hash(&mut hash);
         }
         hash.finish()
+    }
+
+    /// Errors: a batch that is not of episodes in progress.
+    pub(super) fn acting(&self) -> Result<&ActingInts> {
+        self.acting.as_ref().ok_or(BackendError::NotActing)
     }
 
     pub(super) fn ints<'a>(&'a self, device: &'a D, at: &Range<usize>) -> Result<Input<'a, i32>> {

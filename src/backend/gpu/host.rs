@@ -32,7 +32,7 @@ pub struct HostDevice {
     graphs: Arc<Graphs>,
 }
 
-/// How often something was recorded, and how often a recording was repeated.
+/// How often something was recorded, a recording was repeated, and something came from the host.
 #[derive(Debug, Default)]
 pub struct Graphs {
     /// Recordings.
@@ -41,6 +41,8 @@ pub struct Graphs {
     pub replayed: AtomicUsize,
     /// Launches, copies and zeros of the last recording.
     pub commands: AtomicUsize,
+    /// Copies from the host that are not [sent](Device::send): a GPU's way to the device may wait for them.
+    pub uploads: AtomicUsize,
 }
 
 /// What the device was asked for.
@@ -132,6 +134,14 @@ impl HostDevice {
             Some(_) => Err(failed("a copy from or to the host cannot be recorded")),
             None => self.live(),
         }
+    }
+
+    /// Copies from the host.
+    fn arrive<T: Element>(&self, from: &[T], to: &mut Buffer<T>, offset: usize) -> Result<()> {
+        self.check_not_recording()?;
+        let range = offset..offset + from.len();
+        check_range(&range, to.len())?;
+        self.write(to.slice(range), from)
     }
 
     fn write<T: Element>(&self, view: View, content: &[T]) -> Result<()> {
@@ -276,15 +286,13 @@ impl Device for HostDevice {
     }
 
     fn upload<T: Element>(&self, from: &[T], to: &mut Buffer<T>, offset: usize) -> Result<()> {
-        self.check_not_recording()?;
-        let range = offset..offset + from.len();
-        check_range(&range, to.len())?;
-        self.write(to.slice(range), from)
+        self.graphs.uploads.fetch_add(1, Ordering::Relaxed);
+        self.arrive(from, to, offset)
     }
 
     /// Nothing goes on meanwhile.
     fn send<E: Element>(&self, from: &[E], (): &mut (), to: &mut Buffer<E>) -> Result<()> {
-        self.upload(from, to, 0)
+        self.arrive(from, to, 0)
     }
 
     fn download<T: Element>(&self, from: &Buffer<T>, offset: usize, to: &mut [T]) -> Result<()> {

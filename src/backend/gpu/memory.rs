@@ -310,26 +310,21 @@ impl<D: Device, T: Compute> MemoryOps for Gpu<D, T> {
         batch: &Self::Batch,
         memory: &Memory,
         kept: &Self::MemoryState,
-        slots: &[usize],
         to: &mut Self::Buffer,
     ) -> Result<()> {
         let _range = range("commit_memory");
         let device = &self.device;
         let state = memory.slots * memory.width;
-        let count = slots.len();
-        let mut from = batch.chain.last();
-        from.extend(slots.iter().map(|&slot| slot as i32));
-        let mut indices = self.indices.upload(device, &from)?;
-        let [from, slots] = indices
-            .output(device)?
-            .parts([0..count, count..2 * count])?;
+        let acting = batch.acting()?;
+        let [from, rows_to] = [&acting.last, &acting.rows].map(|at| batch.ints(device, at));
+        let count = acting.rows.len();
         let (memories, rows) = (batch.chain.memories(), to.len / state);
         self.copy_rows(
             [count, memories, rows],
             state,
             (kept.memories.read(device, 0..memories * state)?, state),
-            Some(from.as_input()),
-            Some(slots.as_input()),
+            Some(from?),
+            Some(rows_to?),
             (to.write(device, 0..rows * state)?, state),
         )
     }
@@ -553,21 +548,18 @@ impl<D: Device, T: Compute> Gpu<D, T> {
         memories: &mut Buffer<D, T>,
     ) -> Result<()> {
         let device = &self.device;
-        let order = &batch.chain.order;
         let (sequences, state) = (batch.chain.starts, memory.slots * memory.width);
-        let uploaded;
         let (x, sources, from) = match start {
             MemoryStart::Learned => (
                 parameters.read(device, memory.initial.range())?,
                 1,
                 batch.ints(device, &batch.int.zeros)?.slice(0..sequences)?,
             ),
-            MemoryStart::State(buffer, slots) => {
-                let slots: Vec<i32> = order.iter().map(|&at| slots[at] as i32).collect();
-                uploaded = self.indices.upload(device, &slots)?;
-                let x = buffer.read(device, 0..buffer.len)?;
-                (x, buffer.len / state, uploaded.input(device)?)
-            }
+            MemoryStart::State(buffer) => (
+                buffer.read(device, 0..buffer.len)?,
+                buffer.len / state,
+                batch.ints(device, &batch.acting()?.starts)?,
+            ),
         };
         let y = memories.write(device, 0..sequences * widths.state(memory))?;
         if widths.columns == 0 {

@@ -4,6 +4,7 @@
 //! [`Buffers::stage`](super::Buffers::stage) for the batch before last. What changes from step to step lies in the staged
 //! batch, in the device's memory.
 
+mod acting;
 mod attention;
 mod batch;
 #[allow(unsafe_code)] // the boundary to cuBLASLt
@@ -65,8 +66,6 @@ pub struct Gpu<D: Device, T: Compute> {
     floats: Scratch<D, f32>,
     /// For packed keys and values.
     activations: Scratch<D, T>,
-    /// For indices.
-    indices: Scratch<D, i32>,
     /// For dropout masks as bits.
     bits: Scratch<D, u32>,
     /// First inputs of the fields of every one-hot map so far.
@@ -85,7 +84,6 @@ impl<D: Device, T: Compute> Gpu<D, T> {
             version: Version::default(),
             floats: Scratch::default(),
             activations: Scratch::default(),
-            indices: Scratch::default(),
             bits: Scratch::default(),
             offsets: Mutex::default(),
             grown: AtomicU32::default(),
@@ -184,7 +182,6 @@ impl<D: Device, T: Compute> Backend for Gpu<D, T> {
             self.grown.load(Ordering::Relaxed),
             self.floats.grown(),
             self.activations.grown(),
-            self.indices.grown(),
             self.bits.grown(),
         ];
         of_scratch.hash(&mut hash);

@@ -5,7 +5,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::device::{Device, Element};
 use crate::backend::{BackendError, Result};
-use crate::ops::{self, Input, Output};
+use crate::ops::{self, Output};
 
 /// Memory that grows to the most that was ever needed, and stays.
 #[derive(Debug)]
@@ -78,13 +78,6 @@ impl<D: Device, E: Element> Scratch<D, E> {
     pub fn grown(&self) -> u32 {
         self.memory().grown()
     }
-
-    /// What stands in `content`.
-    pub fn upload(&self, device: &D, content: &[E]) -> Result<InUse<'_, D, E>> {
-        let mut in_use = self.lock(device, content.len())?;
-        device.upload(content, in_use.memory.get_mut()?, 0)?;
-        Ok(in_use)
-    }
 }
 
 /// Scratch memory that is in use.
@@ -97,10 +90,6 @@ impl<D: Device, E: Element> InUse<'_, D, E> {
     /// Elements of `range` become 0.
     pub fn zero(&mut self, device: &D, range: Range<usize>) -> Result<()> {
         Ok(device.zero(self.memory.get_mut()?, range)?)
-    }
-
-    pub fn input<'a>(&'a self, device: &'a D) -> Result<Input<'a, E>> {
-        Ok(device.input(self.memory.get()?, 0..self.len)?)
     }
 
     pub fn output<'a>(&'a mut self, device: &'a D) -> Result<Output<'a, E>> {

@@ -2,8 +2,9 @@
 
 use dtmem_reference::attention::Denominator;
 
-use super::{Run, random, staged};
+use super::{Run, packer, push_lengths, random, staged};
 use crate::backend::{Attention, Backend, Extent, KeyValueCache, Kind, METRICS, Supervised};
+use crate::batch::Acting;
 use crate::bench::operations::CACHED;
 use crate::bench::{Result, Scale};
 
@@ -55,23 +56,28 @@ pub(super) fn attention_cached<'a, B: Backend<Element = f32>>(
         extent: Extent::Sequence,
         supervised: None,
     };
-    let batch = staged(backend, scale)?;
     let longest = scale.lengths.iter().max().copied().unwrap_or(0);
     let capacity = CACHED + longest * scale.layout.tokens_per_step();
+    let mut packer = packer(scale);
+    push_lengths(scale, &mut packer)?;
+    packer.follow(Acting {
+        episodes: (0..episodes).collect(),
+        prefix: CACHED,
+        capacity,
+        rows: episodes,
+    })?;
+    let mut batch = B::Batch::default();
+    backend.stage(packer.batch(), &mut batch)?;
     let cached = || random(backend, Kind::Activation, episodes * capacity * width, 1.0);
     let mut cache = KeyValueCache {
         keys: cached()?,
         values: cached()?,
-        capacity,
     };
-    let rows: Vec<usize> = (0..episodes).collect();
     let qkv = random(backend, Kind::Activation, tokens * 3 * width, 1.0)?;
     let mut out = backend.buffer(tokens * width, Kind::Activation)?;
     let mut state = backend.attention_state(&attention, tokens)?;
     Ok(Box::new(move || {
         let (out, state) = (&mut out, &mut state);
-        Ok(backend.attention_cached(
-            &batch, &attention, &qkv, &mut cache, &rows, CACHED, out, state,
-        )?)
+        Ok(backend.attention_cached(&batch, &attention, &qkv, &mut cache, out, state)?)
     }))
 }

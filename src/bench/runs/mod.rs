@@ -104,10 +104,15 @@ pub fn push_random(
     Ok(())
 }
 
+/// Trajectories of a scale.
+fn push_lengths(scale: &Scale, packer: &mut Packer) -> Result<()> {
+    let lengths = (0..scale.repeats).flat_map(|_| scale.lengths.iter().copied());
+    push_random(packer, FIELDS, &CARDINALITIES, ACTIONS, lengths)
+}
+
 /// A batch of a scale.
 pub(in crate::bench) fn batch(scale: &Scale, mut packer: Packer) -> Result<PackedBatch> {
-    let lengths = (0..scale.repeats).flat_map(|_| scale.lengths.iter().copied());
-    push_random(&mut packer, FIELDS, &CARDINALITIES, ACTIONS, lengths)?;
+    push_lengths(scale, &mut packer)?;
     let mut batch = packer.batch().clone();
     batch.training = TrainingStep {
         number: 1,
