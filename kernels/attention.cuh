@@ -72,9 +72,9 @@ struct Sequence {
 // --- Masks: each shows a query one run of keys, and the runs move forward with the query. So a kernel needs nothing
 // but the run of each row; tiles outside of all runs are never visited, those inside of all are not masked.
 //
-// A launch says which mask it is, and whether there is supervision. As template parameters they would make eight kernels of
-// each one, and save little: a few comparisons for a tile, more for those at an edge; the loss is a pass of its own, or
-// a branch of a tile that all threads of a block take alike.
+// A launch says which mask it is. Once the runs are found, which is before the loop, all masks are the same to a kernel: as
+// template parameters they would make four kernels of each one and save nothing in the loop. Supervision does change the
+// loop, so it is a template parameter: without it a kernel has neither its code nor its registers.
 
 struct Run {
     int begin, end;
@@ -114,6 +114,15 @@ struct Mask {
         return low;
     }
 };
+
+// The runs of a block's rows, of which `first` is the first. Finding them in the loop would cost all masks the registers
+// that the search for the end of a group takes.
+template <int kRows>
+__device__ inline void find_runs(Run (&runs)[kRows], const Mask& mask, const Sequence& sequence, int first) {
+    const int row = static_cast<int>(threadIdx.x);
+    if (row < kRows) runs[row] = mask.visible(sequence, first + row);
+    __syncthreads();
+}
 
 // --- Pairs of the memory loss
 
@@ -331,5 +340,12 @@ __device__ inline float row_sum(float x) {
     x += __shfl_xor_sync(0xffffffffu, x, 1);
     return x + __shfl_xor_sync(0xffffffffu, x, 2);
 }
+
+#define ATTENTION_FOR_ALL_WIDTHS(KERNELS, NAME, T)                                                                     \
+    KERNELS(NAME, T, 16)                                                                                               \
+    KERNELS(NAME, T, 32)                                                                                               \
+    KERNELS(NAME, T, 64)                                                                                               \
+    KERNELS(NAME, T, 128)                                                                                              \
+    KERNELS(NAME, T, 256)
 
 }  // namespace attention

@@ -26,6 +26,8 @@
 //   3  in the query gradient launch bounds, and the factor of the loss is read where it is needed: no spills in bf16 and f16,
 //      with three blocks to an H100's multiprocessor for width 256
 //   4  f32: as version 3 of the forward pass; no spills, and 0.5 to 0.9 of the instructions
+//   5  as version 4 of the forward pass; the key gradient has a query's run with its lse, and looks for no end of a group in
+//      the loop; a third block on a multiprocessor for width 32 in the query gradient, too
 
 #include "attention_backward.cuh"
 
@@ -40,11 +42,11 @@ constexpr int kOthers = kWidth * sizeof(T) <= 256 ? 32 : kWidth * sizeof(T) <= 5
 template <typename T, int kWidth>
 constexpr int kQueries = kMatrices<T, kWidth> == 2 && kWidth == 64 ? 16 : kOthers<T, kWidth>;
 
-// In the query gradient a third block fits for this width.
+// In the query gradient a third block fits for these widths.
 template <typename T, int kWidth>
-constexpr int kQueryBlocks = sizeof(T) < sizeof(float) && kWidth == 256 ? 3 : kResidentBlocks<T, kWidth>;
+constexpr int kQueryBlocks = sizeof(T) < sizeof(float) && (kWidth == 32 || kWidth == 256) ? 3 : kResidentBlocks<T, kWidth>;
 
-template <int kWidth, typename T>
+template <int kWidth, bool kSupervised, typename T>
 __device__ inline void query_gradient(const Backward<T>& x, T* dq, int dq_stride) {
     constexpr int kM = kMatrices<T, kWidth>;
     using Rows = Owner<kWidth, kM>;
@@ -54,6 +56,7 @@ __device__ inline void query_gradient(const Backward<T>& x, T* dq, int dq_stride
     T* grad_tile = query_tile + Rows::kRows * kWidth;
     T* key_tiles = grad_tile + Rows::kRows * kWidth;
     T* value_tiles = key_tiles + kStages * kTile;
+    __shared__ Run runs[Rows::kRows];
 
     int first;
     const Sequence sequence(
@@ -66,11 +69,12 @@ __device__ inline void query_gradient(const Backward<T>& x, T* dq, int dq_stride
     const T* keys = x.k + static_cast<int64_t>(sequence.first_key) * x.k_stride + key_head * kWidth;
     const T* values = x.v + static_cast<int64_t>(sequence.first_key) * x.v_stride + key_head * kWidth;
     const int64_t token = sequence.first_query + first;
-    const int slot = active_slot(x, sequence, head);
-    const int begin = x.mask.visible(sequence, first).begin, end = x.mask.visible(sequence, first + rows - 1).end;
+    const int slot = active_slot<kSupervised>(x, sequence, head);
+    find_runs(runs, x.mask, sequence, first);
+    const int begin = runs[0].begin, end = runs[rows - 1].end;
     const bool works = owner.first_row < rows;
-    const Run of_first = x.mask.visible(sequence, first + owner.first_row);
-    const Run of_last = x.mask.visible(sequence, first + min(owner.first_row + Rows::kWarpRows, rows) - 1);
+    const Run of_first = runs[owner.first_row];
+    const Run of_last = runs[min(owner.first_row + Rows::kWarpRows, rows) - 1];
     float centres[kM][2] = {}, deltas[kM][2] = {};
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
@@ -124,7 +128,7 @@ __device__ inline void query_gradient(const Backward<T>& x, T* dq, int dq_stride
             for (int m = 0; m < kM; ++m) {
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
-                    const Run run = x.mask.visible(sequence, first + owner.row(m, half));
+                    const Run run = runs[owner.row(m, half)];
 #pragma unroll
                     for (int t = 0; t < kTiles; ++t) {
 #pragma unroll
@@ -165,7 +169,7 @@ __device__ inline void query_gradient(const Backward<T>& x, T* dq, int dq_stride
     store_rows<kWidth>(sums, scales, dq + token * dq_stride + head * kWidth, dq_stride, rows);
 }
 
-template <int kWidth, typename T>
+template <int kWidth, bool kSupervised, typename T>
 __device__ inline void key_gradient(const Backward<T>& x, T* dk, T* dv, int dk_stride, int dv_stride) {
     constexpr int kM = kMatrices<T, kWidth>;
     using Rows = Owner<kWidth, kM>;
@@ -177,6 +181,7 @@ __device__ inline void key_gradient(const Backward<T>& x, T* dk, T* dv, int dk_s
     T* query_tiles = value_tile + Rows::kRows * kWidth;
     T* grad_tiles = query_tiles + kStages * kTile;
     // Of the queries of a tile.
+    __shared__ Run runs[kStages][kTileQueries];
     __shared__ alignas(8) float lses[kStages][kTileQueries];
     __shared__ alignas(8) float deltas[kStages][kTileQueries];
     __shared__ LossRow loss_rows[kStages][kTileQueries];
@@ -213,10 +218,11 @@ __device__ inline void key_gradient(const Backward<T>& x, T* dk, T* dv, int dk_s
         const int row = static_cast<int>(threadIdx.x);
         if (row >= kTileQueries) return;
         const bool exists = row < queries;
+        runs[stage][row] = exists ? x.mask.visible(sequence, query + row) : Run{0, 0};
         const int64_t at = (query_token + (exists ? row : 0)) * x.heads + head;
         ptx::cp_async_4_zfill(&lses[stage][row], x.lse + at, exists ? 4 : 0);
         ptx::cp_async_4_zfill(&deltas[stage][row], x.delta + at, exists ? 4 : 0);
-        const int slot = active_slot(x, sequence, head);
+        const int slot = active_slot<kSupervised>(x, sequence, head);
         if (slot < 0) return;
         loss_rows[stage][row] = exists ? loss_row(x, query_token + row, slot) : LossRow{-1, 0.0f, 0.0f};
 #pragma unroll
@@ -238,8 +244,8 @@ __device__ inline void key_gradient(const Backward<T>& x, T* dk, T* dv, int dk_s
         ptx::cp_async_wait_all();
         __syncthreads();  // this tile is there, and nobody works on the last one
         if (n + 1 < steps) start(n + 1);
-        const int stage = n % kStages, query = query_of(n), queries = min(kTileQueries, end - query);
-        const Run of_first = x.mask.visible(sequence, query), of_last = x.mask.visible(sequence, query + queries - 1);
+        const int stage = n % kStages, queries = min(kTileQueries, end - query_of(n));
+        const Run of_first = runs[stage][0], of_last = runs[stage][queries - 1];
         if (own_begin >= own_end || own_begin >= of_last.end || own_end <= of_first.begin) continue;
 
         const T* query_tile = query_tiles + stage * kTile;
@@ -268,8 +274,7 @@ __device__ inline void key_gradient(const Backward<T>& x, T* dk, T* dv, int dk_s
             for (int t = 0; t < kTiles; ++t) {
 #pragma unroll
                 for (int side = 0; side < 2; ++side) {
-                    const int column = query + owner.column(t, side);
-                    const Run run = column < end ? x.mask.visible(sequence, column) : Run{0, 0};
+                    const Run run = runs[stage][owner.column(t, side)];
 #pragma unroll
                     for (int m = 0; m < kM; ++m) {
 #pragma unroll
@@ -281,7 +286,7 @@ __device__ inline void key_gradient(const Backward<T>& x, T* dk, T* dv, int dk_s
                 }
             }
         }
-        if (active_slot(x, sequence, head_of(n)) >= 0) {
+        if (active_slot<kSupervised>(x, sequence, head_of(n)) >= 0) {
             const float loss_factor = *x.grad_memory_loss * *x.factor;
 #pragma unroll
             for (int t = 0; t < kTiles; ++t) {
@@ -350,26 +355,25 @@ __device__ inline void delta_rows(const T* grad_out, const T* out, float* delta,
 // 128: 64, width 256: 32) and others = 32 (width·size > 256: 16, > 512: 8; width 64 of the key gradient, but in f32: 16).
 // Without supervision the pointers from `slots` to `grad_memory_loss` are null.
 // query gradient: grid (tokens_q / rows + sequences, H). key gradient: grid (tokens_k / rows + sequences, H_kv).
-#define ATTENTION_GRADIENTS(NAME, T, WIDTH)                                                                            \
+#define ATTENTION_GRADIENTS(NAME, T, WIDTH, KIND, SUPERVISED)                                                          \
     extern "C" __global__ void __launch_bounds__(kThreads, kQueryBlocks<T, WIDTH>)                                     \
-        attention_query_gradient_##WIDTH##_##NAME(                                                                     \
+        attention_query_##KIND##_##WIDTH##_##NAME(                                                                     \
         ATTENTION_INPUTS(T), T* dq, ATTENTION_SIZES, int32_t dq_stride, ATTENTION_NUMBERS) {                           \
-        query_gradient<WIDTH>(ATTENTION_BACKWARD(T), dq, dq_stride);                                                   \
+        query_gradient<WIDTH, SUPERVISED>(ATTENTION_BACKWARD(T), dq, dq_stride);                                       \
     }                                                                                                                  \
     extern "C" __global__ void __launch_bounds__(kThreads, kResidentBlocks<T, WIDTH>)                                  \
-        attention_key_gradient_##WIDTH##_##NAME(                                                                       \
+        attention_key_##KIND##_##WIDTH##_##NAME(                                                                       \
         ATTENTION_INPUTS(T), T* dk, T* dv, ATTENTION_SIZES, int32_t dk_stride, int32_t dv_stride, ATTENTION_NUMBERS) { \
-        key_gradient<WIDTH>(ATTENTION_BACKWARD(T), dk, dv, dk_stride, dv_stride);                                      \
+        key_gradient<WIDTH, SUPERVISED>(ATTENTION_BACKWARD(T), dk, dv, dk_stride, dv_stride);                          \
     }
 
-#define ATTENTION_GRADIENTS_WIDTHS(NAME, T)                                                                            \
-    ATTENTION_DELTA(NAME, T)                                                                                           \
-    ATTENTION_GRADIENTS(NAME, T, 16)                                                                                   \
-    ATTENTION_GRADIENTS(NAME, T, 32)                                                                                   \
-    ATTENTION_GRADIENTS(NAME, T, 64)                                                                                   \
-    ATTENTION_GRADIENTS(NAME, T, 128)                                                                                  \
-    ATTENTION_GRADIENTS(NAME, T, 256)
+#define ATTENTION_GRADIENTS_KINDS(NAME, T, WIDTH)                                                                      \
+    ATTENTION_GRADIENTS(NAME, T, WIDTH, gradient, false)                                                               \
+    ATTENTION_GRADIENTS(NAME, T, WIDTH, gradient_bce, true)
 
-ATTENTION_GRADIENTS_WIDTHS(f32, float)
-ATTENTION_GRADIENTS_WIDTHS(bf16, bf16)
-ATTENTION_GRADIENTS_WIDTHS(f16, f16)
+ATTENTION_DELTA(f32, float)
+ATTENTION_DELTA(bf16, bf16)
+ATTENTION_DELTA(f16, f16)
+ATTENTION_FOR_ALL_WIDTHS(ATTENTION_GRADIENTS_KINDS, f32, float)
+ATTENTION_FOR_ALL_WIDTHS(ATTENTION_GRADIENTS_KINDS, bf16, bf16)
+ATTENTION_FOR_ALL_WIDTHS(ATTENTION_GRADIENTS_KINDS, f16, f16)

@@ -40,9 +40,9 @@ __device__ inline LossRow loss_row(const Backward<T>& x, int64_t token, int slot
 __device__ inline float centre_of(float lse) { return lse * kLog2E; }
 
 // The slot of the head if it is supervised and the sequence annotated, or −1.
-template <typename T>
+template <bool kSupervised, typename T>
 __device__ inline int active_slot(const Backward<T>& x, const Sequence& sequence, int head) {
-    const int slot = x.supervision.slot(head);
+    const int slot = kSupervised ? x.supervision.slot(head) : -1;
     return slot >= 0 && x.supervision.annotated[sequence.index] != 0 ? slot : -1;
 }
 

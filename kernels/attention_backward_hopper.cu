@@ -71,7 +71,7 @@ __device__ inline void query_gradient(const Backward<T>& x, T* dq, int dq_stride
     const T* keys = x.k + static_cast<int64_t>(sequence.first_key) * x.k_stride + key_head * kWidth;
     const T* values = x.v + static_cast<int64_t>(sequence.first_key) * x.v_stride + key_head * kWidth;
     const int64_t token = sequence.first_query + first;
-    const int slot = active_slot(x, sequence, head);
+    const int slot = active_slot<true>(x, sequence, head);
     const float loss_factor = slot < 0 ? 0.0f : *x.grad_memory_loss * *x.factor;
 
     // The runs of the first and the last query bound those of all between: of the block, the warpgroup, the warp.
@@ -255,7 +255,7 @@ __device__ inline void key_gradient(const Backward<T>& x, T* dk, T* dv, int dk_s
         if (word < kBlockRows / kOthers) {
             Queries& queries = stages[n % kTurns];
             const bool exists = row < count;
-            const int slot = active_slot(x, sequence, head);
+            const int slot = active_slot<true>(x, sequence, head);
             if (slot >= 0) {
                 queries.pairs[row][word] =
                     exists ? x.supervision.bits(static_cast<int>(token) + row, block.first + word * kOthers) : 0;

@@ -25,6 +25,8 @@
 //   3  f32: the second product goes over a tile in a loop, two addresses serve all of its columns, and ptxas is told how many
 //      blocks there will be: no spills, 0.6 to 0.8 of the instructions, and 191 to 214 registers from width 64 on (247 to 255
 //      before)
+//   4  the runs that a mask shows are found before the loop, and lie in shared memory: up to 42 registers fewer (sm_90a);
+//      supervision is a template parameter (`bce`): 2288 to 3640 instructions without (sm_80), 5752 to 7872 with it
 
 #include "attention_forward.cuh"
 
@@ -36,7 +38,7 @@ using namespace attention;
 template <typename T, int kWidth>
 constexpr int kKeys = kWidth * sizeof(T) <= 256 ? 64 : kWidth * sizeof(T) <= 512 ? 32 : 16;
 
-template <int kWidth, typename T>
+template <int kWidth, bool kSupervised, typename T>
 __device__ inline void forward(const Forward<T>& x) {
     constexpr int kM = kMatrices<T, kWidth>;
     using Rows = Owner<kWidth, kM>;
@@ -46,6 +48,7 @@ __device__ inline void forward(const Forward<T>& x) {
     T* query_tile = reinterpret_cast<T*>(memory);
     T* key_tiles = query_tile + Rows::kRows * kWidth;
     T* value_tiles = key_tiles + kStages * kTile;
+    __shared__ Run runs[Rows::kRows];
 
     int first;
     const Sequence sequence(
@@ -68,13 +71,13 @@ __device__ inline void forward(const Forward<T>& x) {
     };
 
     // The runs of the first and the last query bound those of all between, for the block and for the warp.
-    const int begin = x.mask.visible(sequence, first).begin, end = x.mask.visible(sequence, first + rows - 1).end;
+    find_runs(runs, x.mask, sequence, first);
+    const int begin = runs[0].begin, end = runs[rows - 1].end;
     const bool works = owner.first_row < rows;
-    const Run of_first = x.mask.visible(sequence, first + owner.first_row);
-    const Run of_last = x.mask.visible(sequence, first + min(owner.first_row + Rows::kWarpRows, rows) - 1);
+    const Run of_first = runs[owner.first_row];
+    const Run of_last = runs[min(owner.first_row + Rows::kWarpRows, rows) - 1];
     const auto shown = [&](int key) { return works && key < of_last.end && of_first.begin < key + kTileKeys; };
     const auto shown_whole = [&](int key) { return of_last.begin <= key && key + kTileKeys <= of_first.end; };
-    const auto run_of = [&](int m, int half) { return x.mask.visible(sequence, first + owner.row(m, half)); };
 
     if (begin < end) {
         load_tile<Rows::kRows, kWidth>(query_tile, x.q + token * x.q_stride + head * kWidth, x.q_stride, rows);
@@ -105,7 +108,7 @@ __device__ inline void forward(const Forward<T>& x) {
             for (int m = 0; m < kM; ++m) {
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
-                    hide(scores[m], half, run_of(m, half), key, owner, negative);
+                    hide(scores[m], half, runs[owner.row(m, half)], key, owner, negative);
                 }
             }
         }
@@ -140,7 +143,7 @@ __device__ inline void forward(const Forward<T>& x) {
     }
     store_rows<kWidth>(out, inverse, x.out + token * x.out_stride + head * kWidth, x.out_stride, rows);
 
-    const int slot = x.supervision.slot(head);
+    const int slot = kSupervised ? x.supervision.slot(head) : -1;
     if (slot < 0) return;
     const bool annotated = x.supervision.annotated[sequence.index] != 0;
 
@@ -155,7 +158,7 @@ __device__ inline void forward(const Forward<T>& x) {
         float own_lse[2];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            run[half] = run_of(m, half);
+            run[half] = runs[owner.row(m, half)];
             own_lse[half] = m == 0 ? lse[0][half] : lse[kM - 1][half];
         }
         RowLoss losses[2];
@@ -191,22 +194,19 @@ __device__ inline void forward(const Forward<T>& x) {
 
 // grid (tokens_q / rows + sequences, H), rows = 128 (f32 and width 128: 64, width 256: 32); block 128; dynamic shared memory
 // (rows + 4·keys)·width·size bytes, keys = 64 (width·size > 256: 32, > 512: 16).
-#define ATTENTION_FORWARD(NAME, T, WIDTH)                                                                              \
+#define ATTENTION_FORWARD(NAME, T, WIDTH, KIND, SUPERVISED)                                                            \
     extern "C" __global__ void __launch_bounds__(kThreads, kResidentBlocks<T, WIDTH>)                                  \
-        attention_forward_##WIDTH##_##NAME(ATTENTION_FORWARD_PARAMETERS(T)) {                                          \
-        forward<WIDTH>(ATTENTION_FORWARD_ARGUMENTS(T));                                                                \
+        attention_##KIND##_##WIDTH##_##NAME(ATTENTION_FORWARD_PARAMETERS(T)) {                                         \
+        forward<WIDTH, SUPERVISED>(ATTENTION_FORWARD_ARGUMENTS(T));                                                    \
     }
 
-#define ATTENTION_FORWARD_WIDTHS(NAME, T)                                                                              \
-    ATTENTION_FORWARD(NAME, T, 16)                                                                                     \
-    ATTENTION_FORWARD(NAME, T, 32)                                                                                     \
-    ATTENTION_FORWARD(NAME, T, 64)                                                                                     \
-    ATTENTION_FORWARD(NAME, T, 128)                                                                                    \
-    ATTENTION_FORWARD(NAME, T, 256)
+#define ATTENTION_FORWARD_KINDS(NAME, T, WIDTH)                                                                        \
+    ATTENTION_FORWARD(NAME, T, WIDTH, forward, false)                                                                  \
+    ATTENTION_FORWARD(NAME, T, WIDTH, forward_bce, true)
 
-ATTENTION_FORWARD_WIDTHS(f32, float)
-ATTENTION_FORWARD_WIDTHS(bf16, bf16)
-ATTENTION_FORWARD_WIDTHS(f16, f16)
+ATTENTION_FOR_ALL_WIDTHS(ATTENTION_FORWARD_KINDS, f32, float)
+ATTENTION_FOR_ALL_WIDTHS(ATTENTION_FORWARD_KINDS, bf16, bf16)
+ATTENTION_FOR_ALL_WIDTHS(ATTENTION_FORWARD_KINDS, f16, f16)
 
 // sum = Σ row_loss; loss = sum / divisor and factor = 1 / divisor, both 0 when nothing is annotated. The divisor counts, for each
 // supervised head and query of an annotated sequence, the sequence's keys (`square`) or those that the mask shows.

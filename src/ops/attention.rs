@@ -394,8 +394,10 @@ impl Shape {
             [loss.peak.span(), shift, at_peak, row_loss]
         });
         let kernel = match version {
-            Version::Portable => self.portable::<T>(),
-            Version::Hopper => self.hopper::<T>().unwrap_or_else(|| self.portable::<T>()),
+            Version::Portable => self.portable::<T>(supervision),
+            Version::Hopper => self
+                .hopper::<T>()
+                .unwrap_or_else(|| self.portable::<T>(supervision)),
         };
         let attention = kernel
             .launch(
@@ -550,10 +552,10 @@ impl Shape {
             [loss.peak.span(), shift, at_peak, factor, grad_loss]
         });
         let [query_kernel, key_kernel] = match version {
-            Version::Portable => self.portable_gradients::<T>(),
+            Version::Portable => self.portable_gradients::<T>(supervision),
             Version::Hopper => self
                 .hopper_gradients::<T>()
-                .unwrap_or_else(|| self.portable_gradients::<T>()),
+                .unwrap_or_else(|| self.portable_gradients::<T>(supervision)),
         };
         let gradient = |kernel: Kernel, blocks| {
             let inputs = [
@@ -592,14 +594,17 @@ impl Shape {
         Ok([deltas, query_gradient, key_gradient])
     }
 
-    fn portable<T: Storage>(&self) -> Kernel {
+    fn portable<T: Storage>(&self, supervision: Option<&Supervision<'_>>) -> Kernel {
         let rows = self.rows::<T>();
         let keys = match self.row_bytes::<T>() {
             ..=256 => 64,
             257..=512 => 32,
             _ => 16,
         };
-        let kernel = self.kernel::<T>(for_each_width!("attention_forward"));
+        let kernel = self.kernel::<T>(match supervision {
+            None => for_each_width!("attention_forward"),
+            Some(_) => for_each_width!("attention_forward_bce"),
+        });
         Kernel {
             names: (FORWARD, kernel),
             rows,
@@ -626,7 +631,7 @@ impl Shape {
     }
 
     /// Of the queries and of the keys.
-    fn portable_gradients<T: Storage>(&self) -> [Kernel; 2] {
+    fn portable_gradients<T: Storage>(&self, supervision: Option<&Supervision<'_>>) -> [Kernel; 2] {
         let rows = self.rows::<T>();
         let others = match self.row_bytes::<T>() {
             ..=256 => 32,
@@ -643,10 +648,16 @@ impl Shape {
             threads: THREADS,
             shared_bytes: self.shared_bytes::<T>(2 * (rows + STAGES * others)),
         };
-        [
-            kernel(for_each_width!("attention_query_gradient"), others),
-            kernel(for_each_width!("attention_key_gradient"), queries),
-        ]
+        match supervision {
+            None => [
+                kernel(for_each_width!("attention_query_gradient"), others),
+                kernel(for_each_width!("attention_key_gradient"), queries),
+            ],
+            Some(_) => [
+                kernel(for_each_width!("attention_query_gradient_bce"), others),
+                kernel(for_each_width!("attention_key_gradient_bce"), queries),
+            ],
+        }
     }
 
     /// `None` for the widths and types that they are not there for.

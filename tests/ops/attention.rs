@@ -801,7 +801,13 @@ fn tensors_that_do_not_fit_the_pack_are_refused() {
     grouped.plan_forward(&with_groups).unwrap();
 
     for (heads, parts) in [(0, "heads is 0"), (5, "heads is 5")] {
-        let loss = MemoryLossGradient {
+        assert_refused(SHAPE.plan_backward(&supervised(heads)), &[parts, "1 to 4"]);
+    }
+}
+
+fn supervised(heads: usize) -> Backward<'static, bf16> {
+    Backward {
+        memory_loss: Some(MemoryLossGradient {
             supervision: Supervision {
                 heads,
                 ..supervision()
@@ -811,13 +817,22 @@ fn tensors_that_do_not_fit_the_pack_are_refused() {
             peak: tensor(0xb2000, QUERIES),
             shift: tensor(0xb3000, QUERIES),
             at_peak: tensor(0xb4000, QUERIES),
-        };
-        let tensors = Backward {
-            memory_loss: Some(loss),
-            ..backward()
-        };
-        assert_refused(SHAPE.plan_backward(&tensors), &[parts, "1 to 4"]);
+        }),
+        ..backward()
     }
+}
+
+#[test]
+fn only_supervised_heads_take_kernels_with_the_memory_loss() {
+    let kernels = |tensors| {
+        let plan = SHAPE.plan_backward(&tensors).unwrap();
+        plan.map(|launch| launch.kernel().to_owned())
+    };
+    let [delta, query, key] = kernels(supervised(1));
+    assert_eq!(delta, "attention_delta_bf16");
+    assert_eq!(query, "attention_query_gradient_bce_32_bf16");
+    assert_eq!(key, "attention_key_gradient_bce_32_bf16");
+    assert!(kernels(backward()).iter().all(|name| !name.contains("bce")));
 }
 
 /// Gradients in the columns of one matrix, as those of q, k and v are.
