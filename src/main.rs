@@ -10,6 +10,7 @@ use dtmem::train::finetune::Method;
 use dtmem::verify::{BackendChoice, DtypeChoice};
 
 mod commands;
+mod info;
 mod progress;
 
 /// Train and examine agents that remember: DT-Mem and AttentionTuner.

@@ -255,18 +255,7 @@ fn two_ranks_on_halves_of_batches_are_one_on_the_whole() {
         }
         let found = lines(&toy.path("ranks"));
         let limit = if overrides.is_empty() { 1e-4 } else { 2e-2 };
-        assert!(!found.is_empty() && found.len() == expected.len());
-        for (found, expected) in found.iter().zip(&expected) {
-            assert_eq!((found.step, found.tokens), (expected.step, expected.tokens));
-            for (found, expected) in [
-                (found.loss, expected.loss),
-                (found.memory_loss, expected.memory_loss),
-                (found.gradient_norm, expected.gradient_norm),
-            ] {
-                let error = (found - expected).abs();
-                assert!(error < limit * expected, "{found}, expected {expected}");
-            }
-        }
+        toy::assert_near(&found, &expected, limit);
     }
 }
 

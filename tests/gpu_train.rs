@@ -12,7 +12,7 @@ use dtmem::train::metrics::Line;
 use dtmem::train::run::{Outcome, Start};
 use half::{bf16, f16};
 use tempfile::TempDir;
-use toy::{HALLWAY_FOR_KERNELS, lines, run_on};
+use toy::{HALLWAY_FOR_KERNELS, assert_near, lines, run_on};
 
 mod data;
 mod toy;
@@ -45,21 +45,6 @@ fn on_host<T: Compute>(config: &Config) -> Vec<Line> {
 
 fn assert_follows(found: &[Line], expected: &[Line]) {
     assert_near(found, expected, 1e-3);
-}
-
-fn assert_near(found: &[Line], expected: &[Line], limit: f64) {
-    assert_eq!(found.len(), expected.len());
-    for (found, expected) in found.iter().zip(expected) {
-        assert_eq!((found.step, found.tokens), (expected.step, expected.tokens));
-        for (found, expected) in [
-            (found.loss, expected.loss),
-            (found.memory_loss, expected.memory_loss),
-            (found.gradient_norm, expected.gradient_norm),
-        ] {
-            let error = (found - expected).abs();
-            assert!(error <= limit * expected, "{found}, expected {expected}");
-        }
-    }
 }
 
 #[test]

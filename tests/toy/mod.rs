@@ -172,6 +172,23 @@ pub fn lines(folder: &Path) -> Vec<Line> {
         .collect()
 }
 
+/// Metrics of the same steps, each at most `limit` of its value beside that expected.
+pub fn assert_near(found: &[Line], expected: &[Line], limit: f64) {
+    assert_eq!(found.len(), expected.len());
+    assert!(!found.is_empty());
+    for (found, expected) in found.iter().zip(expected) {
+        assert_eq!((found.step, found.tokens), (expected.step, expected.tokens));
+        for (found, expected) in [
+            (found.loss, expected.loss),
+            (found.memory_loss, expected.memory_loss),
+            (found.gradient_norm, expected.gradient_norm),
+        ] {
+            let error = (found - expected).abs();
+            assert!(error <= limit * expected, "{found}, expected {expected}");
+        }
+    }
+}
+
 pub fn dtmem(folder: &Path, arguments: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_dtmem"))
         .args(arguments)
