@@ -18,7 +18,7 @@ mkdir -p "$1/programs" || exit 2
 out=$(cd "$1" && pwd)
 cd "$(dirname "$0")" || exit 2
 here=$PWD
-rm -rf "$out"/{summary.*,versions.txt,bench.json,peers.jsonl,table.md,roofline-*,train-*,logs}
+rm -rf "$out"/{summary.*,versions.txt,bench.json,peers.jsonl,table.md,roofline-*,train-*,criterion,logs}
 mkdir "$out/logs"
 
 # Seconds that all parts have.
@@ -131,6 +131,17 @@ part_sanitize() {
 
 part_bench() { "$dtmem" bench --json "$out/bench.json"; }
 
+# The same table under criterion, with few samples.
+part_criterion() {
+    local code=0
+    export CRITERION_HOME=$out/criterion
+    while IFS= read -r name; do
+        "$out/programs/$name" --bench --noplot --warm-up-time 0.1 --measurement-time 0.3 ||
+            { echo "$name failed: $?"; code=1; }
+    done < benches
+    return "$code"
+}
+
 part_peers() {
     need_gpu
     need_python
@@ -237,7 +248,11 @@ run train-quick "$(quick_or 90 300)"
 run train-recall "$(quick_or 60 300)"
 run train-ranks 60
 run peers "$(quick_or 120 1500)"
-[[ $mode == full ]] && run train-memory 600 && run train-paper 1200
+if [[ $mode == full ]]; then
+    run train-memory 600
+    run train-paper 1200
+    run criterion 900
+fi
 run sanitize "$(quick_or 60 1500)"
 declare -F part_deliberate > /dev/null && run deliberate 6
 
