@@ -144,13 +144,31 @@ fn unknown_key_of_an_override_names_the_argument() {
 }
 
 #[test]
+fn a_key_like_no_other_is_not_taken_for_one() {
+    let error = message(&["train.lr=3"]);
+    assert!(!error.contains("did you mean"), "{error}");
+    assert!(
+        error.contains("valid keys: ") && error.contains("learning_rate"),
+        "{error}"
+    );
+}
+
+#[test]
 fn wrong_types_and_missing_keys_are_named() {
     for (argument, parts) in [
-        ("train.steps=many", ["train.steps", "many"]),
+        (
+            "train.steps=many",
+            [
+                "train.steps",
+                "found string \"many\", expected a whole number",
+            ],
+        ),
+        ("train.clip=much", ["train.clip", "expected a number"]),
         ("model.width=-1", ["model.width", "-1"]),
         ("model.width=1.5", ["model.width", "1.5"]),
-        ("model.block=postln", ["model.block", "post_ln"]),
-        ("loss.heads=1", ["loss.heads", "sequence"]),
+        ("model=1.5", ["`model`", "expected a table"]),
+        ("model.block=postln", ["model.block", "expected `post_ln`"]),
+        ("loss.heads=1", ["loss.heads", "expected a list"]),
         ("task.name=hall", ["task", "hallway"]),
         ("task.name=", ["task", "name"]),
         ("seed=-1", ["seed", "-1"]),

@@ -265,6 +265,11 @@ fn two_ranks_on_one_gpu_are_refused() {
         let text = String::from_utf8_lossy(&output.stderr);
         assert_eq!(output.status.code(), Some(2), "{text}");
         assert!(text.contains("NCCL, to connect the ranks"), "{text}");
+        // What ranks cannot use is no remedy.
+        assert!(
+            text.contains("WORLD_SIZE") && !text.contains("or cpu"),
+            "{text}"
+        );
     }
 }
 

@@ -76,6 +76,20 @@ pub struct Place<'a> {
     pub ranks: Option<&'a Ranks>,
 }
 
+impl Place<'_> {
+    fn fails(&self, reason: String) -> Error {
+        let device = self.device;
+        match self.ranks.map(|ranks| ranks.rank) {
+            Some(rank) => Error::DeviceOfRank {
+                device,
+                rank,
+                reason,
+            },
+            None => Error::Device { device, reason },
+        }
+    }
+}
+
 /// What is done on whatever backend was chosen.
 pub trait Job {
     /// Its result.
@@ -92,11 +106,8 @@ pub trait Job {
 pub fn run_on<J: Job>(place: Place<'_>, job: J) -> Result<J::Output, Error> {
     let Place { device, ranks, .. } = place;
     let number = match (device, ranks) {
-        (DeviceChoice::Cpu, Some(ranks)) => {
-            return Err(Error::Device {
-                device,
-                reason: format!("the {} ranks of WORLD_SIZE train on GPUs", ranks.rank.of),
-            });
+        (DeviceChoice::Cpu, Some(_)) => {
+            return Err(place.fails("the CPU is no GPU".to_owned()));
         }
         (DeviceChoice::Cpu, None) => {
             info!("device: cpu, as asked for");
@@ -119,10 +130,7 @@ fn run_on_gpu<J: Job>(place: Place<'_>, number: usize, job: J) -> Result<J::Outp
         Precision::Tf32 => Multiply::Tf32,
         _ => Multiply::Exact,
     };
-    let fails = |reason: crate::ops::Error| Error::Device {
-        device: choice,
-        reason: reason.to_string(),
-    };
+    let fails = |reason: crate::ops::Error| place.fails(reason.to_string());
     let device = match (CudaDevice::new(number, multiply), choice) {
         (Ok(device), _) => device,
         (Err(reason), DeviceChoice::Auto) if ranks.is_none() => {
@@ -177,10 +185,9 @@ fn among(
 #[cfg(not(feature = "cuda"))]
 fn run_on_gpu<J: Job>(place: Place<'_>, _: usize, job: J) -> Result<J::Output, Error> {
     match (place.device, place.ranks) {
-        (DeviceChoice::Cuda(_), _) | (_, Some(_)) => Err(Error::Device {
-            device: place.device,
-            reason: "this binary was built without the feature `cuda`".to_owned(),
-        }),
+        (DeviceChoice::Cuda(_), _) | (_, Some(_)) => {
+            Err(place.fails("this binary was built without the feature `cuda`".to_owned()))
+        }
         _ => {
             info!("device: cpu, because this binary was built without the feature `cuda`");
             job.run(Cpu::new())

@@ -95,6 +95,19 @@ pub enum Error {
         /// Why it does not work.
         reason: String,
     },
+    /// The device of one of several ranks.
+    #[error(
+        "--device {device}, rank {} of {}: {reason}; ranks train on a GPU each: start as many as there are \
+         (WORLD_SIZE; --nproc-per-node of torchrun), or train without ranks", .rank.number, .rank.of
+    )]
+    DeviceOfRank {
+        /// What was asked for.
+        device: device::DeviceChoice,
+        /// Which rank.
+        rank: crate::backend::Rank,
+        /// Why it does not work.
+        reason: String,
+    },
     /// Other ranks that are not found.
     #[error(transparent)]
     Ranks(#[from] ranks::RanksError),

@@ -201,10 +201,13 @@ pub(crate) fn describe(
             } else {
                 format!("[{table}]")
             },
-            hint: nearest(key, &valid).map_or_else(
-                || "this table has no keys".to_owned(),
-                |nearest| format!("did you mean `{nearest}`? Valid keys: {}", valid.join(", ")),
-            ),
+            hint: match nearest(key, &valid) {
+                _ if valid.is_empty() => "this table has no keys".to_owned(),
+                Some(nearest) => {
+                    format!("did you mean `{nearest}`? Valid keys: {}", valid.join(", "))
+                }
+                None => format!("valid keys: {}", valid.join(", ")),
+            },
         };
     }
     ConfigError::Type {
@@ -215,16 +218,47 @@ pub(crate) fn describe(
             path
         }
         .to_owned(),
-        message: message.to_owned(),
+        message: in_words(message),
     }
 }
 
-/// The word that is fewest edits away.
+/// Serde's message of a wrong type or value, for people who do not read Rust.
+fn in_words(message: &str) -> String {
+    const KINDS: [&str; 4] = [
+        "invalid type: ",
+        "invalid value: ",
+        "invalid length ",
+        "unknown variant ",
+    ];
+    let found = KINDS.iter().find_map(|kind| message.strip_prefix(kind));
+    let Some((found, expected)) = found.and_then(|found| found.rsplit_once(", expected ")) else {
+        return message.to_owned();
+    };
+    let expected = match expected {
+        "u8" | "u16" | "u32" | "u64" | "usize" => "a whole number, 0 or more",
+        "f32" | "f64" => "a number",
+        "a sequence" => "a list",
+        "a map" => "a table",
+        "variant identifier" => "a name",
+        record
+            if record.starts_with("struct ") || record.starts_with("internally tagged enum ") =>
+        {
+            "a table"
+        }
+        other => other,
+    };
+    format!("found {found}, expected {expected}")
+}
+
+/// The word that is fewest edits away, if it may have been meant: a third of its letters may differ.
 fn nearest<'a>(word: &str, candidates: &[&'a str]) -> Option<&'a str> {
-    candidates
-        .iter()
-        .copied()
-        .min_by_key(|candidate| strsim::damerau_levenshtein(word, candidate))
+    let distances = candidates.iter().map(|candidate| {
+        let distance = strsim::damerau_levenshtein(word, candidate);
+        (distance, *candidate)
+    });
+    let (distance, candidate) = distances.min_by_key(|(distance, _)| *distance)?;
+    let letters = word.chars().count().max(candidate.len());
+    (3 * distance <= letters + 1).then_some(candidate)
 }
 
 fn first_difference(prefix: &str, a: &Table, b: &Table) -> Option<(String, String, String)> {
