@@ -362,7 +362,8 @@ fn masks() -> impl Strategy<Value = Mask> {
     prop_oneof![
         Just(Mask::None),
         Just(Mask::Causal),
-        (1..30_usize).prop_map(|window| Mask::SlidingWindow { window }),
+        prop_oneof![2 => 1..30_usize, 1 => 30..150_usize]
+            .prop_map(|window| Mask::SlidingWindow { window }),
         Just(Mask::GroupedCausal),
     ]
 }
@@ -401,6 +402,36 @@ proptest! {
         let lengths: Vec<_> = lengths.into_iter().map(|(queries, cached)| (queries, queries + cached)).collect();
         let supervised: Vec<_> = supervised.into_iter().collect();
         check_hopper(&host(seed), &lengths, [2, 1, width], mask, &supervised, seed);
+    }
+}
+
+/// Sequences that end before, at and behind the ends of tiles, of which a mask shows some not at all.
+fn across_tiles() -> impl Strategy<Value = Vec<(usize, usize)>> {
+    let near = prop_oneof![Just(0_usize), Just(32), Just(64), Just(128)];
+    let tokens = (near, 0..5_usize).prop_map(|(end, behind)| (end + behind).saturating_sub(2));
+    let cached = prop_oneof![2 => Just(0_usize), 1 => 0..130_usize];
+    prop::collection::vec((tokens, cached), 1..3).prop_map(|lengths| {
+        let of_keys = |(queries, cached)| (queries, queries + cached);
+        lengths.into_iter().map(of_keys).collect()
+    })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(4))]
+
+    #[test]
+    fn attention_across_tiles_on_the_host_agrees_with_the_reference(
+        lengths in across_tiles(),
+        width in prop_oneof![2 => Just(16_usize), 2 => Just(32), 1 => Just(64), 1 => Just(128), 1 => Just(256)],
+        mask in masks(),
+        supervised in prop::option::of(0..2_usize),
+        seed: u64,
+    ) {
+        let supervised: Vec<_> = supervised.into_iter().collect();
+        check_all_types(&host(seed), &lengths, [2, 1, width], mask, &supervised, seed);
+        if (64..=128).contains(&width) {
+            check_hopper(&host(seed), &lengths, [2, 1, width], mask, &supervised, seed);
+        }
     }
 }
 
