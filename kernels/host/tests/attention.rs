@@ -431,7 +431,8 @@ fn run<T: Storage>(executor: &Executor, case: &Case, version: Version) -> Result
                 257..=512 => 32,
                 _ => 16,
             };
-            ("forward", rows, THREADS, (rows + 4 * keys) * row_bytes)
+            let name = if supervised { "forward_bce" } else { "forward" };
+            (name, rows, THREADS, (rows + 4 * keys) * row_bytes)
         }
         // Keys of a tile: as many as a head is wide.
         Version::Hopper => ("hopper", 128, 256, (128 + 4 * width) * row_bytes + 1024),
@@ -502,7 +503,10 @@ fn run<T: Storage>(executor: &Executor, case: &Case, version: Version) -> Result
         args.extend(parts.iter().map(|&part| gradients.stride(part)));
         args.extend(&numbers);
         let (version, rows, threads, shared_bytes) = match version {
-            Version::Portable => ("", rows, THREADS, 2 * (rows + 2 * others) * row_bytes),
+            Version::Portable => {
+                let kind = if supervised { "_bce" } else { "" };
+                (kind, rows, THREADS, 2 * (rows + 2 * others) * row_bytes)
+            }
             Version::Hopper => ("_hopper", 128, 256, 640 * row_bytes + hopper_bytes),
         };
         let name = format!("attention_{name}_gradient{version}_{width}_{}", T::NAME);
