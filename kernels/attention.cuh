@@ -116,12 +116,11 @@ struct Mask {
 };
 
 // The runs of a block's rows, of which `first` is the first. Finding them in the loop would cost all masks the registers
-// that the search for the end of a group takes.
+// that the search for the end of a group takes. A barrier has to follow.
 template <int kRows>
 __device__ inline void find_runs(Run (&runs)[kRows], const Mask& mask, const Sequence& sequence, int first) {
     const int row = static_cast<int>(threadIdx.x);
     if (row < kRows) runs[row] = mask.visible(sequence, first + row);
-    __syncthreads();
 }
 
 // --- Pairs of the memory loss

@@ -71,6 +71,7 @@ __device__ inline void query_gradient(const Backward<T>& x, T* dq, int dq_stride
     const int64_t token = sequence.first_query + first;
     const int slot = active_slot<kSupervised>(x, sequence, head);
     find_runs(runs, x.mask, sequence, first);
+    __syncthreads();
     const int begin = runs[0].begin, end = runs[rows - 1].end;
     const bool works = owner.first_row < rows;
     const Run of_first = runs[owner.first_row];

@@ -72,6 +72,7 @@ __device__ inline void forward(const Forward<T>& x) {
 
     // The runs of the first and the last query bound those of all between, for the block and for the warp.
     find_runs(runs, x.mask, sequence, first);
+    __syncthreads();
     const int begin = runs[0].begin, end = runs[rows - 1].end;
     const bool works = owner.first_row < rows;
     const Run of_first = runs[owner.first_row];
