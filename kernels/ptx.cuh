@@ -19,6 +19,12 @@
 
 namespace ptx {
 
+// What the driver (on the host: the executor) made of a matrix in global memory and of a box of it; a parameter of a
+// kernel, `const __grid_constant__ ptx::TensorMap`. Only tensor_load looks inside.
+struct alignas(64) TensorMap {
+    uint64_t words[16];
+};
+
 #ifdef DTMEM_HOST
 
 void ldmatrix_x1(uint32_t (&r)[1], const void* row);
@@ -54,9 +60,12 @@ void* map_shared(void* shared, unsigned rank);
 
 void fence_proxy_async();
 void mbarrier_init(uint64_t* barrier, unsigned arrivals);
+void mbarrier_arrive(uint64_t* barrier);
 void mbarrier_arrive(uint64_t* barrier, unsigned bytes);
 void mbarrier_wait(uint64_t* barrier, unsigned parity);
 void bulk_load(void* shared, const void* global, unsigned bytes, uint64_t* barrier);
+void tensor_load(void* shared, const TensorMap& map, int column, int row, uint64_t* barrier);
+void tensor_prefetch(const TensorMap& map);
 void bulk_store(void* global, const void* shared, unsigned bytes);
 void bulk_commit();
 template <int kStillRunning> void bulk_wait_read();  // 0 … 7
@@ -210,13 +219,22 @@ PTX_FUNCTION void fence_proxy_async() { asm volatile("fence.proxy.async.shared::
 //
 // A load counts its bytes at an mbarrier, eight bytes of shared memory. That goes from phase to phase: each ends when its
 // arrivals have come and, with them, as many bytes as they announced. After mbarrier_init the asynchronous proxy needs the
-// fence, and other threads a barrier. A wait for phase n has the parity n % 2; who waits sees the bytes.
+// fence, and other threads a barrier. A wait for phase n has the parity n % 2; who waits sees the bytes, and what those
+// that arrived had done before.
+//
+// A tensor's map says where the rows of a matrix are, how many rows and columns it has, and the size of a box. A load by
+// it brings the box whose corner it names, in rows of 128 bytes with the swizzle of warpgroup.cuh, zeros for what is
+// outside of the matrix; its bytes are always those of a whole box. The tile begins at a multiple of 1024.
 //
 // A store reads shared memory until its group (bulk_commit) is waited for, at the latest before the thread ends.
 
 PTX_FUNCTION void mbarrier_init(uint64_t* barrier, unsigned arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(shared_address(barrier)), "r"(arrivals) : "memory");
 }
+PTX_FUNCTION void mbarrier_arrive(uint64_t* barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(shared_address(barrier)) : "memory");
+}
+// The same, announcing bytes.
 PTX_FUNCTION void mbarrier_arrive(uint64_t* barrier, unsigned bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
                  :: "r"(shared_address(barrier)), "r"(bytes) : "memory");
@@ -229,6 +247,15 @@ PTX_FUNCTION void mbarrier_wait(uint64_t* barrier, unsigned parity) {
 PTX_FUNCTION void bulk_load(void* shared, const void* global, unsigned bytes, uint64_t* barrier) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
                  :: "r"(shared_address(shared)), "l"(global), "r"(bytes), "r"(shared_address(barrier)) : "memory");
+}
+PTX_FUNCTION void tensor_load(void* shared, const TensorMap& map, int column, int row, uint64_t* barrier) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
+                 :: "r"(shared_address(shared)), "l"(&map), "r"(column), "r"(row), "r"(shared_address(barrier))
+                 : "memory");
+}
+// Ahead of the first load, that it does not wait for the map.
+PTX_FUNCTION void tensor_prefetch(const TensorMap& map) {
+    asm volatile("prefetch.tensormap [%0];" :: "l"(&map) : "memory");
 }
 PTX_FUNCTION void bulk_store(void* global, const void* shared, unsigned bytes) {
     asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;"

@@ -15,6 +15,9 @@
 // as fragments A 16×16 and, for each 8 columns, D 16×8 of ptx.cuh. A matrix in shared memory is given by a descriptor
 // (warpgroup.cuh). There the 16 numbers of a row of a are neighbours, and those of a column of b; if b is `kTransposed`,
 // the N numbers of a row of b are.
+//
+// give_registers, take_registers: from here on each thread of the warpgroup has `kCount` registers, fewer or more than
+// before. What is given can be taken by other warpgroups of the block, which wait for it.
 #pragma once
 
 #include "ptx.cuh"
@@ -24,6 +27,8 @@ namespace ptx {
 #ifdef DTMEM_HOST
 
 uint32_t shared_address(const void* shared);
+template <int kCount> void give_registers();  // 24 … 256, a multiple of 8
+template <int kCount> void take_registers();
 void wgmma_fence();
 void wgmma_commit();
 template <int kStillRunning> void wgmma_wait();  // 0 … 7
@@ -47,15 +52,20 @@ PTX_WGMMA(128, f16)
 
 #define PTX_FUNCTION __device__ __forceinline__
 
+template <int kCount>
+PTX_FUNCTION void give_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(kCount)); }
+template <int kCount>
+PTX_FUNCTION void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(kCount)); }
+
 PTX_FUNCTION void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 PTX_FUNCTION void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int kStillRunning>
 PTX_FUNCTION void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(kStillRunning) : "memory"); }
 // The same, and not before this sum, which is never negative, is there. Without it ptxas (13.0) moves the wait up past the
-// arithmetic that is meant to go on beside the products; an end of the program that never comes holds it back.
+// arithmetic that is meant to go on beside the products; a sleep that never comes holds it back.
 template <int kStillRunning>
 PTX_FUNCTION void wgmma_wait_behind(float sum) {
-    asm volatile("{\n\t.reg .pred negative;\n\tsetp.lt.f32 negative, %0, 0f00000000;\n\t@negative trap;\n\t}"
+    asm volatile("{\n\t.reg .pred negative;\n\tsetp.lt.f32 negative, %0, 0f00000000;\n\t@negative nanosleep.u32 0;\n\t}"
                  :: "f"(sum) : "memory");
     wgmma_wait<kStillRunning>();
 }

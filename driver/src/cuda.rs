@@ -6,13 +6,14 @@ use std::ptr;
 use cudarc::driver::sys::{
     CUevent_flags, CUfunction_attribute as Attribute, CUlaunchAttributeID, CUlaunchConfig,
     CUpointer_attribute, CUresult as Code, CUstream_flags, CUstreamCaptureMode,
+    CUtensorMapDataType as Element, CUtensorMapSwizzle,
 };
-use dtmem_host::Launch;
+use dtmem_host::{Boxes, Launch, TensorMap};
 
 use crate::device::fault;
 use crate::image::Image;
 use crate::machine::{CONTEXT, Machine, Mode, Result, call};
-use crate::work::{Address, Handle, Work};
+use crate::work::{Address, Bits, Handle, Work};
 
 fn invalid<T>(message: impl Into<String>) -> Result<T> {
     fault(Code::CUDA_ERROR_INVALID_VALUE, message.into())
@@ -50,16 +51,16 @@ unsafe fn launch(
         if arguments.is_null() {
             return None;
         }
-        let mut word = [0; 8];
+        let mut words: Bits = [0; 16];
         // SAFETY: the caller's.
         unsafe {
             let argument = *arguments.add(index);
-            if argument.is_null() || bytes > word.len() {
+            if argument.is_null() || bytes > size_of::<Bits>() {
                 return None;
             }
-            ptr::copy_nonoverlapping(argument.cast::<u8>(), word.as_mut_ptr(), bytes);
+            ptr::copy_nonoverlapping(argument.cast::<u8>(), words.as_mut_ptr().cast(), bytes);
         }
-        Some(u64::from_le_bytes(word))
+        Some(words)
     };
     machine.launch(stream, function, launch, bits)
 }
@@ -476,6 +477,47 @@ functions! {
         let (launch, _) = of_config(config)?;
         machine.check_launch(function, &launch)?;
         put(to, machine.chip.multiprocessors / launch.cluster as i32)
+    }
+
+    fn cuTensorMapEncodeTiled(
+        |_machine| to: *mut TensorMap, element: u32, rank: u32, address: Address, extents: *const u64,
+        strides: *const u64, of_box: *const u32, steps: *const u32, interleave: u32, swizzle: u32,
+        _promotion: u32, fill: u32
+    ) {
+        const BF16: u32 = Element::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 as u32;
+        const F16: u32 = Element::CU_TENSOR_MAP_DATA_TYPE_FLOAT16 as u32;
+        const F32: u32 = Element::CU_TENSOR_MAP_DATA_TYPE_FLOAT32 as u32;
+        const SWIZZLE: u32 = CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B as u32;
+        let element = match element {
+            BF16 | F16 => 2,
+            F32 => 4,
+            other => return invalid(format!("elements of type {other}, which this model does not know")),
+        };
+        if (rank, interleave, swizzle, fill) != (2, 0, SWIZZLE, 0) {
+            return invalid("a tensor's map other than of a matrix, with the swizzle of 128 bytes");
+        }
+        if !to.addr().is_multiple_of(64) {
+            return invalid("a tensor's map that does not begin at a multiple of 64");
+        }
+        if [extents.addr(), strides.addr(), of_box.addr(), steps.addr()].contains(&0) {
+            return invalid("a null pointer");
+        }
+        if [steps.read(), steps.add(1).read()] != [1, 1] {
+            return invalid("a tensor's map that leaves out elements, which this model does not know");
+        }
+        let map = TensorMap::new(Boxes {
+            address,
+            element,
+            columns: extents.read(),
+            rows: extents.add(1).read(),
+            stride: strides.read(),
+            box_columns: of_box.read(),
+            box_rows: of_box.add(1).read(),
+        });
+        match map {
+            Ok(map) => put(to, map),
+            Err(error) => invalid(error.to_string()),
+        }
     }
 
     fn cuLaunchKernel(

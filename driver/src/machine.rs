@@ -10,14 +10,14 @@ use std::thread::ThreadId;
 use std::time::Instant;
 
 use cudarc::driver::sys::CUresult as Code;
-use dtmem_host::{Arg, Executor, Launch, Parameter, View};
+use dtmem_host::{Arg, Executor, Launch, Parameter, TensorMap, View};
 
 use crate::blas;
 use crate::device::{Chip, Fault, OLD_VERSION, Options, SHARED_BYTES, VERSION, fault};
 use crate::image::Image;
 use crate::memory::Memory;
 use crate::nccl;
-use crate::work::{Address, Handle, Kernel, Source, Work};
+use crate::work::{Address, Argument, Bits, Handle, Kernel, Source, Work};
 
 /// The result of a call of the driver.
 pub type Result<T> = std::result::Result<T, Fault<Code>>;
@@ -764,7 +764,7 @@ impl Machine {
         stream: Handle,
         function: Handle,
         launch: Launch,
-        bits: impl Fn(usize, usize) -> Option<u64>,
+        bits: impl Fn(usize, usize) -> Option<Bits>,
     ) -> Result<()> {
         self.check_launch(function, &launch)?;
         let name = self.function(function)?.name.clone();
@@ -774,12 +774,24 @@ impl Machine {
             let bytes = match parameter {
                 Parameter::Value(bytes) => bytes,
                 Parameter::Input | Parameter::Output => 8,
+                Parameter::Map => size_of::<TensorMap>(),
             };
             let Some(bits) = bits(index, bytes) else {
                 let message = format!("{name}: argument {index} is missing");
                 return fault(Code::CUDA_ERROR_INVALID_VALUE, message);
             };
-            arguments.push((parameter, bits));
+            arguments.push(match parameter {
+                Parameter::Input => Argument::Input(bits[0]),
+                Parameter::Output => Argument::Output(bits[0]),
+                Parameter::Value(bytes) => Argument::Value(bytes, bits[0]),
+                Parameter::Map => match TensorMap::from_words(bits) {
+                    Some(map) => Argument::Map(map),
+                    None => {
+                        let message = format!("{name}: argument {index} is no tensor's map");
+                        return fault(Code::CUDA_ERROR_INVALID_VALUE, message);
+                    }
+                },
+            });
         }
         let kernel = Kernel {
             function,
@@ -997,12 +1009,13 @@ impl Machine {
     fn run_kernel(&mut self, kernel: &Kernel) -> Result<()> {
         self.function(kernel.function)?;
         let mut args = Vec::with_capacity(kernel.arguments.len());
-        for &(parameter, bits) in &kernel.arguments {
-            args.push(match parameter {
-                Parameter::Input => Arg::Input(self.memory.view(bits)?),
-                Parameter::Output => Arg::Output(self.memory.view(bits)?),
-                Parameter::Value(4) => Arg::U32(bits as u32),
-                Parameter::Value(_) => Arg::U64(bits),
+        for &argument in &kernel.arguments {
+            args.push(match argument {
+                Argument::Input(address) => Arg::Input(self.memory.view(address)?),
+                Argument::Output(address) => Arg::Output(self.memory.view(address)?),
+                Argument::Map(map) => Arg::Map(map),
+                Argument::Value(4, bits) => Arg::U32(bits as u32),
+                Argument::Value(_, bits) => Arg::U64(bits),
             });
         }
         if self.options.idle {

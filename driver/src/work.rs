@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use dtmem_host::{Launch, Parameter};
+use dtmem_host::{Launch, TensorMap};
 
 use crate::blas::Product;
 use crate::nccl::Ranks;
@@ -22,14 +22,26 @@ pub enum Source {
     Pinned(usize),
 }
 
+/// What a kernel is given for a parameter: the first bytes, as many as it declares.
+pub type Bits = [u64; 16];
+
+/// An argument of a kernel, as it declares it.
+#[derive(Debug, Clone, Copy)]
+pub enum Argument {
+    Input(Address),
+    Output(Address),
+    Map(TensorMap),
+    /// Its bytes, and these.
+    Value(usize, u64),
+}
+
 /// A launch of a kernel.
 #[derive(Debug, Clone)]
 pub struct Kernel {
     pub function: Handle,
     pub name: String,
     pub launch: Launch,
-    /// What it declares, and the bits of what it is given.
-    pub arguments: Vec<(Parameter, u64)>,
+    pub arguments: Vec<Argument>,
 }
 
 /// One thing that a stream does.
@@ -101,15 +113,17 @@ impl Work {
     }
 
     /// The ranges of the device's memory that it touches. Of a kernel's pointer only the first byte is
-    /// known; a null pointer is none.
+    /// known; a null pointer is none, and neither is the map of a matrix without elements.
     pub fn touches(&self) -> Vec<Range<Address>> {
         let range = |start: Address, bytes: u64| start..start.saturating_add(bytes);
         match self {
             Self::Kernel(kernel) => {
-                let pointers = kernel.arguments.iter().filter(|(parameter, bits)| {
-                    !matches!(parameter, Parameter::Value(_)) && *bits != 0
+                let touched = kernel.arguments.iter().map(|argument| match argument {
+                    &(Argument::Input(address) | Argument::Output(address)) => range(address, 0),
+                    Argument::Map(map) => range(map.view().address, map.view().bytes as u64),
+                    Argument::Value(..) => range(0, 0),
                 });
-                pointers.map(|&(_, bits)| range(bits, 0)).collect()
+                touched.filter(|range| range.start != 0).collect()
             }
             Self::Product(product) => product.touches(),
             &Self::Sum { at, bytes, .. } => vec![range(at, bytes)],

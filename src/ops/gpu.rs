@@ -8,7 +8,9 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
 use cudarc::driver::sys::{
     CUdevice_attribute, CUfunction_attribute, CUlaunchAttribute, CUlaunchAttributeID,
     CUlaunchAttributeValue, CUlaunchAttributeValue_union__bindgen_ty_1, CUlaunchConfig, CUresult,
-    CUstream, cuDriverGetVersion, cuLaunchKernelEx, cuOccupancyMaxActiveClusters,
+    CUstream, CUtensorMap, CUtensorMapDataType, CUtensorMapFloatOOBfill, CUtensorMapInterleave,
+    CUtensorMapL2promotion, CUtensorMapSwizzle, cuDriverGetVersion, cuLaunchKernelEx,
+    cuOccupancyMaxActiveClusters, cuTensorMapEncodeTiled,
 };
 use cudarc::driver::{
     CudaContext, CudaFunction, CudaModule, CudaStream, DevicePtr, DevicePtrMut, DriverError, result,
@@ -16,8 +18,8 @@ use cudarc::driver::{
 use cudarc::nvrtc::Ptx;
 
 use super::images::{self, Image, Origin};
-use super::launch::{Arg, Launch, Launcher, MAX_ARGS};
-use super::memory::{Home, Input, Output};
+use super::launch::{Arg, Launch, Launcher, MAX_ARGS, MAX_MAPS, TensorMap};
+use super::memory::{Home, Input, Output, Type};
 use super::{Error, Result};
 
 /// Fails where there is no NVIDIA driver. Everything in cudarc panics there, so this comes first.
@@ -157,8 +159,11 @@ impl Gpu {
         let compiled = target == 90 || target > 90 && !launch.is_for_hopper();
         let most = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
         let room = i64::from(attribute(most)?) >= i64::from(launch.shared_bytes());
-        let possible =
-            compiled && room && (launch.cluster() == 1 || self.has_clusters(launch, &kernel)?);
+        let has_maps = launch.args().iter().any(|arg| matches!(arg, Arg::Map(_)));
+        let possible = compiled
+            && room
+            && (!has_maps || encodes_tensor_maps()?)
+            && (launch.cluster() == 1 || self.has_clusters(launch, &kernel)?);
         lock().insert(needs, possible);
         Ok(possible)
     }
@@ -300,10 +305,24 @@ impl Launcher for OnStream<'_> {
         }
         let kernel = self.gpu.kernel(launch.family(), launch.kernel())?;
         let mut values = [ptr::null_mut::<c_void>(); MAX_ARGS];
-        for (value, arg) in values.iter_mut().zip(launch.args()) {
-            *value = address_of(arg).cast_mut();
-        }
+        let mut maps = [CUtensorMap { opaque: [0; 16] }; MAX_MAPS];
+        let mut places = maps.iter_mut();
         self.gpu.context.bind_to_thread()?;
+        for (value, arg) in values.iter_mut().zip(launch.args()) {
+            *value = match arg {
+                Arg::Input(span) | Arg::Output(span) => ptr::from_ref(&span.address).cast(),
+                Arg::Map(map) => match places.next() {
+                    Some(place) => encode(map, place)?,
+                    None => ptr::null(), // no kernel takes as many
+                },
+                Arg::I32(number) => ptr::from_ref(number).cast(),
+                Arg::U32(number) => ptr::from_ref(number).cast(),
+                Arg::I64(number) => ptr::from_ref(number).cast(),
+                Arg::U64(number) => ptr::from_ref(number).cast(),
+                Arg::F32(number) => ptr::from_ref(number).cast(),
+            }
+            .cast_mut();
+        }
         // SAFETY: kernel, stream and memory are of this context and alive; an operation of this crate has checked the
         // arguments against what the kernel takes, in number, type and size. The driver copies them, and the
         // configuration, before it returns.
@@ -341,14 +360,41 @@ impl Launcher for OnStream<'_> {
     }
 }
 
-/// Where the bytes that the kernel's parameter takes begin.
-fn address_of(arg: &Arg) -> *const c_void {
-    match arg {
-        Arg::Input(span) | Arg::Output(span) => ptr::from_ref(&span.address).cast(),
-        Arg::I32(number) => ptr::from_ref(number).cast(),
-        Arg::U32(number) => ptr::from_ref(number).cast(),
-        Arg::I64(number) => ptr::from_ref(number).cast(),
-        Arg::U64(number) => ptr::from_ref(number).cast(),
-        Arg::F32(number) => ptr::from_ref(number).cast(),
+/// Whether the driver makes tensor maps: from CUDA 12.0 on.
+fn encodes_tensor_maps() -> Result<bool> {
+    // SAFETY: nobody calls it by this type.
+    Ok(unsafe { driver()?.get::<*const c_void>(b"cuTensorMapEncodeTiled\0") }.is_ok())
+}
+
+/// Makes a tensor's map, and gives its address. Of a matrix without elements there is none, and none is used.
+fn encode(map: &TensorMap, place: &mut CUtensorMap) -> Result<*const c_void> {
+    if map.span.bytes > 0 {
+        let element = match map.element {
+            Type::F32 => CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT32,
+            Type::Bf16 => CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+            Type::F16 => CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+        };
+        let extents = [map.columns, map.rows];
+        let of_box = [map.box_columns(), map.box_rows];
+        // SAFETY: two dimensions: two extents, one stride, two extents of the box and two steps in it. The driver keeps
+        // the address, and does not read from it.
+        unsafe {
+            cuTensorMapEncodeTiled(
+                place,
+                element,
+                2,
+                map.span.address as *mut c_void,
+                extents.as_ptr(),
+                &raw const map.stride,
+                of_box.as_ptr(),
+                [1, 1].as_ptr(),
+                CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
+                CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+                CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+            )
+        }
+        .result()?;
     }
+    Ok(ptr::from_ref(place).cast())
 }

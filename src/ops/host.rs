@@ -2,9 +2,9 @@
 
 pub use dtmem_host::{Buffer, Element, Executor, Order};
 
-use dtmem_host::View;
+use dtmem_host::{Boxes, View};
 
-use super::launch::{Arg, Launch, Launcher};
+use super::launch::{Arg, Launch, Launcher, TensorMap};
 use super::memory::{Home, Input, Output, Span};
 use super::{Error, Result};
 
@@ -63,19 +63,20 @@ impl Host {
             return Ok(None);
         }
         let view = |Span { address, bytes }| View { address, bytes };
-        let args: Vec<_> = launch
-            .args()
-            .iter()
-            .map(|arg| match *arg {
+        let arg = |arg: &Arg| {
+            Ok(match *arg {
                 Arg::Input(span) => dtmem_host::Arg::Input(view(span)),
                 Arg::Output(span) => dtmem_host::Arg::Output(view(span)),
+                Arg::Map(map) => dtmem_host::Arg::Map(encoded(map)?),
                 Arg::I32(number) => dtmem_host::Arg::I32(number),
                 Arg::U32(number) => dtmem_host::Arg::U32(number),
                 Arg::I64(number) => dtmem_host::Arg::I64(number),
                 Arg::U64(number) => dtmem_host::Arg::U64(number),
                 Arg::F32(number) => dtmem_host::Arg::F32(number),
             })
-            .collect();
+        };
+        let args: dtmem_host::Result<Vec<_>> = launch.args().iter().map(arg).collect();
+        let args = args.map_err(|source| failed(launch.kernel(), source))?;
         let mut shape = dtmem_host::Launch::new(launch.grid(), launch.block());
         shape.shared_bytes = launch.shared_bytes();
         shape.cluster = launch.cluster();
@@ -89,11 +90,31 @@ impl Host {
     pub(crate) fn run(&self, launch: &Prepared) -> Result<()> {
         self.0
             .launch(launch.kernel, launch.shape, &launch.args)
-            .map_err(|source| Error::Launch {
-                kernel: launch.kernel,
-                source: source.into(),
-            })
+            .map_err(|source| failed(launch.kernel, source))
     }
+}
+
+fn failed(kernel: &'static str, source: dtmem_host::Error) -> Error {
+    Error::Launch {
+        kernel,
+        source: source.into(),
+    }
+}
+
+/// A tensor's map as the executor has it.
+fn encoded(map: TensorMap) -> dtmem_host::Result<dtmem_host::TensorMap> {
+    if map.span.bytes == 0 {
+        return Ok(dtmem_host::TensorMap::EMPTY);
+    }
+    dtmem_host::TensorMap::new(Boxes {
+        address: map.span.address,
+        element: map.element.bytes(),
+        columns: map.columns,
+        rows: map.rows,
+        stride: map.stride,
+        box_columns: map.box_columns(),
+        box_rows: map.box_rows,
+    })
 }
 
 impl Launcher for Host {

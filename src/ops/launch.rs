@@ -3,7 +3,7 @@
 use std::fmt;
 use std::marker::PhantomData;
 
-use super::memory::{Home, Span};
+use super::memory::{Home, Span, Type};
 use super::{Error, Result};
 
 /// Arguments that a kernel takes at most.
@@ -21,6 +21,36 @@ pub enum Version {
     Hopper,
 }
 
+/// Tensor maps that a kernel takes at most.
+pub const MAX_MAPS: usize = 4;
+
+/// A matrix, and the box of it that one instruction of a kernel loads: 128 bytes of so many rows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TensorMap {
+    /// From the first to the last element; none where there are no elements, and then nothing is loaded.
+    pub span: Span,
+    /// Of the elements.
+    pub element: Type,
+    /// Of the matrix.
+    pub columns: u64,
+    /// Of the matrix.
+    pub rows: u64,
+    /// Bytes from row to row, a multiple of 16.
+    pub stride: u64,
+    /// Of a box, 1 to 256.
+    pub box_rows: u32,
+}
+
+impl TensorMap {
+    /// Bytes of a row of a box: those of the swizzle that it arrives with.
+    const ROW_BYTES: usize = 128;
+
+    /// Columns of a box.
+    pub fn box_columns(&self) -> u32 {
+        (Self::ROW_BYTES / self.element.bytes()) as u32
+    }
+}
+
 /// An argument of a kernel.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Arg {
@@ -28,6 +58,8 @@ pub enum Arg {
     Input(Span),
     /// For `T*`: memory that is written, or read and written.
     Output(Span),
+    /// For `ptx::TensorMap`: memory that is only read, by boxes.
+    Map(TensorMap),
     /// For `int32_t`.
     I32(i32),
     /// For `uint32_t`.

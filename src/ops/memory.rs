@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use half::{bf16, f16};
 
-use super::launch::Arg;
+use super::launch::{Arg, TensorMap};
 use super::{Error, Result};
 
 /// A type that kernels store numbers in. Their arithmetic is in f32.
@@ -17,6 +17,16 @@ pub enum Type {
     Bf16,
     /// 16 bits, as in IEEE 754.
     F16,
+}
+
+impl Type {
+    /// Of a number.
+    pub fn bytes(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::Bf16 | Self::F16 => 2,
+        }
+    }
 }
 
 /// A Rust type that tensors may have: `f32`, `bf16` or `f16` of the crate `half`.
@@ -211,6 +221,22 @@ impl<M> Rows<M> {
     /// As kernels take it: `Check` has seen that it fits.
     pub(super) fn stride(&self) -> Arg {
         Arg::I32(self.stride as i32)
+    }
+}
+
+impl<T: Storage> Rows<Input<'_, T>> {
+    /// As kernels take it that load `shape` [rows, columns] by boxes of `box_rows` rows: `Check` has seen that rows begin
+    /// at multiples of 16 bytes.
+    pub(super) fn map(&self, shape: [usize; 2], box_rows: usize) -> Arg {
+        let [rows, columns] = shape.map(|extent| extent as u64);
+        Arg::Map(TensorMap {
+            span: self.span(shape),
+            element: T::TYPE,
+            columns,
+            rows,
+            stride: (self.stride * size_of::<T>()) as u64,
+            box_rows: box_rows as u32,
+        })
     }
 }
 

@@ -69,5 +69,5 @@ pub mod tokens;
 pub use cudarc; // streams and memory are this version's
 pub use error::{Error, Result};
 pub use gpu::{Gpu, OnStream};
-pub use launch::{Arg, Launch, Launcher, Version};
-pub use memory::{Input, Output, Rows, Storage};
+pub use launch::{Arg, Launch, Launcher, TensorMap, Version};
+pub use memory::{Input, Output, Rows, Span, Storage, Type};

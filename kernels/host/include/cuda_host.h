@@ -36,6 +36,10 @@ DTMEM_VECTOR4(uint4, unsigned, 16)
 #undef DTMEM_VECTOR2
 #undef DTMEM_VECTOR4
 
+namespace ptx {
+struct TensorMap;
+}
+
 namespace dtmem_host {
 
 // Constant for one thread of one block, so the compiler may keep them in registers.
@@ -57,7 +61,7 @@ inline T& shared(Site, const char* name, std::size_t alignment = alignof(T)) {
 
 // A kernel's parameters as the caller must pass them.
 struct Parameter {
-    enum Kind : std::uint32_t { kValue, kInput, kOutput };
+    enum Kind : std::uint32_t { kValue, kInput, kOutput, kMap };
     std::uint32_t kind;
     std::uint32_t bytes;
 };
@@ -78,6 +82,8 @@ template <typename T>
 constexpr Parameter parameter() {
     if constexpr (std::is_pointer_v<T>) {
         return {std::is_const_v<std::remove_pointer_t<T>> ? Parameter::kInput : Parameter::kOutput, sizeof(T)};
+    } else if constexpr (std::is_same_v<T, ptx::TensorMap>) {
+        return {Parameter::kMap, sizeof(T)};
     } else {
         return {Parameter::kValue, sizeof(T)};
     }

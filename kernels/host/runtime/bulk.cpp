@@ -2,8 +2,13 @@
 //
 // A load's bytes are poisoned when it begins and arrive when somebody waits for the phase of its barrier: until then any
 // access to them is a finding. A phase ends when its arrivals have come and all bytes that they announced are on their
-// way. It orders nothing but these bytes: what the program itself wrote wants a barrier of threads.
+// way. Who waits for it has seen these bytes, and what the warps that arrived had done before the __syncwarp that came
+// before their arrival: what the arriving thread did since then counts as not seen.
+//
+// Loads by a tensor's map bring boxes of rows of 128 bytes. The swizzle is computed from the address, as the PTX manual
+// has it, and not by the code that reads the tiles.
 #include <cstring>
+#include <iterator>
 
 #include "../../ptx.cuh"
 #include "machine.h"
@@ -17,6 +22,14 @@ namespace {
 constexpr unsigned kUnit = 16;            // of sizes and addresses
 constexpr std::size_t kBarrierBytes = 8;
 constexpr unsigned kMostArrivals = (1u << 20) - 1;
+constexpr unsigned kBoxRow = 128;         // bytes
+constexpr unsigned kSwizzleBytes = 1024;  // after which its pattern comes again
+
+// What src/map.rs made of a matrix.
+struct Map {
+    std::uint64_t magic, address, element, columns, rows, stride, box_columns, box_rows;
+};
+constexpr std::uint64_t kMapMagic = 0x70616d20726f736e;
 
 template <typename Visit>
 void each_granule(std::size_t offset, std::size_t bytes, Visit visit) {
@@ -92,6 +105,13 @@ void Machine::init_bytes(void* barrier, unsigned arrivals, const void* site) {
 void Machine::arrive_bytes(void* barrier, unsigned bytes, const void* site) {
     if (omits(site)) return;
     ByteBarrier& here = byte_barrier(barrier, site);
+    if (here.missing == 0) {
+        fail(Check::kCollective, site, "an arrival behind the %u of this phase, which waits for bytes", here.arrivals);
+    }
+    const Warp& warp = warps_[current->thread / kWarp];
+    join(here.joined, warp.seen);
+    std::uint32_t& own = here.joined[current->thread / kWarp];
+    own = std::max(own, warp.epoch - 1);
     --here.missing;
     here.announced += bytes;
     complete_bytes(here, site);
@@ -107,8 +127,9 @@ void Machine::complete_bytes(ByteBarrier& barrier, const void* site) {
     ++barrier.phases;
     barrier.missing = barrier.arrivals;
     barrier.announced = barrier.begun = 0;
-    barrier.complete.insert(barrier.complete.end(), barrier.loads.begin(), barrier.loads.end());
+    std::move(barrier.loads.begin(), barrier.loads.end(), std::back_inserter(barrier.complete));
     barrier.loads.clear();
+    barrier.released = barrier.joined;
     each_thread([&](unsigned t) {
         Fiber& fiber = fibers_[t];
         if (fiber.wait == Wait::kBytes && fiber.barrier == barrier.offset && !fiber.done) wake(fiber);
@@ -118,11 +139,13 @@ void Machine::complete_bytes(ByteBarrier& barrier, const void* site) {
 void Machine::await_bytes(void* barrier, unsigned parity, const void* site) {
     if (omits(site)) return;
     require_full_warp("mbarrier_wait", site);
-    together(~0u, "mbarrier_wait", nullptr, site, [](auto&, unsigned) {});
-    const std::size_t offset = byte_barrier(barrier, site).offset;
-    const auto over = [&] { return byte_barrier(barrier, site).phases % 2 != (parity & 1); };
-    while (!over()) {
-        current->barrier = static_cast<unsigned>(offset);
+    std::uint32_t phases = 0;  // that are to be over: the lanes of a warp look once, together
+    together(~0u, "mbarrier_wait", &phases, site, [&](auto& operands, unsigned) {
+        const std::uint32_t now = byte_barrier(barrier, site).phases;
+        for (void* operand : operands) *static_cast<std::uint32_t*>(operand) = now + (now % 2 == (parity & 1));
+    });
+    while (byte_barrier(barrier, site).phases < phases) {
+        current->barrier = static_cast<unsigned>(byte_barrier(barrier, site).offset);
         wait(Wait::kBytes, "mbarrier_wait", site);
     }
     ByteBarrier& here = byte_barrier(barrier, site);
@@ -130,24 +153,67 @@ void Machine::await_bytes(void* barrier, unsigned parity, const void* site) {
         here.landed = next_epoch();
         for (const BulkLoad& load : here.complete) {
             const Access write{here.landed, code_offset(load.site), load.thread, kByProxy};
-            each_granule(load.offset, load.bytes, [&](std::size_t granule) {
+            each_granule(load.offset, load.content.size(), [&](std::size_t granule) {
                 shared_shadow_.state[granule] = kValid | kInitialised;
                 shared_shadow_.history[granule].write = write;
             });
-            std::memcpy(shared_.get() + load.offset, load.source, load.bytes);
+            std::memcpy(shared_.get() + load.offset, load.content.data(), load.content.size());
         }
         here.complete.clear();
     }
-    std::uint32_t& seen = warps_[current->thread / kWarp].seen.back();
-    seen = std::max(seen, here.landed);
+    Clock& seen = warps_[current->thread / kWarp].seen;
+    join(seen, here.released);
+    seen.back() = std::max(seen.back(), here.landed);
 }
 
 void Machine::load_bulk(void* shared, const void* global, unsigned bytes, void* barrier, const void* site) {
     require_units(shared, global, bytes, true, site);
     ByteBarrier& here = byte_barrier(barrier, site);
+    shared_offset(shared, bytes, true, site);
+    if (bytes != 0) access<false>(global, bytes, site);
+    std::memcpy(begin_load(shared, bytes, here, site).data(), global, bytes);
+    complete_bytes(here, site);
+}
+
+void Machine::require_map(const ptx::TensorMap& map, const void* site) {
+    if (reinterpret_cast<const Map&>(map).magic != kMapMagic) {
+        fail(Check::kCollective, site, "not a tensor's map, or that of a matrix without elements");
+    }
+}
+
+void Machine::load_box(void* shared, const ptx::TensorMap& tensor, int column, int row, void* barrier, const void* site) {
+    require_map(tensor, site);
+    const auto& map = reinterpret_cast<const Map&>(tensor);
+    require_alignment(shared, kSwizzleBytes, true, site);
+    ByteBarrier& here = byte_barrier(barrier, site);
+    const std::size_t bytes = map.box_rows * kBoxRow, offset = shared_offset(shared, bytes, true, site);
+    // Those rows and columns of the box that the matrix has.
+    const auto within = [](std::int64_t corner, std::uint64_t box, std::uint64_t matrix) {
+        const std::int64_t end = std::min<std::int64_t>(corner + static_cast<std::int64_t>(box), matrix);
+        return std::pair(std::max<std::int64_t>(corner, 0), end);
+    };
+    const auto [first_row, end_row] = within(row, map.box_rows, map.rows);
+    const auto [first_column, end_column] = within(column, map.box_columns, map.columns);
+    const std::size_t run = first_column < end_column ? (end_column - first_column) * map.element : 0;
+    const auto source = [&](std::int64_t r) {
+        return reinterpret_cast<const std::uint8_t*>(map.address + r * map.stride + first_column * map.element);
+    };
+    for (std::int64_t r = first_row; r < end_row && run > 0; ++r) access<false>(source(r), run, site);
+    std::vector<std::uint8_t>& content = begin_load(shared, bytes, here, site);
+    for (std::int64_t r = first_row; r < end_row; ++r) {
+        for (std::size_t byte = 0; byte < run; ++byte) {
+            const std::size_t plain = offset + (r - row) * kBoxRow + (first_column - column) * map.element + byte;
+            content[(plain ^ plain / kBoxRow % 8 * kUnit) - offset] = source(r)[byte];
+        }
+    }
+    complete_bytes(here, site);
+}
+
+// Bytes are on their way; gives them, zeros so far. What was there before has been read and written, and the proxy has
+// seen that.
+std::vector<std::uint8_t>& Machine::begin_load(void* shared, std::size_t bytes, ByteBarrier& here, const void* site) {
     require_fenced(here.offset, kBarrierBytes, site);
     const std::size_t offset = shared_offset(shared, bytes, true, site);
-    if (bytes != 0) access<false>(global, bytes, site);
     each_granule(offset, bytes, [&](std::size_t granule) {
         const std::uint8_t* at = shared_.get() + granule * kGranule;
         if ((shared_shadow_.state[granule] & kPending) != 0) fail_at(Check::kPending, at, kGranule, true, site);
@@ -157,9 +223,8 @@ void Machine::load_bulk(void* shared, const void* global, unsigned bytes, void* 
     std::memset(shared, kPoison, bytes);
     std::fill_n(shared_shadow_.state.get() + offset / kGranule, bytes / kGranule, std::uint8_t{kValid | kPending});
     here.begun += bytes;
-    here.loads.push_back({offset, static_cast<const std::uint8_t*>(global), bytes,
-                          static_cast<std::uint16_t>(current->thread), site});
-    complete_bytes(here, site);
+    here.loads.push_back({offset, std::vector<std::uint8_t>(bytes), static_cast<std::uint16_t>(current->thread), site});
+    return here.loads.back().content;
 }
 
 // The bytes are taken at once: whoever changes them before the wait is found.
@@ -194,7 +259,7 @@ void Machine::require_no_bulk_copies(bool last) {
         if (rank_of(current->thread) != barrier.offset / kSharedBytes) continue;
         for (const auto& loads : {barrier.loads, barrier.complete}) {
             for (const BulkLoad& load : loads) {
-                fail_at(Check::kUnawaited, shared_.get() + load.offset, load.bytes, true, load.site);
+                fail_at(Check::kUnawaited, shared_.get() + load.offset, load.content.size(), true, load.site);
             }
         }
     }
@@ -208,11 +273,16 @@ namespace ptx {
 
 void fence_proxy_async() { machine->fence_proxy(SITE); }
 void mbarrier_init(std::uint64_t* barrier, unsigned arrivals) { machine->init_bytes(barrier, arrivals, SITE); }
+void mbarrier_arrive(std::uint64_t* barrier) { machine->arrive_bytes(barrier, 0, SITE); }
 void mbarrier_arrive(std::uint64_t* barrier, unsigned bytes) { machine->arrive_bytes(barrier, bytes, SITE); }
 void mbarrier_wait(std::uint64_t* barrier, unsigned parity) { machine->await_bytes(barrier, parity, SITE); }
 void bulk_load(void* shared, const void* global, unsigned bytes, std::uint64_t* barrier) {
     machine->load_bulk(shared, global, bytes, barrier, SITE);
 }
+void tensor_load(void* shared, const TensorMap& map, int column, int row, std::uint64_t* barrier) {
+    machine->load_box(shared, map, column, row, barrier, SITE);
+}
+void tensor_prefetch(const TensorMap& map) { machine->require_map(map, SITE); }
 void bulk_store(void* global, const void* shared, unsigned bytes) { machine->store_bulk(global, shared, bytes, SITE); }
 void bulk_commit() { machine->commit_stores(); }
 template <int kStillRunning> void bulk_wait_read() { machine->await_stores(kStillRunning, SITE); }

@@ -38,11 +38,6 @@ void shuffle(std::vector<T>& items, std::uint64_t& state) {
 
 }  // namespace
 
-// Adds to a clock what another one has seen.
-static void join(Clock& clock, const Clock& other) {
-    for (std::size_t w = 0; w < other.size(); ++w) clock[w] = std::max(clock[w], other[w]);
-}
-
 void FreeDeleter::operator()(void* memory) const { std::free(memory); }
 
 void Shadow::resize(std::size_t bytes) {
@@ -96,7 +91,8 @@ bool Machine::launch(const Kernel& kernel, const LaunchShape& shape, const Argum
     values_.clear();
     for (std::size_t i = 0; i < count; ++i) {
         const Argument& argument = arguments[i];
-        values_.push_back(const_cast<void*>(argument.kind == Parameter::kValue ? argument.value : &argument.address));
+        const bool is_pointer = argument.kind == Parameter::kInput || argument.kind == Parameter::kOutput;
+        values_.push_back(const_cast<void*>(is_pointer ? &argument.address : argument.value));
     }
 
     const unsigned wide = grid_extent.x / shape.cluster;
@@ -148,6 +144,7 @@ void Machine::run_cluster(uint3 first, unsigned blocks, unsigned thread_count) {
             warp.epoch = cluster_epoch_;
             warp.seen.assign(clock_size(), 0);
             warp.arrived = warp.awaited = 0;
+            warp.registers = kRegisters / (warps * kWarp) / 8 * 8;
             warp.gatherings.clear();
         }
     }

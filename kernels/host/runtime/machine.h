@@ -22,6 +22,7 @@ constexpr unsigned kMaxThreads = 1024;
 constexpr unsigned kMaxWarps = kMaxThreads / kWarp;
 constexpr unsigned kMaxCluster = 16;
 constexpr unsigned kBarriers = 16;
+constexpr unsigned kRegisters = 64 << 10;               // of a multiprocessor
 constexpr std::size_t kStackBytes = 64 << 10;
 constexpr std::size_t kSharedBytes = 256 << 10;          // of address space: the variables and the gaps between them
 constexpr std::size_t kStaticSharedLimit = 48 << 10;
@@ -90,6 +91,15 @@ struct AsyncCopy {
     const void* site;
 };
 
+// One entry per warp of the cluster, and one for bulk copies: up to when those are seen that have been waited for.
+using Clock = std::vector<std::uint32_t>;
+
+// Adds to a clock what another one has seen.
+inline void join(Clock& clock, const Clock& other) {
+    clock.resize(std::max(clock.size(), other.size()));
+    for (std::size_t w = 0; w < other.size(); ++w) clock[w] = std::max(clock[w], other[w]);
+}
+
 // A bulk copy from shared memory.
 struct BulkStore {
     std::uint32_t group;
@@ -97,11 +107,10 @@ struct BulkStore {
     const void* site;
 };
 
-// A bulk copy to shared memory.
+// A bulk copy to shared memory, with the bytes that it brings.
 struct BulkLoad {
     std::size_t offset;
-    const std::uint8_t* source;
-    std::size_t bytes;
+    std::vector<std::uint8_t> content;
     std::uint16_t thread;
     const void* site;
 };
@@ -115,6 +124,8 @@ struct ByteBarrier {
     std::size_t announced = 0, begun = 0;  // bytes of this phase
     std::vector<BulkLoad> loads = {};    // of this phase
     std::vector<BulkLoad> complete = {};  // of phases that are over, and nobody has waited for them yet
+    Clock joined = {};                   // what those have seen that arrived
+    Clock released = {};                 // the same of the last phase that is over
 };
 
 // A product of a warpgroup, as one of its threads gives it.
@@ -149,7 +160,7 @@ struct Reading {
     std::vector<std::uint32_t> offsets;
 };
 
-enum class Wait : std::uint8_t { kNothing, kBarrier, kWarp, kWarpgroup, kCluster, kBytes };
+enum class Wait : std::uint8_t { kNothing, kBarrier, kWarp, kWarpgroup, kCluster, kBytes, kRegisters };
 
 struct Fiber {
     Context context;
@@ -183,14 +194,13 @@ struct Gathering {
     std::array<void*, kWarp> operands{};
 };
 
-// One entry per warp of the cluster, and one for bulk copies: up to when those are seen that have been waited for.
-using Clock = std::vector<std::uint32_t>;
 
 struct Warp {
     unsigned lanes = 0;        // that exist
     std::uint32_t epoch = 0;   // stamp of what its threads do now
     Clock seen;                // up to which epoch of each other warp all is known to have happened before
     std::uint32_t arrived = 0, awaited = 0;  // phase of the cluster's barrier: arrived at and not awaited yet, awaited
+    unsigned registers = 0;    // of a thread
     std::vector<Gathering> gatherings;
 };
 
@@ -226,7 +236,7 @@ struct Block {
     std::array<Barrier, kBarriers> barriers;
 };
 
-// One argument: a value's bytes, or a view of global memory.
+// One argument: a value's bytes, or a view of global memory, or both for a tensor's map.
 struct Argument {
     const void* value;
     std::uint64_t address;
@@ -287,6 +297,8 @@ public:
     void fence_proxy(const void* site);
     void init_bytes(void* barrier, unsigned arrivals, const void* site);
     void arrive_bytes(void* barrier, unsigned bytes, const void* site);
+    void load_box(void* shared, const ptx::TensorMap& map, int column, int row, void* barrier, const void* site);
+    void require_map(const ptx::TensorMap& map, const void* site);
     void await_bytes(void* barrier, unsigned parity, const void* site);
     void load_bulk(void* shared, const void* global, unsigned bytes, void* barrier, const void* site);
     void store_bulk(void* global, const void* shared, unsigned bytes, const void* site);
@@ -294,6 +306,7 @@ public:
     void await_stores(std::uint32_t still_running, const void* site);
     // Products of warpgroups (warpgroup.cpp).
     std::uint32_t shared_address(const void* address, const void* site);
+    void set_registers(unsigned count, bool more, const void* site);
     void fence_registers(const void* site);
     void multiply(const GroupProduct& product, const void* site);
     void commit_products(const void* site);
@@ -345,6 +358,7 @@ private:
     std::size_t barrier_offset(const void* barrier, const void* site);
     ByteBarrier& byte_barrier(const void* barrier, const void* site);
     void complete_bytes(ByteBarrier& barrier, const void* site);
+    std::vector<std::uint8_t>& begin_load(void* shared, std::size_t bytes, ByteBarrier& barrier, const void* site);
     void require_no_bulk_copies(bool last);
     std::size_t clock_size() const { return warps_.size() + 1; }
     template <bool kWrite>

@@ -49,6 +49,28 @@ std::uint32_t Machine::shared_address(const void* address, const void* site) {
     return static_cast<std::uint32_t>(shared_offset(address, 1, false, site) % kSharedBytes);
 }
 
+// Whoever takes registers waits until others have given as many: in vain, where that is more than there are.
+void Machine::set_registers(unsigned count, bool more, const void* site) {
+    const char* instruction = more ? "take_registers" : "give_registers";
+    require_full_warp(instruction, site);
+    together(~0u, instruction, nullptr, site, [](auto&, unsigned) {});
+    const unsigned rank = rank_of(current->thread), warps = threads_per_block_ / kWarp;
+    Warp& own = warps_[current->thread / kWarp];
+    if (count < 24 || count > 256 || count % 8 != 0 || (more ? count < own.registers : count > own.registers)) {
+        fail(Check::kCollective, site, "%s: from %u to %u", instruction, own.registers, count);
+    }
+    const auto fits = [&] {
+        unsigned all = (count - own.registers) * kWarp;
+        for (unsigned w = 0; w < warps; ++w) all += warps_[rank * warps + w].registers * kWarp;
+        return all <= kRegisters;
+    };
+    while (!fits()) wait(Wait::kRegisters, instruction, site);
+    own.registers = count;
+    each_thread([&](unsigned t) {
+        if (rank_of(t) == rank && fibers_[t].wait == Wait::kRegisters && !fibers_[t].done) wake(fibers_[t]);
+    });
+}
+
 void Machine::fence_registers(const void* site) {
     if (omits(site)) return;
     require_full_warp("wgmma_fence", site);
@@ -286,6 +308,15 @@ using dtmem_host::machine;
 namespace ptx {
 
 uint32_t shared_address(const void* shared) { return machine->shared_address(shared, SITE); }
+template <int kCount> void give_registers() { machine->set_registers(kCount, false, SITE); }
+template <int kCount> void take_registers() { machine->set_registers(kCount, true, SITE); }
+#define REGISTERS(COUNT)                       \
+    template void give_registers<COUNT>();     \
+    template void take_registers<COUNT>();
+REGISTERS(24) REGISTERS(32) REGISTERS(40) REGISTERS(48) REGISTERS(56) REGISTERS(64) REGISTERS(72) REGISTERS(80)
+REGISTERS(88) REGISTERS(96) REGISTERS(104) REGISTERS(112) REGISTERS(120) REGISTERS(128) REGISTERS(136) REGISTERS(144)
+REGISTERS(152) REGISTERS(160) REGISTERS(168) REGISTERS(176) REGISTERS(184) REGISTERS(192) REGISTERS(200) REGISTERS(208)
+REGISTERS(216) REGISTERS(224) REGISTERS(232) REGISTERS(240) REGISTERS(248) REGISTERS(256)
 void wgmma_fence() { machine->fence_registers(SITE); }
 void wgmma_commit() { machine->commit_products(SITE); }
 template <int kStillRunning> void wgmma_wait() { machine->await_products(kStillRunning, SITE); }

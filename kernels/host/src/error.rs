@@ -51,6 +51,16 @@ pub enum Error {
         /// Bytes of an element.
         element: usize,
     },
+    /// A tensor's map that no GPU would load boxes by.
+    #[error("a tensor's map: {what} is {found}, expected {expected}")]
+    Map {
+        /// The field of [`Boxes`](crate::Boxes).
+        what: &'static str,
+        /// What was given.
+        found: u64,
+        /// What is possible.
+        expected: &'static str,
+    },
     /// A grid, block or cluster that no GPU would launch.
     #[error("{kernel}: {what} is {found:?}, expected {expected}")]
     Shape {

@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use crate::{Error, Finding, Result, ffi};
+use crate::{Error, Finding, Result, TensorMap, ffi};
 
 /// A number that kernels work on.
 ///
@@ -111,6 +111,8 @@ pub enum Arg {
     Input(View),
     /// For `T*`: memory that is written, or read and written.
     Output(View),
+    /// For `ptx::TensorMap`: memory that is only read, by boxes.
+    Map(TensorMap),
     /// For `int32_t`.
     I32(i32),
     /// For `uint32_t`.
@@ -146,6 +148,16 @@ impl Arg {
         match self {
             Self::Input(memory) => view(memory, ffi::INPUT),
             Self::Output(memory) => view(memory, ffi::OUTPUT),
+            Self::Map(map) => {
+                let memory = map.view();
+                let argument = ffi::Argument {
+                    value: std::ptr::from_ref(map).cast::<c_void>(),
+                    address: memory.address,
+                    bytes: memory.bytes as u64,
+                    kind: ffi::MAP,
+                };
+                (argument, size_of::<TensorMap>())
+            }
             Self::I32(number) => value(number),
             Self::U32(number) => value(number),
             Self::I64(number) => value(number),
@@ -422,6 +434,7 @@ impl Executor {
                 let expected = match parameter.kind {
                     ffi::INPUT => "an input".to_owned(),
                     ffi::OUTPUT => "an output".to_owned(),
+                    ffi::MAP => "a tensor's map".to_owned(),
                     _ => format!("a value of {} bytes", parameter.bytes),
                 };
                 return Err(Error::ArgumentType {
@@ -525,6 +538,8 @@ pub enum Parameter {
     Input,
     /// `T*`
     Output,
+    /// `ptx::TensorMap`
+    Map,
     /// A number of so many bytes.
     Value(usize),
 }
@@ -535,6 +550,7 @@ pub fn signature(name: &str) -> Option<(Vec<Parameter>, u32)> {
     let parameter = |parameter: &ffi::Parameter| match parameter.kind {
         ffi::INPUT => Parameter::Input,
         ffi::OUTPUT => Parameter::Output,
+        ffi::MAP => Parameter::Map,
         _ => Parameter::Value(parameter.bytes as usize),
     };
     let parameters = parameters.iter().map(parameter).collect();

@@ -17,6 +17,7 @@ pub struct Parameter {
 pub const VALUE: u32 = 0;
 pub const INPUT: u32 = 1;
 pub const OUTPUT: u32 = 2;
+pub const MAP: u32 = 3;
 
 #[repr(C)]
 pub struct Kernel {

@@ -26,9 +26,11 @@ mod executor;
 mod ffi;
 #[allow(unsafe_code)]
 mod finding;
+mod map;
 
 pub use error::{Error, Result};
 pub use executor::{
     Arg, Buffer, Element, Executor, Launch, Order, Parameter, View, kernels, signature,
 };
 pub use finding::{Access, Check, Finding, Location, Memory, Place};
+pub use map::{Boxes, TensorMap};

@@ -318,3 +318,31 @@ fn each_misuse_is_found() {
         }
     }
 }
+
+#[test]
+fn registers_that_nobody_gives_cannot_be_taken() {
+    let run = |executor: &Executor, defect| {
+        let y = executor.scratch::<f32>(384);
+        let args = [Arg::Output(y.view()), Arg::I32(defect)];
+        let launch = Launch::new([1, 1, 1], [384, 1, 1]);
+        executor
+            .launch("test_registers", launch, &args)
+            .map(|()| y.download())
+    };
+    let y = in_every_order(|executor| run(executor, 0).unwrap_or_else(|error| panic!("{error}")));
+    assert_eq!(y, [1.0; 384]);
+    for (defect, check) in [
+        (1, Check::Collective), // gives more than it has
+        (2, Check::Divergence), // gives nothing
+        (3, Check::Divergence), // takes more than was given
+        (4, Check::Divergence), // half of each warp
+    ] {
+        let mut executor = Executor::new();
+        for order in Order::ALL {
+            executor.set_order(order);
+            let error = run(&executor, defect).expect_err("a defect");
+            let found = error.finding().map(|finding| finding.check);
+            assert_eq!(found, Some(check), "{defect}: {error}");
+        }
+    }
+}

@@ -109,3 +109,20 @@ extern "C" __global__ void __launch_bounds__(128) test_warpgroup(const bf16* x, 
     if (defect == 20) tile[0][(thread + 64) % 128] = x[thread];
     for (int i = 0; i < 32; ++i) y[thread * 32 + i] = sums[i / 4][i % 4] + more[i / 4][i % 4];
 }
+
+// Three warpgroups, 168 registers a thread: two take what the last gives. Right if `defect` is 0.
+extern "C" __global__ void __launch_bounds__(384) test_registers(float* y, int32_t defect) {
+    const int thread = static_cast<int>(threadIdx.x);
+    if (thread >= 256) {
+        if (defect == 1) {
+            ptx::give_registers<176>();
+        } else if (defect != 2) {
+            ptx::give_registers<40>();
+        }
+    } else if (defect == 3) {
+        ptx::take_registers<240>();
+    } else if (defect != 4 || thread % 32 < 16) {
+        ptx::take_registers<232>();
+    }
+    y[thread] = 1.0f;
+}
