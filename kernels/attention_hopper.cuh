@@ -10,6 +10,57 @@ constexpr int kGroups = 2;  // warpgroups of a block
 constexpr int kBlock = kGroups * warpgroup::kThreads;
 constexpr int kBlockRows = kGroups * warpgroup::kRows;
 
+// Tiles that one warp fills and other warps use, over and over: tile n = 0, 1, … stands at place n % kPlaces. `filled` goes
+// a phase further when a tile is there, `emptied` when every user has released one. All lanes of a warp call together.
+template <int kPlaces, int kSize, typename T>
+struct Ring {
+    T* tiles;
+    uint64_t *filled, *emptied;  // [kPlaces] each
+
+    __device__ Ring(T* tiles, uint64_t* barriers) : tiles(tiles), filled(barriers), emptied(barriers + kPlaces) {}
+
+    __device__ T* tile(int n) const { return tiles + n % kPlaces * kSize; }
+    __device__ uint64_t* barrier(int n) const { return filled + n % kPlaces; }
+
+    __device__ void init(int users) const {
+        for (int i = 0; i < kPlaces; ++i) {
+            ptx::mbarrier_init(filled + i, 1);
+            ptx::mbarrier_init(emptied + i, users);
+        }
+    }
+    // The first round finds its places empty: it waits for the phase before the first, which counts as over.
+    __device__ void wait_until_empty(int n) const {
+        ptx::mbarrier_wait(emptied + n % kPlaces, (n / kPlaces + 1) % 2);
+        __syncwarp();  // else one lane could take the ring further than another's wait can tell
+    }
+    __device__ void wait_until_filled(int n) const { ptx::mbarrier_wait(filled + n % kPlaces, n / kPlaces % 2); }
+    __device__ void release(int n) const {
+        __syncwarp();
+        if (threadIdx.x % kWarpSize == 0) ptx::mbarrier_arrive(emptied + n % kPlaces);
+    }
+    __device__ void skip(int n) const {
+        wait_until_filled(n);  // else a user could release a place twice in one phase
+        release(n);
+    }
+};
+
+// Warpgroups that begin something one after another, turn by turn. It orders no memory and nothing depends on it: it keeps
+// them out of step. Named barriers from 1 on.
+template <int kCount>
+struct Turns {
+    int own;
+
+    __device__ void open() const {
+        if (own == kCount - 1) pass();
+    }
+    __device__ void begin() const { ptx::barrier_sync(1 + own, 2 * warpgroup::kThreads); }
+    // `last`: nobody has a turn behind this one.
+    __device__ void end(bool last) const {
+        if (!last || own < kCount - 1) pass();
+    }
+    __device__ void pass() const { ptx::barrier_arrive(1 + (own + 1) % kCount, 2 * warpgroup::kThreads); }
+};
+
 // Starts the copy of `kCount` rows, zeros from `count` on. A thread has one column: the rows of its pieces are equal
 // modulo 8, and so is their place in the row.
 template <int kCount, int kWidth, typename T>
@@ -28,13 +79,13 @@ __device__ inline void load_swizzled(T* tile, const T* rows, int64_t stride, int
     }
 }
 
-// d [64, 8·kN] = the block's rows from `row` on · the other side's from `other_row` on, transposed, over their width:
-// one group of products. A tile of the other side has `kOthers` rows.
-template <int kWidth, int kOthers, int kN, typename T>
+// d [64, 8·kN] = the block's `kOwn` rows from `row` on · the other side's from `other_row` on, transposed, over their
+// width: one group of products. A tile of the other side has `kOthers` rows.
+template <int kWidth, int kOthers, int kOwn = kBlockRows, int kN, typename T>
 __device__ inline void start_scores(float (&d)[kN][4], const T* own, int row, const T* other, int other_row) {
 #pragma unroll
     for (int column = 0; column < kWidth; column += warpgroup::kDepth) {
-        warpgroup::multiply<0>(d, warpgroup::of_columns<kBlockRows>(own, row, column),
+        warpgroup::multiply<0>(d, warpgroup::of_columns<kOwn>(own, row, column),
                                warpgroup::of_columns<kOthers>(other, other_row, column), column > 0, own);
     }
     ptx::wgmma_commit();

@@ -527,6 +527,75 @@ fn a_launch_for_hopper_is_refused_by_other_gpus() {
     launch(Version::Portable).unwrap();
 }
 
+/// Its kernel loads boxes by tensor maps, which the driver encodes: also while a graph is recorded.
+#[test]
+fn a_launch_with_tensor_maps_gives_what_the_portable_version_gives() {
+    if !on_the_model(
+        "",
+        "a_launch_with_tensor_maps_gives_what_the_portable_version_gives",
+    ) {
+        return;
+    }
+    const MODE: CUstreamCaptureMode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+    const TOKENS: usize = 70;
+    const WIDTH: usize = 64;
+    let shape = attention::Shape {
+        sequences: 2,
+        queries: TOKENS,
+        keys: TOKENS,
+        heads: 1,
+        key_heads: 1,
+        width: WIDTH,
+        mask: attention::Mask::Causal,
+    };
+    let gpu = ops::Gpu::new(0).unwrap();
+    let stream = gpu.context().new_stream().unwrap();
+    let bounds = stream.clone_htod(&[0, 30, TOKENS as i32]).unwrap();
+    let numbers: Vec<_> = (0..3 * TOKENS * WIDTH)
+        .map(|i| bf16::from_f32((i * 37 % 101) as f32 / 50.0 - 1.0))
+        .collect();
+    let fused = stream.clone_htod(&numbers).unwrap();
+    let out = [Version::Portable, Version::Hopper].map(|version| {
+        let mut out = stream.clone_htod(&[bf16::ZERO; TOKENS * WIDTH]).unwrap();
+        let mut lse = stream.clone_htod(&[0.0_f32; TOKENS]).unwrap();
+        let on = gpu.on(&stream).unwrap();
+        let [q, k, v] = on.input(&fused).rows(3 * WIDTH).columns([WIDTH; 3]);
+        let tensors = attention::Forward {
+            q,
+            k,
+            v,
+            pack: attention::Pack {
+                cu_seqlens_q: on.input(&bounds),
+                cu_seqlens_k: on.input(&bounds),
+                groups: None,
+            },
+            scale: 0.125,
+            out: on.output(&mut out).rows(WIDTH),
+            lse: on.output(&mut lse),
+            memory_loss: None,
+        };
+        let [launch, _] = shape.plan_forward_by(version, &tensors).unwrap();
+        let launch = launch.unwrap();
+        if !on.can_launch(&launch).unwrap() {
+            println!("this build has no machine code for {}", launch.kernel());
+            return None;
+        }
+        on.launch(&launch).unwrap(); // loads the kernel
+        stream.begin_capture(MODE).unwrap();
+        on.launch(&launch).unwrap();
+        let graph = stream.end_capture(CUgraphInstantiate_flags(0)).unwrap();
+        graph.unwrap().launch().unwrap();
+        drop(tensors);
+        let out = stream.clone_dtoh(&out).unwrap();
+        Some(out.into_iter().map(f32::from).collect::<Vec<_>>())
+    });
+    if let [Some(portable), Some(hopper)] = out {
+        for (portable, hopper) in portable.iter().zip(&hopper) {
+            assert!((portable - hopper).abs() < 0.01, "{portable} {hopper}");
+        }
+    }
+}
+
 #[test]
 fn memory_that_was_freed_or_never_there_is_refused() {
     if !on_the_model("", "memory_that_was_freed_or_never_there_is_refused") {

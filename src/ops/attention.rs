@@ -24,7 +24,14 @@ const THREADS: u32 = 128;
 const WARPS: usize = 4;
 /// Tiles of the other side that a block holds: one is worked on while the next is copied.
 const STAGES: usize = 2;
-/// Of a block of the version for Hopper: two warpgroups.
+/// Threads of a warpgroup, and the queries that it multiplies, in the version for Hopper.
+const GROUP_THREADS: u32 = 128;
+const GROUP_ROWS: usize = 64;
+/// Keys of a tile there.
+const HOPPER_KEYS: usize = 128;
+/// Bytes of a barrier there: one for the queries, and two for each tile of keys or values that a block has room for.
+const BARRIER_BYTES: usize = 8;
+/// Of a block of the gradients for Hopper: two warpgroups.
 const HOPPER_THREADS: u32 = 256;
 /// Queries of that block, or keys in the key gradient.
 const HOPPER_ROWS: usize = 128;
@@ -32,8 +39,8 @@ const HOPPER_ROWS: usize = 128;
 const HOPPER_OTHERS: usize = 64;
 /// Of which a block holds three there: the sums of one are under way while the next is worked on and a third is copied.
 const HOPPER_STAGES: usize = 3;
-/// Bytes of shared memory that it has for the run of keys that each of its queries sees.
-const HOPPER_RUNS: u32 = 8 * HOPPER_ROWS as u32;
+/// Bytes of shared memory for the run of keys that a query sees.
+const RUN_BYTES: usize = 8;
 /// The same of the key gradient, for what it knows of the queries.
 const HOPPER_QUERIES: u32 = 9216;
 const LOSS_THREADS: u32 = 1024;
@@ -427,6 +434,14 @@ impl Shape {
                 window,
                 Arg::F32(tensors.scale),
             ]);
+        let attention = match kernel.names.0 {
+            HOPPER => attention.and([
+                tensors.q.map(self.of_queries(), kernel.rows),
+                tensors.k.map(self.of_keys(), HOPPER_KEYS),
+                tensors.v.map(self.of_keys(), HOPPER_KEYS),
+            ]),
+            _ => attention,
+        };
         let loss = memory_loss.map(|loss| {
             Launch::new(
                 (FORWARD, "attention_loss"),
@@ -615,18 +630,19 @@ impl Shape {
 
     /// `None` for the widths and types that it is not there for.
     fn hopper<T: Storage>(&self) -> Option<Kernel> {
-        let kernels = match self.width {
-            64 => for_each_type!("attention_hopper", "_64"),
-            128 => for_each_type!("attention_hopper", "_128"),
+        // Warpgroups that multiply (one more copies), and tiles of keys that there is room for, and of values.
+        let (kernels, groups, tiles) = match self.width {
+            64 => (for_each_type!("attention_hopper", "_64"), 3, 4),
+            128 => (for_each_type!("attention_hopper", "_128"), 2, 3),
             _ => return None,
         };
-        // A tile has as many keys as a head is wide.
-        let rows = HOPPER_ROWS + 2 * STAGES * self.width;
+        let rows = groups * GROUP_ROWS;
+        let beside = RUN_BYTES * rows + BARRIER_BYTES * (1 + 4 * tiles);
         (size_of::<T>() == 2).then(|| Kernel {
             names: (HOPPER, kernel_for::<T>(kernels)),
-            rows: HOPPER_ROWS,
-            threads: HOPPER_THREADS,
-            shared_bytes: self.shared_bytes::<T>(rows) + HOPPER_RUNS,
+            rows,
+            threads: (groups as u32 + 1) * GROUP_THREADS,
+            shared_bytes: self.shared_bytes::<T>(rows + 2 * tiles * HOPPER_KEYS) + beside as u32,
         })
     }
 
@@ -680,7 +696,8 @@ impl Shape {
             threads: HOPPER_THREADS,
             shared_bytes: self.shared_bytes::<T>(rows) + beside,
         };
-        let kernels = [kernel(queries, HOPPER_RUNS), kernel(keys, HOPPER_QUERIES)];
+        let runs = (RUN_BYTES * HOPPER_ROWS) as u32;
+        let kernels = [kernel(queries, runs), kernel(keys, HOPPER_QUERIES)];
         (size_of::<T>() == 2).then_some(kernels)
     }
 

@@ -1,7 +1,7 @@
 use dtmem::ops::attention::{
     Backward, Denominator, Forward, Mask, MemoryLoss, MemoryLossGradient, Pack, Shape, Supervision,
 };
-use dtmem::ops::{Arg, Error, Input, Output, Version};
+use dtmem::ops::{Arg, Error, Input, Output, Type, Version};
 use dtmem_reference::attention as reference;
 use half::{bf16, f16};
 use ndarray::{Array1, Array2, Array3, s};
@@ -595,11 +595,25 @@ fn the_version_for_hopper_is_planned_for_its_widths_and_types_only() {
     );
     assert_eq!(
         (hopper.grid(), hopper.block()),
-        ([QUERIES as u32 / 128 + 3, 2, 1], [256, 1, 1])
+        ([QUERIES as u32 / 192 + 3, 2, 1], [512, 1, 1])
     );
-    assert_eq!(hopper.shared_bytes(), (128 + 4 * 64) * 128 + 1024);
+    // 192 queries, room for four tiles of 128 keys and four of values; a run of keys for each query, and barriers.
+    let beside = 192 * 8 + (1 + 4 * 4) * 8;
+    assert_eq!(hopper.shared_bytes(), (192 + 2 * 4 * 128) * 128 + beside);
     assert!(hopper.is_for_hopper() && !portable.is_for_hopper());
-    assert_eq!(hopper.args(), portable.args());
+    let (same, maps) = hopper.args().split_at(portable.args().len());
+    assert_eq!(same, portable.args());
+    for (index, (rows, box_rows)) in [(QUERIES, 192), (KEYS, 128), (KEYS, 128)]
+        .into_iter()
+        .enumerate()
+    {
+        let (Arg::Map(map), Arg::Input(span)) = (maps[index], same[index]) else {
+            panic!("{maps:?}");
+        };
+        assert_eq!(map.span, span);
+        assert_eq!((map.rows, map.box_rows), (rows as u64, box_rows));
+        assert_eq!((map.element, map.box_columns()), (Type::Bf16, 64));
+    }
 
     let tensors = forward();
     let narrow = SHAPE.plan_forward_by(Version::Hopper, &tensors).unwrap();

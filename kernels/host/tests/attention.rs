@@ -4,7 +4,7 @@
 mod common;
 
 use common::{Random, Storage, assert_close, assert_every_barrier_is_needed, in_every_order};
-use dtmem_host::{Arg, Buffer, Executor, Launch, Result, View};
+use dtmem_host::{Arg, Boxes, Buffer, Executor, Launch, Result, TensorMap, View};
 use dtmem_reference::attention::{Attention, Denominator, Mask, Supervision};
 use half::{bf16, f16};
 use ndarray::{Array2, Array3};
@@ -315,6 +315,23 @@ impl<T: Storage> Three<T> {
         self.of(part).0.stride()
     }
 
+    fn map(&self, part: usize, tokens: usize, box_rows: usize) -> Arg {
+        let (buffer, part) = self.of(part);
+        if tokens == 0 {
+            return Arg::Map(TensorMap::EMPTY);
+        }
+        let map = TensorMap::new(Boxes {
+            address: buffer.view(part).address,
+            element: size_of::<T>(),
+            columns: buffer.columns[part] as u64,
+            rows: tokens as u64,
+            stride: (buffer.stride * size_of::<T>()) as u64,
+            box_columns: 64,
+            box_rows: box_rows as u32,
+        });
+        Arg::Map(map.expect("rows are aligned"))
+    }
+
     fn download(&self, part: usize) -> Vec<T> {
         let (buffer, part) = self.of(part);
         buffer.download(part)
@@ -434,8 +451,17 @@ fn run<T: Storage>(executor: &Executor, case: &Case, version: Version) -> Result
             let name = if supervised { "forward_bce" } else { "forward" };
             (name, rows, THREADS, (rows + 4 * keys) * row_bytes)
         }
-        // Keys of a tile: as many as a head is wide.
-        Version::Hopper => ("hopper", 128, 256, (128 + 4 * width) * row_bytes + 1024),
+        Version::Hopper => {
+            // 64 queries for each warpgroup but one; places for tiles of 128 keys, and as many for values.
+            let (groups, places) = if width == 64 { (3, 4) } else { (2, 3) };
+            let queries = 64 * groups;
+            let tiles = (queries + 2 * places * 128) * row_bytes;
+            args.push(input.map(0, tokens_q, queries));
+            args.extend([1, 2].map(|part| input.map(part, tokens_k, 128)));
+            let barriers = 8 * (1 + 4 * places);
+            let threads = 128 * (groups as u32 + 1);
+            ("hopper", queries, threads, tiles + 8 * queries + barriers)
+        }
     };
     launch(
         &format!("attention_{name}_{width}_{}", T::NAME),
@@ -673,6 +699,85 @@ proptest! {
     fn products_of_warpgroups_agree_with_the_reference(shape in shape(&[64, 128], 200)) {
         check::<bf16>(&shape, Version::Hopper);
         check::<f16>(&shape, Version::Hopper);
+    }
+}
+
+/// Keys that go through every place of the tiles in shared memory more than once.
+#[test]
+fn long_sequences_by_products_of_warpgroups_agree_with_the_reference() {
+    for (width, shown) in [(64, Shown::Causal), (128, Shown::Window(300))] {
+        check::<bf16>(
+            &Shape {
+                lengths: vec![(210, 900), (1, 600)],
+                key_heads: 1,
+                group: 1,
+                width,
+                shown,
+                annotation: Annotation::SomePairs,
+                sharpness: 1.0,
+                fused: false,
+                seed: 5,
+            },
+            Version::Hopper,
+        );
+    }
+}
+
+/// Tiles reach into other sequences, whose numbers may be anything: 0 times NaN would be NaN.
+#[test]
+fn what_other_sequences_hold_does_not_matter() {
+    let [first, second] = [(70, 150), (200, 330)];
+    for (version, width) in [
+        (Version::Portable, 32),
+        (Version::Hopper, 64),
+        (Version::Hopper, 128),
+    ] {
+        let mut case = Case::draw::<bf16>(&Shape {
+            lengths: vec![first, second],
+            key_heads: 1,
+            group: 1,
+            width,
+            shown: Shown::All,
+            annotation: Annotation::Unsupervised,
+            sharpness: 1.0,
+            fused: false,
+            seed: 6,
+        });
+        let executor = Executor::new();
+        let clean = run::<bf16>(&executor, &case, version).unwrap();
+        for (spoiled, kept) in [(0, 1), (1, 0)] {
+            let rows = |sequence, queries: bool| match (sequence, queries) {
+                (0, true) => 0..first.0,
+                (0, false) => 0..first.1,
+                (_, true) => first.0..first.0 + second.0,
+                (_, false) => first.1..first.1 + second.1,
+            };
+            let whole = (case.q.clone(), case.k.clone(), case.v.clone());
+            let spoil = |x: &mut Array3<f64>, rows| {
+                x.slice_axis_mut(ndarray::Axis(0), ndarray::Slice::from(rows))
+                    .fill(f64::NAN);
+            };
+            spoil(&mut case.q, rows(spoiled, true));
+            spoil(&mut case.k, rows(spoiled, false));
+            spoil(&mut case.v, rows(spoiled, false));
+            let found = run::<bf16>(&executor, &case, version).unwrap();
+            let (queries, keys) = (rows(kept, true), rows(kept, false));
+            let same =
+                |name: &str, found: &[bf16], clean: &[bf16], rows: &std::ops::Range<usize>| {
+                    let at = rows.start * width..rows.end * width;
+                    assert_eq!(
+                        found[at.clone()],
+                        clean[at],
+                        "{version:?}, width {width}: {name}"
+                    );
+                };
+            same("out", &found.out, &clean.out, &queries);
+            for (name, part, rows) in [("dq", 0, &queries), ("dk", 1, &keys), ("dv", 2, &keys)] {
+                same(name, &found.gradients[part], &clean.gradients[part], rows);
+            }
+            assert_eq!(found.lse[queries.clone()], clean.lse[queries]);
+            (case.q, case.k, case.v) = whole;
+        }
     }
 }
 
