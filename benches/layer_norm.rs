@@ -3,5 +3,5 @@
 mod table;
 
 fn main() {
-    table::run(dtmem::bench::Group::LayerNorm);
+    table::run(Some(dtmem::bench::Group::LayerNorm));
 }

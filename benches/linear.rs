@@ -3,5 +3,5 @@
 mod table;
 
 fn main() {
-    table::run(dtmem::bench::Group::Linear);
+    table::run(Some(dtmem::bench::Group::Linear));
 }

@@ -3,5 +3,5 @@
 mod table;
 
 fn main() {
-    table::run(dtmem::bench::Group::Losses);
+    table::run(Some(dtmem::bench::Group::Losses));
 }

@@ -146,6 +146,6 @@ fn train_step(criterion: &mut Criterion) {
 }
 
 fn main() {
-    table::run(Group::Step);
+    table::run(Some(Group::Step));
     train_step(&mut Criterion::default().configure_from_args());
 }

@@ -10,11 +10,11 @@ use criterion::{Criterion, Throughput};
 use dtmem::bench::{Group, Selection, Visit, each};
 use dtmem::train::device::DeviceChoice;
 
-/// Times what the table has of a group, as far as the arguments of the command line choose it.
-pub fn run(group: Group) {
+/// Times what the table has of a group, or all of it, as far as the arguments of the command line choose it.
+pub fn run(group: Option<Group>) {
     let mut criterion = Criterion::default().sample_size(10).configure_from_args();
     let selection = Selection {
-        group: Some(group),
+        group,
         filter: "",
         seconds: f64::INFINITY,
     };
