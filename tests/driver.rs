@@ -274,19 +274,27 @@ fn two_ranks_on_one_gpu_are_refused() {
 }
 
 #[test]
-fn a_driver_that_is_too_old_is_told_and_auto_takes_the_cpu() {
+fn a_driver_that_is_too_old_or_a_gpu_that_is_taken_is_told_and_auto_takes_the_cpu() {
     let toy = Toy::new(&["train.steps=1", "evaluation.episodes=1"]);
-    let error = refused("old", &toy.arguments("cuda:0", "refused"));
-    for part in [
-        "a driver for CUDA 13.0 or above",
-        "this one is for CUDA 12.4",
+    for (options, parts) in [
+        (
+            "old",
+            [
+                "a driver for CUDA 13.0 or above",
+                "this one is for CUDA 12.4",
+            ],
+        ),
+        ("taken", ["another process", "--compute-mode=DEFAULT"]),
     ] {
-        assert!(error.contains(part), "{part} is missing in: {error}");
+        let error = refused(options, &toy.arguments("cuda:0", "refused"));
+        for part in parts {
+            assert!(error.contains(part), "{part} is missing in: {error}");
+        }
+        let mut command = Command::new(env!("CARGO_BIN_EXE_dtmem"));
+        let log = output(command.args(toy.arguments("auto", options)), options).stderr;
+        let log = String::from_utf8_lossy(&log);
+        assert!(log.contains("device: cpu, because"), "{log}");
     }
-    let mut command = Command::new(env!("CARGO_BIN_EXE_dtmem"));
-    let log = output(command.args(toy.arguments("auto", "auto")), "old").stderr;
-    let log = String::from_utf8_lossy(&log);
-    assert!(log.contains("device: cpu, because"), "{log}");
 }
 
 #[test]

@@ -13,6 +13,7 @@ pub struct Options {
     pub order: Option<u64>,
     pub lost: Option<u64>,
     pub old: bool,
+    pub taken: bool,
     pub idle: bool,
     pub trace: bool,
 }
@@ -28,6 +29,7 @@ impl Options {
             match (name, number) {
                 ("a100", _) => options.a100 = true,
                 ("old", _) => options.old = true,
+                ("taken", _) => options.taken = true,
                 ("idle", _) => options.idle = true,
                 ("trace", _) => options.trace = true,
                 ("gpus", Some(count)) => options.gpus = Some(count),

@@ -20,6 +20,7 @@
 //! * `memory=MIB`: so much memory instead of the chip's.
 //! * `order=N`: streams make progress by chance, from this seed, as far as events allow.
 //! * `old`: the driver is for CUDA 12.4, and takes no image.
+//! * `taken`: another process has the GPU for itself.
 //! * `lost=N`: the GPU is gone when it comes to the work of that number.
 //! * `idle`: nothing is computed or stored, memory reads as zeros. Everything else is checked, so
 //!   that what takes a GPU hours is checked in seconds. Work takes a pretended 10 µs.

@@ -207,6 +207,10 @@ impl Machine {
     }
 
     pub fn retain(&mut self, gpu: i32) -> Result<Handle> {
+        if self.options.taken {
+            let message = "another process has the GPU for itself";
+            return fault(Code::CUDA_ERROR_DEVICE_UNAVAILABLE, message);
+        }
         if self.retained > 0 && gpu != self.gpu {
             let message = "a second GPU's context in one process, which this model does not know";
             return fault(Code::CUDA_ERROR_INVALID_DEVICE, message);

@@ -96,6 +96,15 @@ pub enum Error {
         /// How many there are.
         count: usize,
     },
+    /// The GPU is another process's alone.
+    #[error(
+        "GPU {ordinal} is another process's alone: wait until that ends, or let processes share the GPU with \
+         `nvidia-smi --id={ordinal} --compute-mode=DEFAULT`"
+    )]
+    Taken {
+        /// Number of the GPU.
+        ordinal: usize,
+    },
     /// This binary holds no kernels of that family.
     #[error(transparent)]
     MissingImage(#[from] MissingImage),

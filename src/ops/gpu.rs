@@ -82,13 +82,20 @@ impl Drop for Gpu {
 }
 
 impl Gpu {
-    /// The primary context of a GPU, which other libraries use as well. Errors: no driver, no such GPU.
+    /// The primary context of a GPU, which other libraries use as well. Errors: no driver, no such GPU, one that another
+    /// process has for itself.
     pub fn new(ordinal: usize) -> Result<Self> {
         let count = count()?;
         if ordinal >= count {
             return Err(Error::NoGpu { ordinal, count });
         }
-        Ok(Self::from_context(CudaContext::new(ordinal)?))
+        match CudaContext::new(ordinal) {
+            Ok(context) => Ok(Self::from_context(context)),
+            Err(DriverError(CUresult::CUDA_ERROR_DEVICE_UNAVAILABLE)) => {
+                Err(Error::Taken { ordinal })
+            }
+            Err(error) => Err(error.into()),
+        }
     }
 
     /// The caller's own context.
