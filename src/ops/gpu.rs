@@ -320,7 +320,11 @@ impl Launcher for OnStream<'_> {
                 Arg::Input(span) | Arg::Output(span) => ptr::from_ref(&span.address).cast(),
                 Arg::Map(map) => match places.next() {
                     Some(place) => encode(map, place)?,
-                    None => ptr::null(), // no kernel takes as many
+                    None => {
+                        return Err(Error::CannotLaunch {
+                            kernel: launch.kernel(),
+                        });
+                    }
                 },
                 Arg::I32(number) => ptr::from_ref(number).cast(),
                 Arg::U32(number) => ptr::from_ref(number).cast(),
