@@ -335,6 +335,34 @@ struct alignas(16) Panel {
     }
 };
 
+// One part of two, or both, of a matrix instruction's rows, times columns as they lie in memory.
+__device__ inline void multiply_parts(float (&d)[4], const uint32_t (&rows)[2][4], uint32_t b0, uint32_t b1,
+                                      const bf16* type) {
+    mma(d, rows[0], b0, b1, type);
+    mma(d, rows[1], b0, b1, type);
+}
+// Two numbers, each as the sum of two bf16: rounded, and what the rounding left.
+__device__ inline void split(float first, float second, uint32_t& high, uint32_t& low) {
+    high = ptx::pack_bf16(first, second);
+    low = ptx::pack_bf16(first - __uint_as_float(high << 16), second - __uint_as_float(high & 0xffff0000u));
+}
+// Two f16 are two pairs of bf16, exactly.
+__device__ inline void multiply_parts(float (&d)[4], const uint32_t (&rows)[2][4], uint32_t b0, uint32_t b1,
+                                      const f16*) {
+    const bf16* type = nullptr;
+    uint32_t high[2], low[2];
+    const uint32_t columns[2] = {b0, b1};
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        float x[2];
+        load(reinterpret_cast<const f16*>(&columns[i]), x);
+        split(x[0], x[1], high[i], low[i]);
+    }
+    mma(d, rows[0], high[0], high[1], type);
+    mma(d, rows[1], high[0], high[1], type);
+    mma(d, rows[0], low[0], low[1], type);
+}
+
 // The next two are for warps that own 16·kM rows (or 16) and 8·kN columns of a product, as mma leaves them.
 
 // d[m][n] += the first 16·count rows of a · 8·kN rows of b from `first`, transposed.

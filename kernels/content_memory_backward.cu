@@ -203,30 +203,6 @@ __device__ inline void coefficients(const Slopes& x, const T* kappa, const float
     slopes[of_slot] = slope / slot_norm;
 }
 
-// One part of two, or both, of a matrix instruction's rows, times columns as they lie in memory.
-__device__ inline void multiply_parts(float (&d)[4], const uint32_t (&rows)[2][4], uint32_t b0, uint32_t b1,
-                                      const bf16* type) {
-    mma(d, rows[0], b0, b1, type);
-    mma(d, rows[1], b0, b1, type);
-}
-// Two f16 are two pairs of bf16, exactly.
-__device__ inline void split(uint32_t pair, uint32_t& high, uint32_t& low) {
-    float x[2];
-    load(reinterpret_cast<const f16*>(&pair), x);
-    high = ptx::pack_bf16(x[0], x[1]);
-    low = ptx::pack_bf16(x[0] - __uint_as_float(high << 16), x[1] - __uint_as_float(high & 0xffff0000u));
-}
-__device__ inline void multiply_parts(float (&d)[4], const uint32_t (&rows)[2][4], uint32_t b0, uint32_t b1,
-                                      const f16*) {
-    const bf16* type = nullptr;
-    uint32_t high[2], low[2];
-    split(b0, high[0], low[0]);
-    split(b1, high[1], low[1]);
-    mma(d, rows[0], high[0], high[1], type);
-    mma(d, rows[1], high[0], high[1], type);
-    mma(d, rows[0], low[0], low[1], type);
-}
-
 // A tile of coefficients: tokens × slots.
 template <typename T>
 using CoefficientPanels = Panel<typename Coefficients<T>::Number, kTile>[Coefficients<T>::kParts];

@@ -47,67 +47,17 @@
 //   4  clusters: bulk copies in the place of copies of 16 bytes by each thread, of which 48 kB were under way at most. 167
 //      registers and 10 900 instructions for sm_90a, 202 and 12 400 before
 
-#include "content_memory.cuh"
+#include "content_memory_short.cuh"
 
 namespace {
 
-constexpr int kMostTokens = 64;
-constexpr int kRows = 16;                          // of a matrix instruction
-constexpr int kMostTile = 96;
-constexpr int kParts = 2;                          // address and strength
-constexpr int kHalves = 2;                         // of the tokens; a warp has one
 constexpr int kItems = kHalves * kMostTile / kRows / kWarps + 1;  // (16 slots, half of the tokens) of a warp, at most
-constexpr int kFragments = kMostTokens / kHalves / 8;
-constexpr int kStep = 64;                          // columns
 constexpr int kStages = 3;                         // panels of keys
-constexpr int kGap = 8;                            // elements behind a row: rows of a matrix then lie in different banks
 constexpr int kPanelPitch = kStep + kGap;
 constexpr int kWarpColumns = 16;
 constexpr int kValuePitch = kWarpColumns + kGap;
 constexpr int kChunk = kWarps * kWarpColumns;
 constexpr int kSharers = kWarps / kHalves;         // warps that have the same half of the tokens
-
-// The tile and the segment of a block.
-struct Place {
-    int64_t first_token, first_slot;  // among those of all sequences
-    int tokens, rows;                 // rows: tokens, rounded up to whole matrices
-    int slots, tile;                  // the same of slots: those beyond are 0 in the tile
-
-    __device__ Place(const int32_t* offsets, int slots_of_memory, int slots_of_tile)
-        : tile((slots_of_tile + kRows - 1) / kRows * kRows) {
-        const Sequence sequence(offsets, blockIdx.y);
-        const int before = blockIdx.x * slots_of_tile;
-        first_token = sequence.first;
-        first_slot = static_cast<int64_t>(blockIdx.y) * slots_of_memory + before;
-        tokens = sequence.tokens;
-        rows = (tokens + kRows - 1) / kRows * kRows;
-        slots = max(0, min(slots_of_tile, slots_of_memory - before));
-    }
-};
-
-// The first `columns` of a tile of slots of `width`, in shared memory: `ring` steps of columns at a time.
-template <typename T>
-struct Tile {
-    T* first;
-    int ring, columns, width;
-
-    __device__ int pitch() const { return ring * kStep + kGap; }
-    __device__ T* at(int slot, int column) const { return first + slot * pitch() + column; }
-    // Where the columns of a step stand in the ring.
-    __device__ int column(int step) const { return step % ring * kStep; }
-    __device__ T* end(const Place& place) const { return first + place.tile * pitch(); }
-
-    // Starts to copy columns step·64 … of the memory.
-    __device__ void load(const T* memory, const Place& place, int step) const {
-        for (int n = threadIdx.x; n < place.tile * (kStep / 8); n += kThreads) {
-            const int slot = n / (kStep / 8), piece = n % (kStep / 8) * 8, from = step * kStep + piece;
-            if (from >= columns) continue;
-            const bool real = slot < place.slots;
-            const T* source = real ? memory + (place.first_slot + slot) * width + from : memory;
-            ptx::cp_async_16_zfill(at(slot, column(step) + piece), source, real ? kVectorBytes : 0);
-        }
-    }
-};
 
 // Which slots and tokens a lane has: of item j slots slot(j, 0) and slot(j, 1), of fragment i tokens token(i, 0) and
 // token(i, 1). Elements 2h + n of an accumulator are those of slot(j, h) and token(i, n).
@@ -137,11 +87,6 @@ __device__ inline float sum_of_squares(const T* x, int count) {
     }
     return sum;
 }
-
-struct Norms {
-    float slots[kMostTile];
-    float tokens[kMostTokens];
-};
 
 // products = M·a and M·s of the tile; √(|M|²+ε) and √(|a|²+ε). Every thread calls `fetch(step)` two steps ahead, to start
 // copies, and `fetched(step)` before the columns of a step are used.
@@ -242,12 +187,6 @@ __device__ inline void score(Products& products, const Place& place, const Norms
     }
 }
 
-// Of a row over slots: x − max is at most 0, and the sum belongs to this maximum.
-struct Stats {
-    float most, sum;
-};
-using StatsOfTokens = Stats[kParts][kMostTokens];
-
 struct Exchange {
     float most[kParts][kSharers][kMostTokens];
     float sum[kParts][kSharers][kMostTokens];
@@ -311,22 +250,6 @@ __device__ inline Stats stats(const Products& x, const Place& place, Exchange& e
     float sum = 0.0f;
     for (int w = 0; w < kSharers; ++w) sum += exchange.sum[p][w][token];
     return {most_of(p, token), sum};
-}
-
-// Of all tiles: `of(tile, part, token)` has each one's. The sum becomes its inverse. Every thread calls it.
-template <typename Of>
-__device__ inline void combine(int tiles, const Place& place, StatsOfTokens& all, const Of& of) {
-    const int p = threadIdx.x / kMostTokens, token = threadIdx.x % kMostTokens;
-    if (p < kParts && token < place.tokens) {
-        float most = -INFINITY, sum = 0.0f;
-        for (int n = 0; n < tiles; ++n) most = fmaxf(most, of(n, p, token).most);
-        for (int n = 0; n < tiles; ++n) {
-            const Stats one = of(n, p, token);
-            if (one.sum > 0.0f) sum += one.sum * expf(one.most - most);
-        }
-        all[p][token] = {most, 1.0f / sum};
-    }
-    __syncthreads();
 }
 
 // w and w·β of the tile [tile, rows], and what is left of each slot: the product over either half of the tokens.
@@ -628,40 +551,6 @@ __device__ inline void short_read(const float* shares, const int32_t* offsets, T
 
 // --- One launch: the tiles of a sequence are a cluster
 
-[[maybe_unused]] constexpr int kFetchColumns = 256;  // of a slot, by one bulk copy
-[[maybe_unused]] constexpr int kMostFetches = 32;    // what fits into shared memory is narrower
-
-// `copy(slot)` for all slots of the tile: the first lane of a warp takes every eighth.
-template <typename Copy>
-__device__ inline void each_slot(const Place& place, const Copy& copy) {
-    if (threadIdx.x % kWarpSize != 0) return;
-    for (int slot = threadIdx.x / kWarpSize; slot < place.slots; slot += kWarps) copy(slot);
-}
-
-// Starts to copy the whole tile, `kFetchColumns` for each of the barriers. Slots beyond those that exist become 0.
-template <typename T>
-__device__ inline void fetch_tile(const T* memory, const Place& place, const Tile<T>& tile, uint64_t* fetched) {
-    const int fetches = (tile.width + kFetchColumns - 1) / kFetchColumns;
-    if (threadIdx.x == 0) {
-        for (int n = 0; n < fetches; ++n) ptx::mbarrier_init(fetched + n, 1);
-        ptx::fence_proxy_async();
-    }
-    __syncthreads();
-    for (int n = 0; n < fetches; ++n) {
-        const int column = n * kFetchColumns, bytes = min(kFetchColumns, tile.width - column) * static_cast<int>(sizeof(T));
-        if (threadIdx.x == 0) ptx::mbarrier_arrive(fetched + n, place.slots * bytes);
-        each_slot(place, [&](int slot) {
-            ptx::bulk_load(tile.at(slot, column), memory + (place.first_slot + slot) * tile.width + column, bytes,
-                           fetched + n);
-        });
-    }
-    const int beyond = place.tile - place.slots, vectors = tile.width / kVectorSize<T>;
-    for (int n = threadIdx.x; n < beyond * vectors; n += kThreads) {
-        const float zeros[kVectorSize<T>] = {};
-        store(zeros, tile.at(place.slots + n / vectors, n % vectors * kVectorSize<T>));
-    }
-}
-
 template <typename T>
 __device__ inline void short_cluster(const T* memory, Rows<T> keys, Rows<T> strength_keys, Rows<T> values,
                                      const T* kappa, const float* bias, const int32_t* offsets, T* memory_next, T* y,
@@ -690,7 +579,7 @@ __device__ inline void short_cluster(const T* memory, Rows<T> keys, Rows<T> stre
         return shares + (chunk / kChunk % 2 * most_rows + token) * kChunk;
     };
 
-    fetch_tile(memory, place, tile, fetched);
+    fetch_tile<kWarps>(memory, place, tile, place.tile, fetched);
     Products x = {};
     scores(
         keys, strength_keys, place, tile, panels, x, norms, key_width, epsilon, [](int) {},
@@ -715,7 +604,7 @@ __device__ inline void short_cluster(const T* memory, Rows<T> keys, Rows<T> stre
     // M′ of a chunk goes to memory when all warps have come to the end of the next one.
     const auto store_chunk = [&](int chunk) {
         const int bytes = min(kChunk, width - chunk) * static_cast<int>(sizeof(T));
-        each_slot(place, [&](int slot) {
+        each_slot<kWarps>(place, [&](int slot) {
             ptx::bulk_store(memory_next + (place.first_slot + slot) * width + chunk, tile.at(slot, chunk), bytes);
         });
     };

@@ -261,7 +261,11 @@ impl Operation {
             | Self::AttentionBceBackward => matches!(scale.width / scale.heads, 64 | 128),
             // Where there are enough rows for wide tiles.
             Self::LoraLinear | Self::LoraLinearBackward => scale.name == "paper",
-            Self::ContentMemory | Self::ContentMemoryRecall | Self::Step => true,
+            Self::ContentMemory
+            | Self::ContentMemoryBackward
+            | Self::ContentMemoryRecall
+            | Self::ContentMemoryRecallBackward
+            | Self::Step => true,
             _ => false,
         }
     }

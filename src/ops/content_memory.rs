@@ -1,6 +1,7 @@
 //! Content-addressed memory: one segment of each sequence of a pack. Kernels and equations:
-//! `kernels/content_memory.cu`, `kernels/content_memory_backward.cu`, and `kernels/content_memory_short.cu` for
-//! segments of up to 64 tokens in bf16 or f16; definition: `dtmem_reference::content_memory`, SPEC section 4.
+//! `kernels/content_memory.cu`, `kernels/content_memory_backward.cu`, and for segments of up to 64 tokens in bf16 or f16
+//! `kernels/content_memory_short.cu` and `kernels/content_memory_short_backward.cu`; definition:
+//! `dtmem_reference::content_memory`, SPEC section 4.
 //!
 //! Slots may be wider than keys: keys are compared with their first columns, and the others are written and read alike,
 //! but carried along unseen. What such columns recall is in [`recall`](super::recall).
@@ -14,7 +15,7 @@ use dtmem_reference::content_memory as reference;
 
 pub use reference::{Addressing, ContentMemory, Erase, Order, Strength};
 
-use super::launch::{Arg, Launch, Launcher, Version, launch_all, launch_first_possible};
+use super::launch::{Arg, Launch, Launcher, Version, launch_first_possible};
 use super::memory::{
     Check, Home, Input, Output, Rows, Span, Storage, for_each_type, kernel_for, span_or_null,
 };
@@ -23,7 +24,10 @@ use super::{Error, Result};
 const FORWARD: &str = "content_memory";
 const SHORT: &str = "content_memory_short";
 const BACKWARD: &str = "content_memory_backward";
+const SHORT_BACKWARD: &str = "content_memory_short_backward";
 const THREADS: u32 = 256;
+/// Of a block of the backward pass by clusters.
+const SHORT_BACKWARD_THREADS: u32 = 384;
 /// Rows and columns of a product that a block computes.
 const TILE: usize = 64;
 /// Of shared memory, for the panels of the kernels that multiply.
@@ -136,6 +140,8 @@ impl Short {
     /// What GPUs of compute capability 9.0 have, less the same.
     const MOST_CLUSTER_SHARED: usize = 219 << 10;
     const MOST_CLUSTER: usize = 16;
+    /// What the backward pass by clusters may have, less the same.
+    const MOST_BACKWARD_SHARED: usize = 216 << 10;
 
     fn scores_bytes(&self) -> usize {
         self.tile * 400 + self.rows * 864
@@ -148,6 +154,16 @@ impl Short {
 
     fn cluster_bytes(&self, width: usize) -> usize {
         self.update_bytes(width) + self.rows * 1024
+    }
+
+    fn backward_bytes(&self, width: usize) -> usize {
+        let padded = self.tile.next_multiple_of(Self::ROWS);
+        let products = 288 * (4 * self.rows + padded);
+        let factors = 12 * padded * (self.rows + 8);
+        let columns = 160 * (3 * self.rows + padded);
+        let shares = 128 * self.tiles * (3 * self.rows).div_ceil(self.tiles);
+        let memory = self.tile * (2 * width.next_multiple_of(TILE) + 16);
+        memory + products.max(factors + columns + shares)
     }
 }
 
@@ -528,21 +544,60 @@ impl Shape {
         [Some(scores), Some(update), Some(read), None]
     }
 
-    /// Gradients of all inputs: six launches. Errors: those of [`plan_backward`](Self::plan_backward) and of the
+    /// Gradients of all inputs: up to six launches. Errors: those of [`plan_backward`](Self::plan_backward) and of the
     /// launcher.
     pub fn backward<T: Storage>(
         &self,
         launcher: &impl Launcher,
         tensors: Backward<'_, T>,
     ) -> Result<()> {
-        launch_all(launcher, &self.plan_backward(&tensors)?.map(Some))
+        self.backward_by(Version::default(), launcher, tensors)
     }
 
-    /// What [`backward`](Self::backward) launches. Errors: shape, sizes, overlaps.
+    /// The same by this version, where there is one for the shape, type and addresses (for Hopper: what
+    /// [`forward_by`](Self::forward_by) says, with the order read-then-write and all tensors that are read, and
+    /// `d_memory`, aligned to 16 bytes with their rows) and the GPU has it; otherwise by the portable one.
+    pub fn backward_by<T: Storage>(
+        &self,
+        version: Version,
+        launcher: &impl Launcher,
+        tensors: Backward<'_, T>,
+    ) -> Result<()> {
+        launch_first_possible(launcher, &self.plan_backward_by(version, &tensors)?, || {
+            self.plan_backward(&tensors)
+        })
+    }
+
+    /// What [`backward`](Self::backward) launches by the version that every GPU has. Errors: shape, sizes, overlaps.
     pub fn plan_backward<'a, T: Storage>(
         &self,
         tensors: &'a Backward<'_, T>,
-    ) -> Result<[Launch<'a>; 6]> {
+    ) -> Result<[Option<Launch<'a>>; 6]> {
+        self.plan_backward_by(Version::Portable, tensors)
+    }
+
+    /// The same by this version, or by the portable one where this one has no kernel. Errors: those of
+    /// [`plan_backward`](Self::plan_backward).
+    pub fn plan_backward_by<'a, T: Storage>(
+        &self,
+        version: Version,
+        tensors: &'a Backward<'_, T>,
+    ) -> Result<[Option<Launch<'a>>; 6]> {
+        let on = self.check_backward(tensors)?;
+        let clusters = match version {
+            Version::Portable => None,
+            Version::Hopper => self.backward_cluster(tensors),
+        };
+        Ok(match clusters {
+            Some(short) => self.plan_backward_cluster(&on, tensors, short),
+            None => self.plan_backward_long(&on, tensors).map(Some),
+        })
+    }
+
+    fn check_backward<'s, 't, T: Storage>(
+        &'s self,
+        tensors: &'t Backward<'t, T>,
+    ) -> Result<On<'s, 't, T>> {
         let workspace = self.backward_workspace()?;
         let [rows, key_rows] = self.rows();
         let mut check = Check::new();
@@ -569,13 +624,136 @@ impl Shape {
             check.output("d_strength_bias", d_strength_bias, 1, 1)?;
         }
         check.workspace("workspace", &tensors.workspace, workspace)?;
-        let inputs = &tensors.inputs;
-        let on = On {
+        Ok(On {
             shape: self,
-            inputs,
+            inputs: &tensors.inputs,
             home: check.disjoint(&[])?,
-        };
+        })
+    }
 
+    /// Clusters of blocks, each of which holds one memory in shared memory, and a block for db.
+    fn plan_backward_cluster<'a, T: Storage>(
+        &self,
+        on: &On<'_, '_, T>,
+        tensors: &Backward<'_, T>,
+        short: Short,
+    ) -> [Option<Launch<'a>>; 6] {
+        let inputs = on.inputs;
+        let [rows, key_rows] = self.rows();
+        let [slots, width, key_width] = self.sizes();
+        let [tile, tile_rows] = [short.tile, short.rows].map(|n| Arg::I32(n as i32));
+        let d_key_strength = tensors.d_key_strength.as_ref();
+        // The workspace has more numbers for each slot than a cluster has blocks for it.
+        let of_blocks = self.sequences * short.tiles;
+        let bias_shares = Pieces(tensors.workspace.span()).take(of_blocks);
+        let gradients = Launch::new(
+            (
+                SHORT_BACKWARD,
+                kernel_for::<T>(for_each_type!("content_memory_short_backward")),
+            ),
+            [short.tiles as u32, self.sequences as u32, 1],
+            [SHORT_BACKWARD_THREADS, 1, 1],
+            short.backward_bytes(self.width) as u32,
+            on.home,
+            [
+                Arg::Input(inputs.memory.span()),
+                Arg::Input(tensors.grad_memory_next.span()),
+                Arg::Input(on.keys(&inputs.address_key)),
+                Arg::Input(on.keys(&inputs.strength_key)),
+                Arg::Input(tensors.grad_read.span()),
+                Arg::Input(on.values()),
+                on.key_strength(),
+                on.strength_bias(),
+                on.offsets(),
+                Arg::Output(tensors.d_memory.span()),
+                Arg::Output(tensors.d_address_key.span(key_rows)),
+                Arg::Output(tensors.d_strength_key.span(key_rows)),
+                Arg::Output(tensors.d_value.span(rows)),
+                Arg::Output(d_key_strength.map_or(Span::NULL, Output::span)),
+                Arg::Output(bias_shares),
+                slots,
+                width,
+                key_width,
+                inputs.address_key.stride(),
+                inputs.strength_key.stride(),
+                inputs.value.stride(),
+                tensors.d_address_key.stride(),
+                tensors.d_strength_key.stride(),
+                tensors.d_value.stride(),
+                tile,
+                tile_rows,
+                self.scale(),
+                self.epsilon(),
+                self.paper(),
+            ],
+        );
+        let of_bias = tensors.d_strength_bias.as_ref().map(|d_strength_bias| {
+            self.plan_sum_of_bias(on, bias_shares, of_blocks, d_strength_bias.span())
+        });
+        [
+            Some(gradients.in_clusters(short.tiles as u32)),
+            of_bias,
+            None,
+            None,
+            None,
+            None,
+        ]
+    }
+
+    /// Only the block of `content_memory_sums` that adds so many shares to db.
+    fn plan_sum_of_bias<'a, T: Storage>(
+        &self,
+        on: &On<'_, '_, T>,
+        shares: Span,
+        count: usize,
+        d_strength_bias: Span,
+    ) -> Launch<'a> {
+        let (none, nothing) = (Arg::Input(Span::NULL), Arg::Output(Span::NULL));
+        let [zero, one] = [0, 1].map(Arg::I32);
+        on.launch(
+            (
+                BACKWARD,
+                kernel_for::<T>(for_each_type!("content_memory_sums")),
+            ),
+            [1; 3],
+            [
+                none,
+                none,
+                Arg::Input(shares),
+                none,
+                on.offsets(),
+                none,
+                nothing,
+                nothing,
+                nothing,
+                nothing,
+                Arg::Output(d_strength_bias),
+                self.all_tokens(),
+                // One slot is one tile, and so one share of each sequence.
+                one,
+                Arg::I32(count as i32),
+                zero,
+                zero,
+                zero,
+                zero,
+                zero,
+                zero,
+                zero,
+                zero,
+            ],
+        )
+    }
+
+    /// The six kernels that take every shape.
+    fn plan_backward_long<'a, T: Storage>(
+        &self,
+        on: &On<'_, '_, T>,
+        tensors: &Backward<'_, T>,
+    ) -> [Launch<'a>; 6] {
+        let inputs = on.inputs;
+        let [rows, key_rows] = self.rows();
+        let d_key_strength = tensors.d_key_strength.as_ref();
+        let d_strength_bias = tensors.d_strength_bias.as_ref();
         let mut pieces = Pieces(tensors.workspace.span());
         // dw and d_strength are named after what they become: R·M, and G·v, the gradient of w·β.
         let [
@@ -757,14 +935,14 @@ impl Shape {
                 tensors.d_value.stride(),
             ],
         );
-        Ok([
+        [
             products,
             address,
             through_product,
             coefficients,
             gradients,
             sums,
-        ])
+        ]
     }
 
     fn check_inputs<T: Storage>(
@@ -829,6 +1007,22 @@ impl Shape {
         };
         let fits = short.cluster_bytes(self.width) <= Short::MOST_CLUSTER_SHARED;
         (tile <= Short::MOST_TILE && fits).then_some(short)
+    }
+
+    /// The same of the backward pass, whose kernels for clusters read vectors of 16 bytes.
+    fn backward_cluster<T: Storage>(&self, tensors: &Backward<'_, T>) -> Option<Short> {
+        let aligned = || {
+            let mut check = Check::new();
+            self.check_inputs(&mut check, &tensors.inputs, 16)?;
+            let (memory, rows) = (self.of_memory(), self.of_rows());
+            check.input("grad_memory_next", &tensors.grad_memory_next, memory, 16)?;
+            check.input("grad_read", &tensors.grad_read, rows, 16)?;
+            check.output("d_memory", &tensors.d_memory, memory, 16)
+        };
+        let ordered = self.variant.order == Order::ReadThenWrite;
+        let short = self.cluster(self.short::<T>()?)?;
+        let fits = short.backward_bytes(self.width) <= Short::MOST_BACKWARD_SHARED;
+        (ordered && fits && aligned().is_ok()).then_some(short)
     }
 
     /// f32 elements for w, β and the squares of the norms.

@@ -113,28 +113,35 @@ fn check<T: Number>(
         (machine.download(&memory_next), machine.download(&read))
     });
 
-    let mut d_memory = machine.scratch::<T>(memory.len());
-    let mut d_fused = machine.scratch::<T>(tokens * stride);
-    let mut d_key_strength = machine.scratch::<T>(tokens);
-    let mut d_bias = machine.upload(&[BIAS_BEFORE]);
-    let mut workspace = machine.scratch(shape.backward_workspace().unwrap());
-    let [d_address_key, d_strength_key, d_value] =
-        machine.output(&mut d_fused).rows(stride).columns(widths);
-    let backward = Backward {
-        inputs: inputs(),
-        grad_memory_next: machine.input(&grad_memory_next_memory),
-        grad_read: machine.input(&grad_read_memory),
-        d_memory: machine.output(&mut d_memory),
-        d_address_key,
-        d_strength_key,
-        d_value,
-        d_key_strength: cosine.then(|| machine.output(&mut d_key_strength)),
-        d_strength_bias: sigmoid.then(|| machine.output(&mut d_bias)),
-        workspace: machine.output(&mut workspace),
-    };
-    shape
-        .backward(machine, backward)
-        .unwrap_or_else(|error| panic!("{error}"));
+    let gradients = [Version::Hopper, Version::Portable].map(|version| {
+        let mut d_memory = machine.scratch::<T>(memory.len());
+        let mut d_fused = machine.scratch::<T>(tokens * stride);
+        let mut d_key_strength = machine.scratch::<T>(tokens);
+        let mut d_bias = machine.upload(&[BIAS_BEFORE]);
+        let mut workspace = machine.scratch(shape.backward_workspace().unwrap());
+        let [d_address_key, d_strength_key, d_value] =
+            machine.output(&mut d_fused).rows(stride).columns(widths);
+        let backward = Backward {
+            inputs: inputs(),
+            grad_memory_next: machine.input(&grad_memory_next_memory),
+            grad_read: machine.input(&grad_read_memory),
+            d_memory: machine.output(&mut d_memory),
+            d_address_key,
+            d_strength_key,
+            d_value,
+            d_key_strength: cosine.then(|| machine.output(&mut d_key_strength)),
+            d_strength_bias: sigmoid.then(|| machine.output(&mut d_bias)),
+            workspace: machine.output(&mut workspace),
+        };
+        let done = shape.backward_by(version, machine, backward);
+        done.unwrap_or_else(|error| panic!("{error}"));
+        (
+            machine.download(&d_memory),
+            machine.download(&d_fused),
+            machine.download(&d_key_strength),
+            machine.download(&d_bias),
+        )
+    });
 
     // The reference, sequence by sequence.
     let mut next = Array3::from_elem(memory.dim(), f64::NAN);
@@ -184,43 +191,33 @@ fn check<T: Number>(
         near("memory_next", memory_next, &flat(&next), 0.0);
         near("read", read, &y, 0.0);
     }
-    near(
-        "d_memory",
-        machine.download(&d_memory),
-        &flat(&expected_memory),
-        0.0,
-    );
     // What passes through a softmax may cancel: it has the size of the gradients that arrive.
     let arriving = norm(grad_memory_next.iter().chain(&grad_read));
-    let all = machine.download(&d_fused);
-    for (n, (name, scale)) in [("a", arriving), ("s", arriving), ("v", 0.0)]
-        .into_iter()
-        .enumerate()
-    {
-        let rows = all.chunks_exact(stride);
-        let found = rows
-            .flat_map(|row| row[columns[n].clone()].to_vec())
-            .collect();
-        near(name, found, &expected[n], scale);
-    }
-    if cosine {
-        let found = machine.download(&d_key_strength);
+    let expected_bias = Array1::from_elem(1, expected_bias);
+    for (d_memory, d_fused, d_key_strength, d_bias) in gradients {
+        near("d_memory", d_memory, &flat(&expected_memory), 0.0);
+        for (n, (name, scale)) in [("a", arriving), ("s", arriving), ("v", 0.0)]
+            .into_iter()
+            .enumerate()
+        {
+            let rows = d_fused.chunks_exact(stride);
+            let found = rows
+                .flat_map(|row| row[columns[n].clone()].to_vec())
+                .collect();
+            near(name, found, &expected[n], scale);
+        }
+        if cosine {
+            let (found, expected) = (&d_key_strength, &expected_key_strength);
+            assert_near("key_strength", found, expected, T::TOLERANCE, arriving);
+        }
         assert_near(
-            "key_strength",
-            &found,
-            &expected_key_strength,
+            "strength_bias",
+            &d_bias,
+            &expected_bias,
             T::TOLERANCE,
             arriving,
         );
     }
-    let expected = Array1::from_elem(1, expected_bias);
-    assert_near(
-        "strength_bias",
-        &machine.download(&d_bias),
-        &expected,
-        T::TOLERANCE,
-        arriving,
-    );
 }
 
 fn check_all_types(
@@ -252,6 +249,26 @@ proptest! {
     ) {
         let sizes = [slots, width, width + carried];
         check_all_types(&host(seed), &variant(bits, width, None), &lengths, sizes, seed);
+    }
+
+    // What the kernel for clusters takes: blocks without a slot, and with six groups of them.
+    #[test]
+    fn gradients_by_clusters_agree_with_the_reference(
+        lengths in prop_oneof![
+            2 => prop::collection::vec(0..20_usize, 1..4),
+            1 => prop::collection::vec(30..65_usize, 1),
+        ],
+        slots in prop_oneof![4 => 1..40_usize, 4 => 60..180_usize, 1 => 1030..1300_usize],
+        key_columns in 1..4_usize,
+        carried in prop_oneof![Just(0), 1..4_usize],
+        bits in 0..8_usize,
+        seed: u64,
+    ) {
+        let width = 16 * key_columns;
+        let sizes = [slots, width, width + 16 * carried];
+        let variant = variant(bits, width, None);
+        check::<bf16>(&host(seed), &variant, &lengths, sizes, seed);
+        check::<f16>(&host(seed), &variant, &lengths, sizes, seed);
     }
 
     // Scores of one type only: a narrower one may rightly keep another slot.
@@ -461,6 +478,84 @@ fn memories_that_fit_into_shared_memory_are_one_launch_of_clusters() {
 }
 
 #[test]
+fn gradients_of_memories_that_fit_into_shared_memory_are_one_launch_of_clusters() {
+    let plan = |shape: Shape, offset: u64| {
+        let (memory, rows) = (
+            shape.sequences * shape.slots * shape.width,
+            shape.tokens * shape.width,
+        );
+        let place = |n: u64| n << 36;
+        let read = |n| tensor(place(n), rows).rows(shape.width);
+        let written = |n| target(place(n), rows).rows(shape.width);
+        let mut tensors = Backward {
+            grad_memory_next: tensor(place(1), memory),
+            grad_read: tensor(place(2), rows),
+            d_memory: target(place(3) + offset, memory),
+            d_address_key: written(4),
+            d_strength_key: written(5),
+            d_value: written(6),
+            workspace: target(place(7), shape.backward_workspace().unwrap()),
+            ..backward()
+        };
+        tensors.inputs.memory = tensor(place(8), memory);
+        tensors.inputs.address_key = read(9);
+        tensors.inputs.strength_key = read(10);
+        tensors.inputs.value = read(11);
+        let plan = shape.plan_backward_by(Version::Hopper, &tensors).unwrap();
+        let launch = plan[0].unwrap();
+        let by_cluster = launch.kernel() == "content_memory_short_backward_bf16";
+        by_cluster.then(|| {
+            let rest = plan[1..].iter().flatten();
+            let rest: Vec<_> = rest
+                .map(|launch| (launch.kernel(), launch.grid()))
+                .collect();
+            assert_eq!(rest, [("content_memory_sums_bf16", [1, 1, 1])]);
+            assert_eq!(launch.grid(), [launch.cluster(), 3, 1]);
+            (launch.cluster(), launch.shared_bytes())
+        })
+    };
+    let shape = Shape {
+        longest: 39,
+        slots: 1290,
+        key_width: 512,
+        width: 512,
+        ..SHAPE
+    };
+    // 81 slots of a block, in 96 rows of the matrices.
+    let (memory, factors, chunks) = (81 * (1024 + 16), 96 * 12 * 56, 160 * (3 * 48 + 96));
+    let bytes = memory + factors + chunks + 128 * 16 * 9;
+    assert_eq!(plan(shape, 0), Some((16, bytes)));
+    assert_eq!(plan(shape, 8), None);
+    assert_eq!(
+        plan(
+            Shape {
+                longest: 49,
+                ..shape
+            },
+            0
+        ),
+        None
+    );
+    let slots = 1024;
+    assert!(
+        plan(
+            Shape {
+                longest: 64,
+                slots,
+                ..shape
+            },
+            0
+        )
+        .is_some()
+    );
+    let variant = ContentMemory {
+        order: Order::WriteThenRead,
+        ..shape.variant
+    };
+    assert_eq!(plan(Shape { variant, ..shape }, 0), None);
+}
+
+#[test]
 fn no_tile_of_short_segments_needs_more_shared_memory_than_every_gpu_has() {
     for longest in [1, 16, 39, 64] {
         for width in (16..=1024).step_by(16) {
@@ -483,7 +578,9 @@ fn the_plan_of_the_backward_pass_has_what_the_variant_needs() {
     let tensors = backward();
     let plan = SHAPE.plan_backward(&tensors).unwrap();
     assert_eq!(
-        plan.map(|launch| (launch.kernel(), launch.grid())),
+        plan.map(|launch| launch
+            .map(|launch| (launch.kernel(), launch.grid()))
+            .unwrap()),
         [
             ("content_memory_scores_bf16", [2, 1, 3]),
             ("content_memory_address_bf16", [10, 3, 1]),
@@ -512,7 +609,7 @@ fn the_plan_of_the_backward_pass_has_what_the_variant_needs() {
     let plan = shape.plan_backward(&tensors).unwrap();
     // Blocks more for the products of tokens with tokens.
     assert_eq!(
-        plan.map(|launch| launch.grid()),
+        plan.map(|launch| launch.unwrap().grid()),
         [
             [3, 1, 3],
             [10, 3, 1],
@@ -776,7 +873,7 @@ impl Pack {
             d_strength_bias: sigmoid.then(|| machine.output(&mut d_bias)),
             workspace: machine.output(&mut workspace),
         };
-        shape.backward(machine, backward).unwrap();
+        shape.backward_by(version, machine, backward).unwrap();
         Passed {
             memories: [&memory_next, &d_memory].map(|x| machine.download(x)),
             tokens: [&read, &d_address_key, &d_strength_key, &d_value].map(|x| machine.download(x)),
@@ -856,6 +953,29 @@ fn check_that_only_some_take_part<T: Number>(
             same(&found.key_strength, &expected.key_strength, BEFORE);
         }
         assert_eq!(found.bias, expected.bias);
+    }
+}
+
+#[test]
+fn the_bits_by_clusters_do_not_depend_on_the_order_of_threads() {
+    let mut random = ChaCha8Rng::seed_from_u64(1);
+    let pack = Pack {
+        offsets: vec![0, 6, 10],
+        memories: [(); 2].map(|()| draw::<bf16, _>(&mut random, (2, 70, 32))),
+        tokens: [(); 4].map(|()| draw::<bf16, _>(&mut random, (10, 32))),
+        key_strength: draw::<bf16, _>(&mut random, 10).mapv(f64::abs),
+    };
+    for bits in 0..8 {
+        let variant = variant(bits, 32, None);
+        let [forward, reversed, shuffled] = [0, 1, 2].map(|order| {
+            let passed = pack.outputs::<bf16>(&host(order), &variant, Version::Hopper);
+            let all = passed.memories.iter().chain(&passed.tokens);
+            let all = all.chain([&passed.key_strength]).flatten();
+            let all: Vec<_> = all.map(|x| x.to_bits()).collect();
+            (all, passed.bias[0].to_bits())
+        });
+        assert_eq!(forward, reversed);
+        assert_eq!(forward, shuffled);
     }
 }
 

@@ -248,7 +248,7 @@ impl<D: Device, T: Compute> MemoryOps for Gpu<D, T> {
                 },
                 workspace,
             };
-            shape.backward(device, tensors)?;
+            shape.backward_by(self.version, device, tensors)?;
             after = 1 - after;
         }
         let MemoryGradients {
