@@ -126,13 +126,11 @@ __device__ inline void find_runs(Run (&runs)[kRows], const Mask& mask, const Seq
 // --- Pairs of the memory loss
 
 struct Supervision {
-    const int32_t* slots;      // of each query head: its place among the supervised, or −1; null: no head is
+    const int32_t* slots;      // of each query head: its place among the supervised, or −1
     const uint8_t* annotated;  // of each sequence
     const int32_t* pair_offsets;
     const int32_t* pair_keys;
     int32_t count;  // supervised heads
-
-    __device__ int slot(int head) const { return slots == nullptr ? -1 : slots[head]; }
 
     // Bit j: `first_key + j` is a pair of the query token.
     __device__ uint64_t bits(int token, int first_key) const {
@@ -151,6 +149,11 @@ struct Supervision {
         return bits;
     }
 };
+
+template <bool kSupervised>
+__device__ inline int slot_of(const Supervision& supervision, int head) {
+    return kSupervised ? supervision.slots[head] : -1;
+}
 
 constexpr float kVarianceFloor = 1e-12f;  // of A(1 − A) in the loss's gradient
 

@@ -42,7 +42,7 @@ __device__ inline float centre_of(float lse) { return lse * kLog2E; }
 // The slot of the head if it is supervised and the sequence annotated, or −1.
 template <bool kSupervised, typename T>
 __device__ inline int active_slot(const Backward<T>& x, const Sequence& sequence, int head) {
-    const int slot = kSupervised ? x.supervision.slot(head) : -1;
+    const int slot = slot_of<kSupervised>(x.supervision, head);
     return slot >= 0 && x.supervision.annotated[sequence.index] != 0 ? slot : -1;
 }
 

@@ -26,7 +26,9 @@
 // matrix units.
 //
 // History (not measured: no GPU has run it yet; the executor of kernels/host has, with a model of the products)
-//   1  as above. Where `cargo test --release --test ops attention` finds it right on an H100 and
+//   1  as above
+//   2  kernels of their own for the memory loss (`bce`): 1440 and 1840 instructions in the query gradient without it, 4016
+//      and 4424 with it. Where `cargo test --release --test ops attention` finds it right on an H100 and
 //      `dtmem bench --filter attention` finds it faster, it becomes the default (Shape::backward in src/ops/attention.rs)
 
 #include "attention_backward.cuh"
@@ -52,7 +54,7 @@ struct Tiles {
     __device__ void* end() const { return own(2) + kTurns * 2 * kOthers * kWidth; }
 };
 
-template <int kWidth, typename T>
+template <int kWidth, bool kSupervised, typename T>
 __device__ inline void query_gradient(const Backward<T>& x, T* dq, int dq_stride) {
 #if defined(DTMEM_HOST) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
     extern __shared__ __align__(1024) unsigned char memory[];
@@ -71,7 +73,7 @@ __device__ inline void query_gradient(const Backward<T>& x, T* dq, int dq_stride
     const T* keys = x.k + static_cast<int64_t>(sequence.first_key) * x.k_stride + key_head * kWidth;
     const T* values = x.v + static_cast<int64_t>(sequence.first_key) * x.v_stride + key_head * kWidth;
     const int64_t token = sequence.first_query + first;
-    const int slot = active_slot<true>(x, sequence, head);
+    const int slot = active_slot<kSupervised>(x, sequence, head);
     const float loss_factor = slot < 0 ? 0.0f : *x.grad_memory_loss * *x.factor;
 
     // The runs of the first and the last query bound those of all between: of the block, the warpgroup, the warp.
@@ -215,7 +217,7 @@ struct Queries {
 static_assert(kOthers == 64);  // the bits of a word
 static_assert(sizeof(Block) + kTurns * sizeof(Queries) <= 9216);
 
-template <int kWidth, typename T>
+template <int kWidth, bool kSupervised, typename T>
 __device__ inline void key_gradient(const Backward<T>& x, T* dk, T* dv, int dk_stride, int dv_stride) {
 #if defined(DTMEM_HOST) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
     extern __shared__ __align__(1024) unsigned char memory[];
@@ -255,7 +257,7 @@ __device__ inline void key_gradient(const Backward<T>& x, T* dk, T* dv, int dk_s
         if (word < kBlockRows / kOthers) {
             Queries& queries = stages[n % kTurns];
             const bool exists = row < count;
-            const int slot = active_slot<true>(x, sequence, head);
+            const int slot = active_slot<kSupervised>(x, sequence, head);
             if (slot >= 0) {
                 queries.pairs[row][word] =
                     exists ? x.supervision.bits(static_cast<int>(token) + row, block.first + word * kOthers) : 0;
@@ -395,17 +397,21 @@ __device__ inline void key_gradient(const Backward<T>& x, T* dk, T* dv, int dk_s
 
 // Both: block 256; dynamic shared memory 640·width·2 bytes, and for the query gradient 1024, for the key gradient 9216.
 // query gradient: grid (tokens_q / 128 + sequences, H). key gradient: grid (tokens_k / 128 + sequences, H_kv).
-#define ATTENTION_GRADIENTS_HOPPER(NAME, T, WIDTH)                                                                     \
-    extern "C" __global__ void __launch_bounds__(kBlock, 1) attention_query_gradient_hopper_##WIDTH##_##NAME(          \
+#define ATTENTION_GRADIENTS_HOPPER(NAME, T, WIDTH, KIND, SUPERVISED)                                                   \
+    extern "C" __global__ void __launch_bounds__(kBlock, 1) attention_query_##KIND##_##WIDTH##_##NAME(                 \
         ATTENTION_INPUTS(T), T* dq, ATTENTION_SIZES, int32_t dq_stride, ATTENTION_NUMBERS) {                           \
-        query_gradient<WIDTH>(ATTENTION_BACKWARD(T), dq, dq_stride);                                                   \
+        query_gradient<WIDTH, SUPERVISED>(ATTENTION_BACKWARD(T), dq, dq_stride);                                       \
     }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(kBlock, 1) attention_key_gradient_hopper_##WIDTH##_##NAME(            \
+    extern "C" __global__ void __launch_bounds__(kBlock, 1) attention_key_##KIND##_##WIDTH##_##NAME(                   \
         ATTENTION_INPUTS(T), T* dk, T* dv, ATTENTION_SIZES, int32_t dk_stride, int32_t dv_stride, ATTENTION_NUMBERS) { \
-        key_gradient<WIDTH>(ATTENTION_BACKWARD(T), dk, dv, dk_stride, dv_stride);                                      \
+        key_gradient<WIDTH, SUPERVISED>(ATTENTION_BACKWARD(T), dk, dv, dk_stride, dv_stride);                          \
     }
 
-ATTENTION_GRADIENTS_HOPPER(bf16, bf16, 64)
-ATTENTION_GRADIENTS_HOPPER(bf16, bf16, 128)
-ATTENTION_GRADIENTS_HOPPER(f16, f16, 64)
-ATTENTION_GRADIENTS_HOPPER(f16, f16, 128)
+#define ATTENTION_GRADIENTS_HOPPER_KINDS(NAME, T, WIDTH)                                                               \
+    ATTENTION_GRADIENTS_HOPPER(NAME, T, WIDTH, gradient_hopper, false)                                                 \
+    ATTENTION_GRADIENTS_HOPPER(NAME, T, WIDTH, gradient_hopper_bce, true)
+
+ATTENTION_GRADIENTS_HOPPER_KINDS(bf16, bf16, 64)
+ATTENTION_GRADIENTS_HOPPER_KINDS(bf16, bf16, 128)
+ATTENTION_GRADIENTS_HOPPER_KINDS(f16, f16, 64)
+ATTENTION_GRADIENTS_HOPPER_KINDS(f16, f16, 128)

@@ -144,7 +144,7 @@ __device__ inline void forward(const Forward<T>& x) {
     }
     store_rows<kWidth>(out, inverse, x.out + token * x.out_stride + head * kWidth, x.out_stride, rows);
 
-    const int slot = kSupervised ? x.supervision.slot(head) : -1;
+    const int slot = slot_of<kSupervised>(x.supervision, head);
     if (slot < 0) return;
     const bool annotated = x.supervision.annotated[sequence.index] != 0;
 

@@ -46,7 +46,8 @@
 //   1  two warpgroups; tiles by cp.async of all threads in two stages, 64 keys for width 64, one __syncthreads per tile;
 //      width 64 with two blocks on a multiprocessor. Every thread had the copies and their addresses beside its
 //      arithmetic (124 and 214 registers), and every warpgroup waited for the slowest in each tile
-//   2  as above. Where `cargo test --release --test ops attention` finds it right on an H100 and
+//   2  as above, with kernels of their own for the memory loss (`bce`): 3032 instructions for width 128 without, 7648 with
+//      it. Where `cargo test --release --test ops attention` finds it right on an H100 and
 //      `dtmem bench --filter attention` finds it faster, it becomes the default (Shape::forward in src/ops/attention.rs)
 
 #include "attention_forward.cuh"
@@ -126,7 +127,7 @@ __device__ inline void load_boxes(T* tile, const ptx::TensorMap& map, int column
 }
 
 // What the warp does that copies.
-template <int kWidth, typename T>
+template <int kWidth, bool kSupervised, typename T>
 __device__ inline void copy(const Forward<T>& x, const Maps& maps, const Memory<kWidth, T>& memory, const Work& work) {
     const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
     const int column = work.key_head * kWidth, first_key = work.sequence.first_key + work.begin;
@@ -172,12 +173,12 @@ __device__ inline void copy(const Forward<T>& x, const Maps& maps, const Memory<
         if (n + 1 < work.tiles) load_keys(n + 1, n + 1);
         load_values(n);
     }
-    if (x.supervision.slot(work.head) < 0 || x.supervision.annotated[work.sequence.index] == 0) return;
+    if (slot_of<kSupervised>(x.supervision, work.head) < 0 || x.supervision.annotated[work.sequence.index] == 0) return;
 #pragma unroll 1
     for (int n = 0; n < work.tiles; ++n) load_keys(work.tiles + n, n);
 }
 
-template <int kWidth, typename T>
+template <int kWidth, bool kSupervised, typename T>
 __device__ inline void multiply(const Forward<T>& x, const Memory<kWidth, T>& memory, const Work& work) {
     constexpr int kTiles = kKeys / kColumns, kOut = kWidth / kColumns;
     constexpr int kDepths = kKeys / warpgroup::kDepth;
@@ -285,7 +286,7 @@ __device__ inline void multiply(const Forward<T>& x, const Memory<kWidth, T>& me
     }
     store_rows<kWidth>(out, inverse, x.out + token * x.out_stride + work.head * kWidth, x.out_stride, rows);
 
-    const int slot = x.supervision.slot(work.head);
+    const int slot = slot_of<kSupervised>(x.supervision, work.head);
     if (slot < 0) return;
     const bool annotated = x.supervision.annotated[work.sequence.index] != 0;
     const Run run[2] = {runs[owner.row(0, 0)], runs[owner.row(0, 1)]};
@@ -328,7 +329,7 @@ __device__ inline void multiply(const Forward<T>& x, const Memory<kWidth, T>& me
     }
 }
 
-template <int kWidth, typename T>
+template <int kWidth, bool kSupervised, typename T>
 __device__ inline void forward(const Forward<T>& x, const Maps& maps) {
 #if defined(DTMEM_HOST) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
     extern __shared__ __align__(1024) unsigned char bytes[];
@@ -357,10 +358,10 @@ __device__ inline void forward(const Forward<T>& x, const Maps& maps) {
     const int warp = __shfl_sync(0xffffffffu, thread / kWarpSize, 0);
     if (warp / 4 == kUsers<kWidth>) {
         ptx::give_registers<kFewRegisters<kWidth>>();
-        if (warp % 4 == 0 && work.tiles > 0) copy(x, maps, memory, work);
+        if (warp % 4 == 0 && work.tiles > 0) copy<kWidth, kSupervised>(x, maps, memory, work);
     } else {
         ptx::take_registers<kManyRegisters<kWidth>>();
-        multiply(x, memory, work);
+        multiply<kWidth, kSupervised>(x, memory, work);
     }
 #endif
 }
@@ -370,15 +371,19 @@ __device__ inline void forward(const Forward<T>& x, const Maps& maps) {
 // grid (tokens_q / queries + sequences, H); block 128·(users + 1); dynamic shared memory: tiles of 16-bit numbers
 // (queries + 2·places·128)·width, queries runs and 1 + 4·places barriers of 8 bytes each. Boxes of 64 columns and of
 // `queries` rows (q_map), 128 rows (k_map, v_map).
-#define ATTENTION_HOPPER(NAME, T, WIDTH)                                                                               \
-    extern "C" __global__ void __launch_bounds__(kBlockThreads<WIDTH>, 1) attention_hopper_##WIDTH##_##NAME(           \
+#define ATTENTION_HOPPER(NAME, T, WIDTH, KIND, SUPERVISED)                                                             \
+    extern "C" __global__ void __launch_bounds__(kBlockThreads<WIDTH>, 1) attention_##KIND##_##WIDTH##_##NAME(         \
         ATTENTION_FORWARD_PARAMETERS(T), const __grid_constant__ ptx::TensorMap q_map,                                 \
         const __grid_constant__ ptx::TensorMap k_map, const __grid_constant__ ptx::TensorMap v_map) {                  \
         const Forward<T> x = ATTENTION_FORWARD_ARGUMENTS(T);                                                           \
-        forward<WIDTH>(x, Maps{q_map, k_map, v_map});                                                                  \
+        forward<WIDTH, SUPERVISED>(x, Maps{q_map, k_map, v_map});                                                      \
     }
 
-ATTENTION_HOPPER(bf16, bf16, 64)
-ATTENTION_HOPPER(bf16, bf16, 128)
-ATTENTION_HOPPER(f16, f16, 64)
-ATTENTION_HOPPER(f16, f16, 128)
+#define ATTENTION_HOPPER_KINDS(NAME, T, WIDTH)                                                                         \
+    ATTENTION_HOPPER(NAME, T, WIDTH, hopper, false)                                                                    \
+    ATTENTION_HOPPER(NAME, T, WIDTH, hopper_bce, true)
+
+ATTENTION_HOPPER_KINDS(bf16, bf16, 64)
+ATTENTION_HOPPER_KINDS(bf16, bf16, 128)
+ATTENTION_HOPPER_KINDS(f16, f16, 64)
+ATTENTION_HOPPER_KINDS(f16, f16, 128)

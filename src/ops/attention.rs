@@ -64,6 +64,13 @@ macro_rules! for_each_width {
     };
 }
 
+/// Those for Hopper.
+macro_rules! for_each_hopper_width {
+    ($stem:literal) => {
+        [for_each_type!($stem, "_64"), for_each_type!($stem, "_128")]
+    };
+}
+
 /// A pack of sequences with the attention of one layer on it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Shape {
@@ -403,7 +410,7 @@ impl Shape {
         let kernel = match version {
             Version::Portable => self.portable::<T>(supervision),
             Version::Hopper => self
-                .hopper::<T>()
+                .hopper::<T>(supervision)
                 .unwrap_or_else(|| self.portable::<T>(supervision)),
         };
         let attention = kernel
@@ -569,7 +576,7 @@ impl Shape {
         let [query_kernel, key_kernel] = match version {
             Version::Portable => self.portable_gradients::<T>(supervision),
             Version::Hopper => self
-                .hopper_gradients::<T>()
+                .hopper_gradients::<T>(supervision)
                 .unwrap_or_else(|| self.portable_gradients::<T>(supervision)),
         };
         let gradient = |kernel: Kernel, blocks| {
@@ -628,18 +635,25 @@ impl Shape {
         }
     }
 
-    /// `None` for the widths and types that it is not there for.
-    fn hopper<T: Storage>(&self) -> Option<Kernel> {
-        // Warpgroups that multiply (one more copies), and tiles of keys that there is room for, and of values.
-        let (kernels, groups, tiles) = match self.width {
-            64 => (for_each_type!("attention_hopper", "_64"), 3, 4),
-            128 => (for_each_type!("attention_hopper", "_128"), 2, 3),
-            _ => return None,
+    /// Place among the widths that there are kernels for Hopper for; `None` for other widths and types.
+    fn hopper_width<T>(&self) -> Option<usize> {
+        let of_two_bytes = size_of::<T>() == 2;
+        let width = [64, 128].into_iter().position(|width| width == self.width);
+        width.filter(|_| of_two_bytes)
+    }
+
+    fn hopper<T: Storage>(&self, supervision: Option<&Supervision<'_>>) -> Option<Kernel> {
+        let width = self.hopper_width::<T>()?;
+        let names = match supervision {
+            None => for_each_hopper_width!("attention_hopper"),
+            Some(_) => for_each_hopper_width!("attention_hopper_bce"),
         };
+        // Warpgroups that multiply (one more copies), and tiles of keys that there is room for, and of values.
+        let (groups, tiles) = [(3, 4), (2, 3)][width];
         let rows = groups * GROUP_ROWS;
         let beside = RUN_BYTES * rows + BARRIER_BYTES * (1 + 4 * tiles);
-        (size_of::<T>() == 2).then(|| Kernel {
-            names: (HOPPER, kernel_for::<T>(kernels)),
+        Some(Kernel {
+            names: (HOPPER, kernel_for::<T>(names[width])),
             rows,
             threads: (groups as u32 + 1) * GROUP_THREADS,
             shared_bytes: self.shared_bytes::<T>(rows + 2 * tiles * HOPPER_KEYS) + beside as u32,
@@ -676,29 +690,30 @@ impl Shape {
         }
     }
 
-    /// `None` for the widths and types that they are not there for.
-    fn hopper_gradients<T: Storage>(&self) -> Option<[Kernel; 2]> {
-        let [queries, keys] = match self.width {
-            64 => [
-                for_each_type!("attention_query_gradient_hopper", "_64"),
-                for_each_type!("attention_key_gradient_hopper", "_64"),
+    fn hopper_gradients<T: Storage>(
+        &self,
+        supervision: Option<&Supervision<'_>>,
+    ) -> Option<[Kernel; 2]> {
+        let width = self.hopper_width::<T>()?;
+        let [queries, keys] = match supervision {
+            None => [
+                for_each_hopper_width!("attention_query_gradient_hopper"),
+                for_each_hopper_width!("attention_key_gradient_hopper"),
             ],
-            128 => [
-                for_each_type!("attention_query_gradient_hopper", "_128"),
-                for_each_type!("attention_key_gradient_hopper", "_128"),
+            Some(_) => [
+                for_each_hopper_width!("attention_query_gradient_hopper_bce"),
+                for_each_hopper_width!("attention_key_gradient_hopper_bce"),
             ],
-            _ => return None,
         };
         let rows = 2 * (HOPPER_ROWS + HOPPER_STAGES * HOPPER_OTHERS);
-        let kernel = |names, beside| Kernel {
-            names: (BACKWARD_HOPPER, kernel_for::<T>(names)),
+        let kernel = |names: [_; 2], beside| Kernel {
+            names: (BACKWARD_HOPPER, kernel_for::<T>(names[width])),
             rows: HOPPER_ROWS,
             threads: HOPPER_THREADS,
             shared_bytes: self.shared_bytes::<T>(rows) + beside,
         };
         let runs = (RUN_BYTES * HOPPER_ROWS) as u32;
-        let kernels = [kernel(queries, runs), kernel(keys, HOPPER_QUERIES)];
-        (size_of::<T>() == 2).then_some(kernels)
+        Some([kernel(queries, runs), kernel(keys, HOPPER_QUERIES)])
     }
 
     fn of_queries(&self) -> [usize; 2] {

@@ -441,6 +441,7 @@ fn run<T: Storage>(executor: &Executor, case: &Case, version: Version) -> Result
     args.push(out.stride());
     args.extend(case.mask());
     args.push(scale);
+    let kind = if supervised { "_bce" } else { "" };
     let (name, rows_of_block, threads, shared_bytes) = match version {
         Version::Portable => {
             let keys = match row_bytes {
@@ -448,8 +449,7 @@ fn run<T: Storage>(executor: &Executor, case: &Case, version: Version) -> Result
                 257..=512 => 32,
                 _ => 16,
             };
-            let name = if supervised { "forward_bce" } else { "forward" };
-            (name, rows, THREADS, (rows + 4 * keys) * row_bytes)
+            ("forward", rows, THREADS, (rows + 4 * keys) * row_bytes)
         }
         Version::Hopper => {
             // 64 queries for each warpgroup but one; places for tiles of 128 keys, and as many for values.
@@ -464,7 +464,7 @@ fn run<T: Storage>(executor: &Executor, case: &Case, version: Version) -> Result
         }
     };
     launch(
-        &format!("attention_{name}_{width}_{}", T::NAME),
+        &format!("attention_{name}{kind}_{width}_{}", T::NAME),
         [(tokens_q / rows_of_block + sequences) as u32, heads as u32],
         threads,
         shared_bytes,
@@ -529,13 +529,13 @@ fn run<T: Storage>(executor: &Executor, case: &Case, version: Version) -> Result
         args.extend(parts.iter().map(|&part| gradients.stride(part)));
         args.extend(&numbers);
         let (version, rows, threads, shared_bytes) = match version {
-            Version::Portable => {
-                let kind = if supervised { "_bce" } else { "" };
-                (kind, rows, THREADS, 2 * (rows + 2 * others) * row_bytes)
-            }
+            Version::Portable => ("", rows, THREADS, 2 * (rows + 2 * others) * row_bytes),
             Version::Hopper => ("_hopper", 128, 256, 640 * row_bytes + hopper_bytes),
         };
-        let name = format!("attention_{name}_gradient{version}_{width}_{}", T::NAME);
+        let name = format!(
+            "attention_{name}_gradient{version}{kind}_{width}_{}",
+            T::NAME
+        );
         let [tokens, heads] = grid;
         let grid = [(tokens / rows + sequences) as u32, heads as u32];
         launch(&name, grid, threads, shared_bytes, &args)
