@@ -555,7 +555,7 @@ impl Shape {
     }
 
     /// The same by this version, where there is one for the shape, type and addresses (for Hopper: what
-    /// [`forward_by`](Self::forward_by) says, with the order read-then-write and all tensors that are read, and
+    /// [`forward_by`](Self::forward_by) says, with sigmoid strength, the order read-then-write and all tensors that are read, and
     /// `d_memory`, aligned to 16 bytes with their rows) and the GPU has it; otherwise by the portable one.
     pub fn backward_by<T: Storage>(
         &self,
@@ -1019,10 +1019,11 @@ impl Shape {
             check.input("grad_read", &tensors.grad_read, rows, 16)?;
             check.output("d_memory", &tensors.d_memory, memory, 16)
         };
-        let ordered = self.variant.order == Order::ReadThenWrite;
+        // With two softmaxes w·β is below what f16 resolves, and dv is made of nothing else.
+        let served = self.variant.order == Order::ReadThenWrite && self.sigmoid();
         let short = self.cluster(self.short::<T>()?)?;
         let fits = short.backward_bytes(self.width) <= Short::MOST_BACKWARD_SHARED;
-        (ordered && fits && aligned().is_ok()).then_some(short)
+        (served && fits && aligned().is_ok()).then_some(short)
     }
 
     /// f32 elements for w, β and the squares of the norms.
