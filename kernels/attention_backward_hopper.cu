@@ -27,8 +27,8 @@
 //
 // History (not measured: no GPU has run it yet; the executor of kernels/host has, with a model of the products)
 //   1  as above
-//   2  kernels of their own for the memory loss (`bce`): 1440 and 1840 instructions in the query gradient without it, 4016
-//      and 4424 with it. Where `cargo test --release --test ops attention` finds it right on an H100 and
+//   2  kernels of their own for the memory loss (`bce`): 1448 and 1848 instructions in the query gradient without it, 4024
+//      and 4432 with it; the wait for its sum stands behind dS in the machine code as well, which it did not. Where `cargo test --release --test ops attention` finds it right on an H100 and
 //      `dtmem bench --filter attention` finds it faster, it becomes the default (Shape::backward in src/ops/attention.rs)
 
 #include "attention_backward.cuh"
@@ -167,7 +167,7 @@ __device__ inline void query_gradient(const Backward<T>& x, T* dq, int dq_stride
             }
         }
         if constexpr (kBehind) {
-            ptx::wgmma_wait<0>();
+            ptx::wgmma_wait_behind<0>(grads[0][0] + grads[kTiles - 1][3]);
             ptx::keep(sums[0]);
             ptx::keep(factors);
         }

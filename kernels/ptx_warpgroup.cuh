@@ -32,7 +32,7 @@ template <int kCount> void take_registers();
 void wgmma_fence();
 void wgmma_commit();
 template <int kStillRunning> void wgmma_wait();  // 0 … 7
-template <int kStillRunning> void wgmma_wait_behind(float sum);
+template <int kStillRunning> void wgmma_wait_behind(float x);
 template <typename T> inline void keep(T&) {}
 
 #define PTX_WGMMA(N, TYPE)                                                                                             \
@@ -61,12 +61,12 @@ PTX_FUNCTION void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "
 PTX_FUNCTION void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int kStillRunning>
 PTX_FUNCTION void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(kStillRunning) : "memory"); }
-// The same, and not before this sum, which is never negative, is there. Without it ptxas (13.0) moves the wait up past the
-// arithmetic that is meant to go on beside the products; a sleep that never comes holds it back.
+// The same, and not before x is there. Without it ptxas (13.0) moves the wait up past the arithmetic that is meant to go on
+// beside the products; a sleep of no time, for a bit pattern that x does not have, holds it back.
 template <int kStillRunning>
-PTX_FUNCTION void wgmma_wait_behind(float sum) {
-    asm volatile("{\n\t.reg .pred negative;\n\tsetp.lt.f32 negative, %0, 0f00000000;\n\t@negative nanosleep.u32 0;\n\t}"
-                 :: "f"(sum) : "memory");
+PTX_FUNCTION void wgmma_wait_behind(float x) {
+    asm volatile("{\n\t.reg .pred odd;\n\tsetp.eq.b32 odd, %0, 0x7fc0dead;\n\t@odd nanosleep.u32 0;\n\t}"
+                 :: "r"(__float_as_uint(x)) : "memory");
     wgmma_wait<kStillRunning>();
 }
 
