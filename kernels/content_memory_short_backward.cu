@@ -14,7 +14,8 @@
 //
 // Precision: products of a lane's slots and tokens stay in f32 registers up to their factors. A and S, whose sums over
 // slots cancel behind a softmax, are kept as two parts of bf16, which f16 storage is split to as well; w and w·β are rounded
-// to the storage type, as the forward pass rounds them.
+// to the storage type, as the forward pass rounds them. With two softmaxes w·β is about 1/N², which f16 does not resolve, and
+// dv is made of nothing else: content_memory_backward.cu serves these.
 //
 // Launch: short_backward (C, B) in clusters of C blocks, tile = ⌈N/C⌉ slots each, with 384 threads: a warp has 16 slots ×
 // half of the tokens. With padded = ⌈tile/16⌉·16, rows = ⌈longest/16⌉·16 and V₆₄ = ⌈V/64⌉·64, dynamic shared memory in bytes:
@@ -493,11 +494,11 @@ __device__ inline void short_backward(const Segment<T>& x, const Gradients<T>& d
         if (of_tokens) sums[part][token] = part == 0 ? sum : sum / norms.tokens[token];
         if (of_tokens && part == 0 && rank == 0) narrow(sum, d.kappa[place.first_token + token]);
     }
-    __syncthreads();
-    if (sigmoid && threadIdx.x == 0) {
+    if (sigmoid) {
+        __syncthreads();
         float sum = 0.0f;
         for (int w = 0; w < kCrew; ++w) sum += of_warps[w];
-        *bias_share = sum;
+        if (threadIdx.x == 0) *bias_share = sum;
     }
 
     // --- columns. Row n of da, ds, dv (all tokens of one, then of the next) is added up by block n % C.
@@ -608,9 +609,8 @@ __device__ inline void short_backward(const Segment<T>& x, const Gradients<T>& d
                 if (which == of_rows) narrow(sum, d.rows[of_rows][(place.first_token + t) * d.strides[of_rows] + column]);
             }
         }
-        ptx::cluster_arrive();
+        if (chunk + kChunk < width) ptx::cluster_arrive();
     }
-    ptx::cluster_wait();
 #endif
 }
 

@@ -437,7 +437,7 @@ fn noise_is_a_setting_of_the_trainer() {
             "data.annotation_noise={random=0.6,shifted=0.6}",
             "at most 1 together",
         ),
-        ("data.annotation_noise.dropt=1", "`dropped`"),
+        ("data.annotation_noise.droped=1", "`dropped`"),
     ] {
         let error = parse(set).unwrap_err().to_string();
         assert!(error.contains(expected), "{error}");

@@ -17,7 +17,7 @@ pub use reference::{Addressing, ContentMemory, Erase, Order, Strength};
 
 use super::launch::{Arg, Launch, Launcher, Version, launch_first_possible};
 use super::memory::{
-    Check, Home, Input, Output, Rows, Span, Storage, for_each_type, kernel_for, span_or_null,
+    Check, Home, Input, Output, Rows, Span, Storage, Type, for_each_type, kernel_for, span_or_null,
 };
 use super::{Error, Result};
 
@@ -555,8 +555,8 @@ impl Shape {
     }
 
     /// The same by this version, where there is one for the shape, type and addresses (for Hopper: what
-    /// [`forward_by`](Self::forward_by) says, with sigmoid strength, the order read-then-write and all tensors that are read, and
-    /// `d_memory`, aligned to 16 bytes with their rows) and the GPU has it; otherwise by the portable one.
+    /// [`forward_by`](Self::forward_by) says, with the order read-then-write, in f16 with sigmoid strength, and with all tensors
+    /// that are read, and `d_memory`, aligned to 16 bytes with their rows) and the GPU has it; otherwise by the portable one.
     pub fn backward_by<T: Storage>(
         &self,
         version: Version,
@@ -1020,7 +1020,8 @@ impl Shape {
             check.output("d_memory", &tensors.d_memory, memory, 16)
         };
         // With two softmaxes w·β is below what f16 resolves, and dv is made of nothing else.
-        let served = self.variant.order == Order::ReadThenWrite && self.sigmoid();
+        let resolved = self.sigmoid() || T::TYPE == Type::Bf16;
+        let served = self.variant.order == Order::ReadThenWrite && resolved;
         let short = self.cluster(self.short::<T>()?)?;
         let fits = short.backward_bytes(self.width) <= Short::MOST_BACKWARD_SHARED;
         (served && fits && aligned().is_ok()).then_some(short)

@@ -623,6 +623,58 @@ impl<'a, T: Storage> Run<'a, T> {
         Ok((memory_next, read))
     }
 
+    /// All gradients but the sum of db's shares in one launch, by clusters of `blocks`.
+    fn backward_cluster(&self, blocks: usize) -> Result<()> {
+        let (width, rows) = (self.width, self.longest.next_multiple_of(16));
+        let tile = self.slots.div_ceil(blocks);
+        let padded = tile.next_multiple_of(16);
+        let (key, strength_key, value) = (self.address_key(), self.strength_key(), self.values());
+        let scratch = |len| self.executor.scratch::<T>(len);
+        let d_memory = scratch(self.memory.len());
+        let d_keys = [(); 2].map(|()| scratch(self.tokens * self.key_width));
+        let d_value = scratch(self.tokens * width);
+        let d_key_strength = self.key_strength.as_ref().map(|_| scratch(self.tokens));
+        let bias_shares = self.executor.scratch::<f32>(self.sequences * blocks);
+        let mut args = vec![
+            Arg::Input(self.memory.view()),
+            Arg::Input(self.grad_memory_next.view()),
+            Arg::Input(key.view()),
+            Arg::Input(strength_key.view()),
+            Arg::Input(self.grad_read.view()),
+            Arg::Input(value.view()),
+            read_only(self.key_strength.as_ref().map(Buffer::view)),
+            read_only(self.bias.as_ref().map(Buffer::view)),
+            Arg::Input(self.offsets.view()),
+            Arg::Output(d_memory.view()),
+            Arg::Output(d_keys[0].view()),
+            Arg::Output(d_keys[1].view()),
+            Arg::Output(d_value.view()),
+            Arg::Output(d_key_strength.as_ref().map_or(View::NULL, Buffer::view)),
+            Arg::Output(bias_shares.view()),
+        ];
+        let strides = [key.stride, strength_key.stride, value.stride];
+        let numbers = [
+            &[self.slots, width, self.key_width],
+            &strides[..],
+            &[self.key_width, self.key_width, width],
+            &[tile, rows],
+        ]
+        .concat();
+        args.extend(numbers.iter().map(|&number| Arg::I32(number as i32)));
+        args.extend([self.scale(), self.epsilon(), self.paper()]);
+        let products = 288 * (4 * rows + padded);
+        let columns = 160 * (3 * rows + padded) + 128 * blocks * (3 * rows).div_ceil(blocks);
+        let shared_bytes = tile * (2 * width.next_multiple_of(64) + 16)
+            + products.max(12 * padded * (rows + 8) + columns);
+        let launch = Launch {
+            shared_bytes: shared_bytes as u32,
+            cluster: blocks as u32,
+            ..Launch::new([blocks as u32, self.sequences as u32, 1], [384, 1, 1])
+        };
+        let name = format!("content_memory_short_backward_{}", T::NAME);
+        self.executor.launch(&name, launch, &args)
+    }
+
     /// With so many parts of the slots.
     fn backward(&self, bias_before: f32, splits: usize) -> Result<GradientBuffers<T>> {
         let (plane, of_slots) = (self.tokens * self.slots, self.sequences * self.slots);
@@ -1204,6 +1256,27 @@ fn every_barrier_of_the_short_kernels_is_needed() {
         let run = Run::<bf16>::new(executor, &variant, &pack);
         run.forward_short(48)?;
         run.forward_cluster(2).map(drop)
+    });
+}
+
+#[test]
+fn every_barrier_of_the_short_gradients_is_needed() {
+    let shape = Shape {
+        carried: 32,
+        ..Shape::new(&[33, 0], 70, 144)
+    };
+    // Dot products with sigmoid, cosines with softmax.
+    let all = [1, 2].map(|bits| {
+        let variant = variant(bits, 144, None);
+        let pack = Pack::draw::<bf16>(&variant, &shape, 5);
+        (variant, pack)
+    });
+    let file = "kernels/content_memory_short_backward.cu";
+    let source = include_str!("../../content_memory_short_backward.cu");
+    assert_every_barrier_is_needed(file, source, |executor| {
+        all.iter().try_for_each(|(variant, pack)| {
+            Run::<bf16>::new(executor, variant, pack).backward_cluster(2)
+        })
     });
 }
 
