@@ -3,8 +3,8 @@
 
 mod common;
 
-use common::in_every_order;
-use dtmem_host::{Arg, Check, Executor, Launch, Order};
+use common::{assert_defect_is_found, in_every_order};
+use dtmem_host::{Arg, Check, Executor, Launch};
 
 const NUMBERS: usize = 768;
 
@@ -23,32 +23,9 @@ fn run(executor: &Executor, defect: i32) -> dtmem_host::Result<Vec<f32>> {
     Ok(y.download())
 }
 
-/// The number of a defect in tests/kernels/bulk.cu.
-fn number(name: &str) -> i32 {
-    let source = include_str!("kernels/bulk.cu");
-    let list = source.split_once("enum Defect : int32_t {").expect("it").1;
-    let list = list.split_once('}').expect("its end").0;
-    let at = list.split(',').position(|defect| defect.trim() == name);
-    i32::try_from(at.unwrap_or_else(|| panic!("no {name}"))).expect("few")
-}
-
-/// Fails unless each thread order ends with one of these findings.
 #[track_caller]
 fn assert_found(defect: &str, checks: &[Check]) {
-    let mut executor = Executor::new();
-    for order in Order::ALL {
-        executor.set_order(order);
-        let error = run(&executor, number(defect)).expect_err(defect);
-        let finding = error
-            .finding()
-            .unwrap_or_else(|| panic!("{defect}: {error}"));
-        println!("{defect}: {finding}");
-        assert!(
-            checks.contains(&finding.check),
-            "{defect}, {order:?}: {finding}"
-        );
-        assert!(finding.place.location.is_some(), "{finding}");
-    }
+    assert_defect_is_found(include_str!("kernels/bulk.cu"), defect, checks, run);
 }
 
 #[test]

@@ -2,8 +2,8 @@
 
 mod common;
 
-use common::in_every_order;
-use dtmem_host::{Arg, Boxes, Buffer, Check, Error, Executor, Launch, Order, TensorMap};
+use common::{assert_defect_is_found, in_every_order};
+use dtmem_host::{Arg, Boxes, Buffer, Check, Error, Executor, Launch, TensorMap};
 
 const ROWS: usize = 70;
 const COLUMNS: usize = 40;
@@ -42,33 +42,14 @@ fn launch(executor: &Executor, x: &Buffer<f32>, defect: i32) -> dtmem_host::Resu
     Ok(y.download())
 }
 
-/// The number of a defect in tests/kernels/tensor.cu.
-fn number(name: &str) -> i32 {
-    let source = include_str!("kernels/tensor.cu");
-    let list = source.split_once("enum Defect : int32_t {").expect("it").1;
-    let list = list.split_once('}').expect("its end").0;
-    let at = list.split(',').position(|defect| defect.trim() == name);
-    i32::try_from(at.unwrap_or_else(|| panic!("no {name}"))).expect("few")
-}
-
-/// Fails unless each thread order ends with one of these findings.
 #[track_caller]
 fn assert_found(defect: &str, checks: &[Check]) {
-    let mut executor = Executor::new();
-    let x = executor.upload(&numbers());
-    for order in Order::ALL {
-        executor.set_order(order);
-        let error = launch(&executor, &x, number(defect)).expect_err(defect);
-        let finding = error
-            .finding()
-            .unwrap_or_else(|| panic!("{defect}: {error}"));
-        println!("{defect}: {finding}");
-        assert!(
-            checks.contains(&finding.check),
-            "{defect}, {order:?}: {finding}"
-        );
-        assert!(finding.place.location.is_some(), "{finding}");
-    }
+    assert_defect_is_found(
+        include_str!("kernels/tensor.cu"),
+        defect,
+        checks,
+        |executor, defect| launch(executor, &executor.upload(&numbers()), defect),
+    );
 }
 
 #[test]

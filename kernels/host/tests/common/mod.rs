@@ -3,7 +3,7 @@
 
 use std::fmt::Debug;
 
-use dtmem_host::{Buffer, Element, Executor, Order, Result};
+use dtmem_host::{Buffer, Check, Element, Executor, Order, Result};
 use half::{bf16, f16};
 use ndarray::{Array, ArrayBase, Data, Dimension, IntoDimension};
 
@@ -145,6 +145,35 @@ pub fn in_every_order<R: PartialEq + Debug>(mut f: impl FnMut(&Executor) -> R) -
         );
     }
     first
+}
+
+/// Fails unless each thread order ends with one of these findings, at a line, when `run` is given the number of a defect
+/// among those that its kernel's source lists.
+#[track_caller]
+pub fn assert_defect_is_found<R: Debug>(
+    source: &str,
+    defect: &str,
+    checks: &[Check],
+    run: impl Fn(&Executor, i32) -> Result<R>,
+) {
+    let list = source.split_once("enum Defect : int32_t {");
+    let (list, _) = list.and_then(|(_, list)| list.split_once('}')).expect("it");
+    let number = list.split(',').position(|name| name.trim() == defect);
+    let number = number.unwrap_or_else(|| panic!("no {defect}")) as i32;
+    let mut executor = Executor::new();
+    for order in Order::ALL {
+        executor.set_order(order);
+        let error = run(&executor, number).expect_err(defect);
+        let finding = error
+            .finding()
+            .unwrap_or_else(|| panic!("{defect}: {error}"));
+        println!("{defect}: {finding}");
+        assert!(
+            checks.contains(&finding.check),
+            "{defect}, {order:?}: {finding}"
+        );
+        assert!(finding.place.location.is_some(), "{finding}");
+    }
 }
 
 /// Leaves out each line of a kernel file that has a barrier or a wait, one after another, and fails unless one of the
