@@ -25,7 +25,7 @@
 //   3  f32: the second product goes over a tile in a loop, two addresses serve all of its columns, and ptxas is told how many
 //      blocks there will be: no spills, 0.6 to 0.8 of the instructions, and 191 to 214 registers from width 64 on (247 to 255
 //      before)
-//   4  the runs that a mask shows are found before the loop, and lie in shared memory: up to 42 registers fewer (sm_90a);
+//   4  the runs that a mask shows are found before the loop, and lie in shared memory: up to 32 registers fewer (sm_90a);
 //      supervision is a template parameter (`bce`): 2288 to 3640 instructions without (sm_80), 5752 to 7872 with it
 
 #include "attention_forward.cuh"
